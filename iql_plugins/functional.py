@@ -1,0 +1,533 @@
+r"""The equations of Implicit Q-Learning as pure tensor functions.
+
+Kostrikov, Nair and Levine 2021, "Offline Reinforcement Learning with Implicit Q-Learning"
+(arXiv:2110.06169). ``*B`` is any batch shape, the same one in every argument of a call: shapes
+are compared, never broadcast, because ``[B, 1]`` against ``[B]`` would silently give ``[B, B]``.
+No function here owns parameters, reads a device value on the host or draws a random number.
+"""
+
+import math
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
+
+__all__ = [
+    "IQLLosses",
+    "LossFunction",
+    "Reduction",
+    "advantage",
+    "advantage_weight",
+    "distance",
+    "entropy",
+    "expectile_loss",
+    "iql_losses",
+    "losses_from_target",
+    "minimum_over_critics",
+    "qvalue_loss",
+    "reduce_loss",
+    "td_error",
+    "td_lambda_target",
+    "td_target",
+    "weighted_log_likelihood",
+]
+
+LossFunction = Literal["l1", "l2", "smooth_l1"]
+Reduction = Literal["mean", "sum", "none"]
+
+_DISTANCES = {"l1": l1_loss, "l2": mse_loss, "smooth_l1": smooth_l1_loss}
+
+
+def check_expectile(expectile: float) -> None:
+    """Raises ``ValueError`` unless ``0 < expectile <= 1``."""
+    if not 0.0 < expectile <= 1.0:
+        raise ValueError(f"expectile must be in (0, 1], got {expectile}; the paper uses 0.7 to 0.9")
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ``ValueError`` unless ``0 <= temperature < inf``."""
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(
+            f"temperature must be a finite number >= 0 (it is the inverse temperature beta: "
+            f"0 is behaviour cloning, 3 and 10 are the paper's), got {temperature}"
+        )
+
+
+def check_max_weight(max_weight: float) -> None:
+    """Raises ``ValueError`` unless ``0 < max_weight < inf``."""
+    if not 0.0 < max_weight < math.inf:
+        raise ValueError(f"max_weight must be a finite number > 0, got {max_weight}")
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raises ``ValueError`` unless ``value`` is one of a ``Literal``'s choices."""
+    options = get_args(choices)
+    if value not in options:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def _check_shapes(expected: torch.Size, expected_name: str, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != expected:
+            raise ValueError(
+                f"{name} must have the shape of {expected_name}, {tuple(expected)}, "
+                f"got {tuple(tensor.shape)}; squeeze or unsqueeze it, nothing is broadcast"
+            )
+
+
+def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
+    r"""Asymmetric squared error whose minimiser is the ``expectile`` of the data.
+
+    .. math:: L_2^\tau(u) = |\tau - \mathbb{1}(u < 0)|\, u^2
+
+    Equation 5 of the paper with :math:`u = Q(s, a) - V(s)`.
+
+    >>> expectile_loss(torch.tensor([2.0, -2.0]), expectile=0.75)  # V too low by 2, V too high by 2
+    tensor([3., 1.])
+
+    Args:
+        diff: ``[*B]`` target minus prediction, ``Q(s, a) - V(s)``, in return units. Gradients flow
+            through all of it: detach Q first.
+        expectile: in (0, 1]; 0.5 is half the squared error.
+
+    Returns:
+        ``[*B]`` unreduced losses, in squared return units, with ``diff``'s dtype.
+
+    Raises:
+        ValueError: if ``expectile`` is outside (0, 1].
+    """
+    check_expectile(expectile)
+    weight = torch.where(diff > 0, expectile, 1.0 - expectile)
+    return (weight * diff.square()).to(diff.dtype)
+
+
+def advantage_weight(advantage: Tensor, temperature: float, max_weight: float = 100.0) -> Tensor:
+    r"""Weight of a dataset action in the policy's regression.
+
+    .. math:: w = \min\big(e^{\beta A(s, a)},\, w_{\max}\big), \qquad A(s, a) = Q(s, a) - V(s)
+
+    Equation 7 of the paper, with the clip of its authors' code. The exponent is clamped before it
+    is exponentiated, so nothing overflows in any dtype.
+
+    >>> advantage_weight(torch.tensor([0.0, 1.0, 1e6]), temperature=3.0)
+    tensor([  1.0000,  20.0855, 100.0000])
+
+    Args:
+        advantage: ``[*B]`` in return units. Detach it: the weight is a constant of the policy's loss.
+        temperature: inverse temperature :math:`\beta` >= 0, per return unit; 0 is behaviour cloning.
+        max_weight: the largest weight, > 0.
+
+    Returns:
+        ``[*B]`` weights in [0, ``max_weight``], with ``advantage``'s dtype.
+
+    Raises:
+        ValueError: if ``temperature`` is negative or not finite, or ``max_weight`` not positive.
+    """
+    check_temperature(temperature)
+    check_max_weight(max_weight)
+    if temperature == 0.0:
+        # 0 * inf is not a number, and every action weighs the same whatever its advantage.
+        return torch.full_like(advantage, min(1.0, max_weight))
+    largest = math.log(max_weight)
+    exponent = temperature * advantage
+    # exp(log(100)) is not exactly 100 in float32: the clipped side takes the constant itself.
+    return torch.where(exponent >= largest, max_weight, exponent.clamp(max=largest).exp())
+
+
+def weighted_log_likelihood(log_prob: Tensor, weight: Tensor) -> Tensor:
+    r"""The policy's loss per sample: negative log-likelihood, weighted by the advantage.
+
+    .. math:: -w\, \log \pi(a \mid s)
+
+    >>> weighted_log_likelihood(torch.tensor([-0.5]), torch.tensor([2.0]))
+    tensor([1.])
+
+    Args:
+        log_prob: ``[*B]`` log-density (nats) of the dataset action; gradients flow through it.
+        weight: ``[*B]`` of :func:`advantage_weight`; gradients stop here.
+
+    Returns:
+        ``[*B]`` unreduced losses.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shapes(log_prob.shape, "log_prob", weight=weight)
+    return -(weight.detach() * log_prob)
+
+
+def minimum_over_critics(q: Tensor) -> Tensor:
+    r"""Clipped double Q: the smallest of the critics' values, :math:`\min_i Q_i(s, a)`.
+
+    >>> minimum_over_critics(torch.tensor([[1.0, 5.0], [3.0, 4.0]]))
+    tensor([1., 4.])
+
+    Args:
+        q: ``[N, *B]`` values of N critics, in return units.
+
+    Returns:
+        ``[*B]``.
+    """
+    return q.amin(0)
+
+
+def td_target(reward: Tensor, next_value: Tensor, terminated: Tensor, discount: Tensor | float) -> Tensor:
+    r"""One-step (or n-step) bootstrapped target of Q.
+
+    .. math:: y = r + \gamma\,(1 - \text{terminated})\, V(s')
+
+    Equation 6 of the paper. A time limit is not a terminal state: pass ``terminated``, not ``done``.
+
+    >>> td_target(torch.tensor([1.0, 1.0]), torch.tensor([10.0, 10.0]), torch.tensor([False, True]), 0.9)
+    tensor([10.,  1.])
+
+    Args:
+        reward: ``[*B]``; for an n-step transition the discounted sum of n rewards.
+        next_value: ``[*B]`` V(s'), ignored (even when not finite) where terminated. Gradients stop here.
+        terminated: ``[*B]`` bool, whether s' is a terminal state.
+        discount: :math:`\gamma`, or ``[*B]`` with :math:`\gamma^n` of each transition.
+
+    Returns:
+        ``[*B]`` targets in return units, without gradient to ``next_value``.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shapes(reward.shape, "reward", next_value=next_value, terminated=terminated)
+    if isinstance(discount, Tensor) and discount.ndim > 0:
+        _check_shapes(reward.shape, "reward", discount=discount)
+    return reward + discount * next_value.detach().masked_fill(terminated, 0.0)
+
+
+def td_lambda_target(
+    reward: Tensor,
+    next_value: Tensor,
+    done: Tensor,
+    terminated: Tensor,
+    discount: Tensor | float,
+    lmbda: Tensor | float,
+) -> Tensor:
+    r"""TD(:math:`\lambda`) target of Q along trajectories; :math:`\lambda = 1` is TD(1).
+
+    .. math::
+        y_t = r_t + \gamma_t (1 - \text{terminated}_t)
+              \big[(1 - \lambda_t) V(s_{t+1}) + \lambda_t y_{t+1}\big], \qquad
+        \lambda_t = \lambda\,(1 - \text{done}_t), \quad \lambda_{T-1} = 0
+
+    Sutton and Barto 2018, equation 12.18, with expected values. Where an episode is cut (``done``
+    without ``terminated``, or the end of the slice) the target bootstraps from V.
+
+    >>> td_lambda_target(
+    ...     reward=torch.tensor([1.0, 1.0]), next_value=torch.tensor([4.0, 6.0]),
+    ...     done=torch.tensor([False, False]), terminated=torch.tensor([False, False]),
+    ...     discount=0.5, lmbda=0.5,
+    ... )  # y_1 = 1 + 0.5 * 6 = 4; y_0 = 1 + 0.5 * (0.5 * 4 + 0.5 * 4) = 3
+    tensor([3., 4.])
+
+    Args:
+        reward: ``[*B, T]``, consecutive steps along the last dimension.
+        next_value: ``[*B, T]`` V(s'), ignored where terminated. Gradients stop here.
+        done: ``[*B, T]`` bool, whether the episode ended with this step, for any reason.
+        terminated: ``[*B, T]`` bool, whether s' is a terminal state.
+        discount: :math:`\gamma`, or ``[*B, T]`` with the discount of each step.
+        lmbda: :math:`\lambda` in [0, 1].
+
+    Returns:
+        ``[*B, T]`` targets in return units, without gradient to ``next_value``.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shapes(reward.shape, "reward", next_value=next_value, done=done, terminated=terminated)
+    if isinstance(discount, Tensor) and discount.ndim > 0:
+        _check_shapes(reward.shape, "reward", discount=discount)
+    last = torch.zeros_like(done)
+    last[..., -1] = True
+    cut = done | last
+    bootstrap = discount * next_value.detach().masked_fill(terminated, 0.0)
+    target = reward + torch.where(cut, bootstrap, bootstrap * (1 - lmbda))
+    decay = torch.as_tensor(discount * lmbda).to(reward).expand_as(reward).masked_fill(cut, 0.0)
+    return _reverse_scan(target, decay)
+
+
+def _reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
+    """Solves ``y[t] = x[t] + decay[t] * y[t + 1]`` along the last dimension in log2(T) vector steps."""
+    length = x.shape[-1]
+    shift = 1
+    while shift < length:
+        # Entry t has summed [t, t + shift); it takes over what entry t + shift has summed.
+        later_x = torch.nn.functional.pad(x[..., shift:], (0, shift))
+        later_decay = torch.nn.functional.pad(decay[..., shift:], (0, shift))
+        x = x + decay * later_x
+        decay = decay * later_decay
+        shift *= 2
+    return x
+
+
+def distance(prediction: Tensor, target: Tensor, loss_function: LossFunction) -> Tensor:
+    """Elementwise distance: ``"l1"`` |d|, ``"l2"`` d², ``"smooth_l1"`` d²/2 below 1 and |d| - 1/2 above.
+
+    >>> d = torch.tensor([0.5, 3.0])
+    >>> [distance(d, torch.zeros(2), name).tolist() for name in ("l1", "l2", "smooth_l1")]
+    [[0.5, 3.0], [0.25, 9.0], [0.125, 2.5]]
+
+    Args:
+        prediction: ``[*B]``.
+        target: ``[*B]``.
+        loss_function: which distance.
+
+    Returns:
+        ``[*B]`` unreduced.
+
+    Raises:
+        ValueError: for another name, or if the shapes differ.
+    """
+    check_choice("loss_function", loss_function, LossFunction)
+    _check_shapes(prediction.shape, "prediction", target=target)
+    return _DISTANCES[loss_function](prediction, target, reduction="none")
+
+
+def qvalue_loss(q: Tensor, target: Tensor, loss_function: LossFunction) -> Tensor:
+    r"""The critics' loss per sample, summed over critics: :math:`\sum_i d(Q_i(s, a), y)`.
+
+    Summed, not averaged, as in the authors' code: two critics have twice the loss of one.
+
+    >>> qvalue_loss(torch.tensor([[1.0], [2.0]]), torch.tensor([4.0]), "l2")
+    tensor([13.])
+
+    Args:
+        q: ``[N, *B]`` predictions of N critics, in return units; gradients flow through them.
+        target: ``[*B]`` of :func:`td_target` or :func:`td_lambda_target`; gradients stop here.
+        loss_function: see :func:`distance`.
+
+    Returns:
+        ``[*B]`` unreduced.
+
+    Raises:
+        ValueError: for an unknown ``loss_function``, or if ``target`` has not the shape of a critic's values.
+    """
+    _check_shapes(q.shape[1:], "q without its first dimension", target=target)
+    return distance(q, target.detach().expand_as(q), loss_function).sum(0)
+
+
+def td_error(q: Tensor, target: Tensor) -> Tensor:
+    r"""Priority of a sample: the largest squared TD error over the critics, :math:`\max_i (Q_i - y)^2`.
+
+    >>> td_error(torch.tensor([[1.0], [2.0]]), torch.tensor([4.0]))
+    tensor([9.])
+
+    Args:
+        q: ``[N, *B]`` predictions of N critics.
+        target: ``[*B]``.
+
+    Returns:
+        ``[*B]`` in squared return units, detached.
+
+    Raises:
+        ValueError: if ``target`` has not the shape of a critic's values.
+    """
+    _check_shapes(q.shape[1:], "q without its first dimension", target=target)
+    return (q.detach() - target.detach()).square().amax(0)
+
+
+def reduce_loss(
+    loss: Tensor, reduction: Reduction = "mean", *, weight: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    r"""Reduces per-sample losses, with importance weights and a validity mask.
+
+    ``"mean"`` is :math:`\sum_i m_i w_i l_i / \sum_i m_i w_i`, ``"sum"`` the numerator alone, ``"none"``
+    :math:`m_i w_i l_i`. Where nothing is valid the result is 0.
+
+    >>> reduce_loss(torch.tensor([1.0, 3.0]), weight=torch.tensor([3.0, 1.0]))
+    tensor(1.5000)
+
+    Args:
+        loss: ``[*B]``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        weight: ``[*B]`` importance weights >= 0. Gradients stop here.
+        mask: ``[*B]`` bool, True where the sample counts. A masked loss may be NaN: it is selected
+            away, not multiplied by zero.
+
+    Returns:
+        ``[]``, or ``[*B]`` with ``"none"``.
+
+    Raises:
+        ValueError: for another ``reduction``, or if the shapes differ.
+    """
+    check_choice("reduction", reduction, Reduction)
+    _check_shapes(loss.shape, "loss", weight=weight, mask=mask)
+    if mask is not None:
+        loss = loss.masked_fill(~mask, 0.0)
+    if weight is not None:
+        weight = weight.detach()
+        if mask is not None:
+            weight = weight.masked_fill(~mask, 0.0)
+        loss = loss * weight
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if weight is None and mask is None:
+        return loss.mean()
+    total = weight.sum() if weight is not None else mask.sum() if mask is not None else loss.new_zeros(())
+    return loss.sum() / torch.where(total > 0, total, 1)
+
+
+class IQLLosses(NamedTuple):
+    """What one evaluation of the losses returns, in the order of ``IQLLoss.out_keys``.
+
+    Attributes:
+        loss_actor: ``[]`` (``[*B]`` with ``reduction="none"``), trains the policy alone.
+        loss_qvalue: likewise, trains the critics alone.
+        loss_value: likewise, trains V alone.
+        entropy: ``[]``, minus the mean log-probability of the dataset's actions (nats), detached.
+        td_error: ``[*B]`` priorities, detached; see :func:`td_error`.
+    """
+
+    loss_actor: Tensor
+    loss_qvalue: Tensor
+    loss_value: Tensor
+    entropy: Tensor
+    td_error: Tensor
+
+
+def iql_losses(
+    q: Tensor,
+    target_q: Tensor,
+    value: Tensor,
+    next_value: Tensor,
+    log_prob: Tensor,
+    reward: Tensor,
+    terminated: Tensor,
+    *,
+    discount: Tensor | float = 0.99,
+    expectile: float = 0.7,
+    temperature: float = 3.0,
+    max_weight: float = 100.0,
+    loss_function: LossFunction = "l2",
+    reduction: Reduction = "mean",
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> IQLLosses:
+    r"""The three losses of IQL from plain tensors: the whole algorithm in one call.
+
+    The defaults are the paper's for locomotion. All three losses are taken at the same parameters;
+    add them up and one backward pass trains all networks, because each loss reaches only its own.
+
+    >>> from torch import tensor
+    >>> losses = iql_losses(
+    ...     q=tensor([[2.0], [4.0]]), target_q=tensor([[3.0], [5.0]]), value=tensor([1.0]),
+    ...     next_value=tensor([10.0]), log_prob=tensor([-0.5]), reward=tensor([1.0]),
+    ...     terminated=tensor([False]), discount=0.5, expectile=0.7, temperature=1.0,
+    ... )
+    >>> losses.loss_value  # 0.7 * (min(3, 5) - 1)**2
+    tensor(2.8000)
+    >>> losses.loss_qvalue  # y = 1 + 0.5 * 10 = 6; (2 - 6)**2 + (4 - 6)**2
+    tensor(20.)
+    >>> losses.loss_actor  # exp(1.0 * (3 - 1)) * 0.5
+    tensor(3.6945)
+
+    Args:
+        q: ``[N, *B]`` Q_i(s, a) of the critics that are trained.
+        target_q: ``[N, *B]`` Q_i(s, a) of the target critics. Gradients stop here.
+        value: ``[*B]`` V(s). Trained by ``loss_value`` alone.
+        next_value: ``[*B]`` V(s'). Gradients stop here.
+        log_prob: ``[*B]`` log-probability (nats) of the dataset's action.
+        reward: ``[*B]``.
+        terminated: ``[*B]`` bool.
+        discount: see :func:`td_target`.
+        expectile: see :func:`expectile_loss`.
+        temperature: see :func:`advantage_weight`.
+        max_weight: see :func:`advantage_weight`.
+        loss_function: see :func:`distance`.
+        reduction: see :func:`reduce_loss`.
+        weight: ``[*B]`` importance weights, for all three losses.
+        mask: ``[*B]`` bool, for all outputs; a masked ``td_error`` is 0. Masked *inputs* of the
+            networks that are not finite must be replaced before the networks see them: a NaN
+            activation makes a NaN gradient even where the loss is selected away.
+
+    Returns:
+        The reduced losses, the entropy and the priorities.
+
+    Raises:
+        ValueError: for a hyper-parameter out of range, or if a shape differs.
+    """
+    target = td_target(reward, next_value, terminated, discount)
+    return losses_from_target(
+        q,
+        target_q,
+        value,
+        log_prob,
+        target,
+        expectile=expectile,
+        temperature=temperature,
+        max_weight=max_weight,
+        loss_function=loss_function,
+        reduction=reduction,
+        weight=weight,
+        mask=mask,
+    )
+
+
+def losses_from_target(
+    q: Tensor,
+    target_q: Tensor,
+    value: Tensor,
+    log_prob: Tensor,
+    target: Tensor,
+    *,
+    expectile: float,
+    temperature: float,
+    max_weight: float,
+    loss_function: LossFunction,
+    reduction: Reduction,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> IQLLosses:
+    """As :func:`iql_losses`, with the target of Q already made: ``[*B]``, by whichever estimator."""
+    _check_shapes(q.shape, "q", target_q=target_q)
+    diff = advantage(target_q, value)
+    weights = advantage_weight(diff.detach(), temperature, max_weight)
+    errors = td_error(q, target)
+    return IQLLosses(
+        reduce_loss(weighted_log_likelihood(log_prob, weights), reduction, weight=weight, mask=mask),
+        reduce_loss(qvalue_loss(q, target, loss_function), reduction, weight=weight, mask=mask),
+        reduce_loss(expectile_loss(diff, expectile), reduction, weight=weight, mask=mask),
+        entropy(log_prob, mask),
+        errors if mask is None else errors.masked_fill(~mask, 0.0),
+    )
+
+
+def advantage(target_q: Tensor, value: Tensor) -> Tensor:
+    r"""Advantage of the dataset's action, :math:`A = \min_i \hat Q_i(s, a) - V(s)`.
+
+    >>> advantage(torch.tensor([[3.0], [5.0]]), torch.tensor([1.0]))
+    tensor([2.])
+
+    Args:
+        target_q: ``[N, *B]`` of the target critics. Gradients stop here.
+        value: ``[*B]`` V(s); gradients flow through it.
+
+    Returns:
+        ``[*B]`` in return units.
+
+    Raises:
+        ValueError: if ``value`` has not the shape of a critic's values.
+    """
+    minimum = minimum_over_critics(target_q.detach())
+    _check_shapes(minimum.shape, "target_q without its first dimension", value=value)
+    return minimum - value
+
+
+def entropy(log_prob: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Minus the mean log-probability of the dataset's actions: ``[]``, nats, detached.
+
+    >>> entropy(torch.tensor([-1.0, -3.0]), torch.tensor([True, False]))
+    tensor(1.)
+
+    Args:
+        log_prob: ``[*B]``.
+        mask: ``[*B]`` bool, True where the sample counts.
+    """
+    return reduce_loss(-log_prob.detach(), "mean", mask=mask)

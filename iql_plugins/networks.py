@@ -1,0 +1,275 @@
+r"""The networks of the paper: ReLU perceptrons with orthogonal weights, two hidden layers of 256.
+
+Each builder returns a ``tensordict.nn`` module that reads and writes the key layout, so that
+it goes straight into :class:`~iql_plugins.IQLLoss`; a module of your own works the same way.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+)
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from iql_plugins.distributions import Categorical, TanhMeanNormal, TanhNormal
+
+__all__ = [
+    "MLP",
+    "GaussianHead",
+    "OrthogonalLinear",
+    "categorical_actor",
+    "critic",
+    "discrete_critic",
+    "gaussian_actor",
+    "value_function",
+]
+
+LOG_STD_RANGE = (-5.0, 2.0)
+
+
+class OrthogonalLinear(nn.Linear):
+    r"""A linear layer with orthogonal weights of gain :math:`\sqrt 2` and zero bias, as the authors initialise.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draws the weight anew and zeroes the bias."""
+        nn.init.orthogonal_(self.weight, gain=math.sqrt(2))
+        nn.init.zeros_(self.bias)
+
+
+class MLP(nn.Module):
+    """A ReLU perceptron over the concatenation of its inputs.
+
+    Args:
+        in_features: total size of the inputs' last dimensions.
+        out_features: size of the output's last dimension.
+        hidden_sizes: width of each hidden layer.
+        dropout: probability of dropping a hidden unit in training mode; the authors use 0.1 in the
+            actor for kitchen and Adroit.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, hidden_sizes: Sequence[int] = (256, 256), dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        sizes = [in_features, *hidden_sizes]
+        layers: list[nn.Module] = []
+        for size, next_size in zip(sizes, sizes[1:], strict=False):
+            layers += [OrthogonalLinear(size, next_size), nn.ReLU()]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+        self.layers = nn.Sequential(*layers, OrthogonalLinear(sizes[-1], out_features))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """``[*B, out_features]`` from inputs of shape ``[*B, f_i]``."""
+        joined: Tensor = self.layers(inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1))
+        return joined
+
+
+class GaussianHead(nn.Module):
+    r"""Mean and standard deviation of the paper's policy, the latter independent of the state.
+
+    Args:
+        body: maps the observations to ``[*B, action_size]``, the mean before the tanh.
+        action_size: number of action dimensions.
+        log_std_range: the log standard deviation is clipped to it; the paper's is [-5, 2].
+    """
+
+    def __init__(
+        self, body: nn.Module, action_size: int, log_std_range: tuple[float, float] = LOG_STD_RANGE
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.log_std = nn.Parameter(torch.zeros(action_size))
+        self.log_std_range = log_std_range
+
+    def reset_parameters(self) -> None:
+        """Sets the standard deviation to 1; the body resets itself."""
+        nn.init.zeros_(self.log_std)
+
+    def forward(self, *observations: Tensor) -> tuple[Tensor, Tensor]:
+        """``loc`` and ``scale``, each ``[*B, action_size]``."""
+        loc = self.body(*observations)
+        return loc, self.log_std.clamp(*self.log_std_range).exp().expand_as(loc)
+
+
+def gaussian_actor(
+    observation_size: int,
+    action_size: int,
+    *,
+    hidden_sizes: Sequence[int] = (256, 256),
+    dropout: float = 0.0,
+    log_std_range: tuple[float, float] = LOG_STD_RANGE,
+    squashed: bool = False,
+    low: Tensor | float = -1.0,
+    high: Tensor | float = 1.0,
+    in_keys: Sequence[NestedKey] = ("observation",),
+) -> ProbabilisticTensorDictSequential:
+    """The paper's policy for continuous actions.
+
+    Called on a TensorDict it writes ``action`` (deterministic unless the interaction type says otherwise).
+
+    Args:
+        observation_size: total size of the observations' last dimensions.
+        action_size: number of action dimensions.
+        hidden_sizes: width of each hidden layer.
+        dropout: see :class:`MLP`.
+        log_std_range: see :class:`GaussianHead`.
+        squashed: whether to squash samples (:class:`TanhNormal`) and not the mean alone
+            (:class:`TanhMeanNormal`, the paper's).
+        low: ``[action_size]`` or scalar lower bound of the actions.
+        high: ``[action_size]`` or scalar upper bound.
+        in_keys: the observations that are concatenated.
+
+    >>> actor = gaussian_actor(3, 1)
+    >>> actor(observation=torch.zeros(5, 3))[-1].shape
+    torch.Size([5, 1])
+    """
+    body = MLP(observation_size, action_size, hidden_sizes, dropout)
+    return _policy(
+        GaussianHead(body, action_size, log_std_range),
+        in_keys,
+        ["loc", "scale"],
+        TanhNormal if squashed else TanhMeanNormal,
+        {"low": low, "high": high},
+    )
+
+
+def categorical_actor(
+    observation_size: int,
+    action_count: int,
+    *,
+    hidden_sizes: Sequence[int] = (256, 256),
+    dropout: float = 0.0,
+    in_keys: Sequence[NestedKey] = ("observation",),
+) -> ProbabilisticTensorDictSequential:
+    """A policy over ``action_count`` discrete actions; writes ``action`` of shape ``[*B]``.
+
+    Args:
+        observation_size: total size of the observations' last dimensions.
+        action_count: number of actions n; actions are 0 to n - 1.
+        hidden_sizes: width of each hidden layer.
+        dropout: see :class:`MLP`.
+        in_keys: the observations that are concatenated.
+
+    >>> categorical_actor(4, 2)(observation=torch.zeros(5, 4))[-1].shape
+    torch.Size([5])
+    """
+    body = MLP(observation_size, action_count, hidden_sizes, dropout)
+    return _policy(body, in_keys, ["logits"], Categorical, {})
+
+
+def _policy(
+    body: nn.Module,
+    in_keys: Sequence[NestedKey],
+    parameter_keys: list[str],
+    distribution: type[torch.distributions.Distribution],
+    distribution_kwargs: dict[str, Any],
+) -> ProbabilisticTensorDictSequential:
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(body, in_keys=list(in_keys), out_keys=parameter_keys),
+        ProbabilisticTensorDictModule(
+            in_keys=parameter_keys,
+            out_keys=["action"],
+            distribution_class=distribution,
+            distribution_kwargs=distribution_kwargs,
+            default_interaction_type=InteractionType.DETERMINISTIC,
+        ),
+    )
+
+
+def critic(
+    observation_size: int,
+    action_size: int,
+    *,
+    hidden_sizes: Sequence[int] = (256, 256),
+    in_keys: Sequence[NestedKey] = ("observation",),
+    action_key: NestedKey = "action",
+) -> TensorDictModule:
+    """Q(s, a) for continuous actions: writes ``state_action_value`` of shape ``[*B, 1]``.
+
+    Args:
+        observation_size: total size of the observations' last dimensions.
+        action_size: number of action dimensions.
+        hidden_sizes: width of each hidden layer.
+        in_keys: the observations that are concatenated.
+        action_key: the action that is concatenated behind them.
+
+    >>> critic(3, 1)(observation=torch.zeros(5, 3), action=torch.zeros(5, 1)).shape
+    torch.Size([5, 1])
+    """
+    body = MLP(observation_size + action_size, 1, hidden_sizes)
+    return TensorDictModule(body, in_keys=[*in_keys, action_key], out_keys=["state_action_value"])
+
+
+def discrete_critic(
+    observation_size: int,
+    action_count: int,
+    *,
+    hidden_sizes: Sequence[int] = (256, 256),
+    in_keys: Sequence[NestedKey] = ("observation",),
+) -> TensorDictModule:
+    """Q(s, ·) of all discrete actions: writes ``state_action_value`` of shape ``[*B, n]``.
+
+    Args:
+        observation_size: total size of the observations' last dimensions.
+        action_count: number of actions n.
+        hidden_sizes: width of each hidden layer.
+        in_keys: the observations that are concatenated.
+
+    >>> discrete_critic(4, 2)(observation=torch.zeros(5, 4)).shape
+    torch.Size([5, 2])
+    """
+    body = MLP(observation_size, action_count, hidden_sizes)
+    return TensorDictModule(body, in_keys=list(in_keys), out_keys=["state_action_value"])
+
+
+def value_function(
+    observation_size: int,
+    *,
+    hidden_sizes: Sequence[int] = (256, 256),
+    in_keys: Sequence[NestedKey] = ("observation",),
+) -> TensorDictModule:
+    """V(s): writes ``state_value`` of shape ``[*B, 1]``.
+
+    Args:
+        observation_size: total size of the observations' last dimensions.
+        hidden_sizes: width of each hidden layer.
+        in_keys: the observations that are concatenated.
+
+    >>> value_function(3)(observation=torch.zeros(5, 3)).shape
+    torch.Size([5, 1])
+    """
+    body = MLP(observation_size, 1, hidden_sizes)
+    return TensorDictModule(body, in_keys=list(in_keys), out_keys=["state_value"])
+
+
+def default_value_function(actor: nn.Module) -> TensorDictModule:
+    """The paper's V(s) on the observations of an actor that concatenates them into a linear layer.
+
+    Its input size is that of the actor's first linear layer, its device and dtype that layer's.
+
+    Raises:
+        ValueError: if the actor's first layer with parameters is not linear, or not initialised yet.
+    """
+    layers = (m for m in actor.modules() if not any(True for _ in m.children()))
+    first = next((m for m in layers if any(True for _ in m.parameters())), None)
+    if not isinstance(first, nn.Linear) or nn.parameter.is_lazy(first.weight):
+        raise ValueError(
+            "value_network=None builds V(s) only for an actor whose first layer is an initialised "
+            f"torch.nn.Linear over its concatenated observations; this actor starts with "
+            f"{type(first).__name__}: pass a value_network"
+        )
+    keys: Sequence[NestedKey] = actor.in_keys  # type: ignore[assignment]
+    return value_function(first.in_features, in_keys=keys).to(first.weight.device, first.weight.dtype)

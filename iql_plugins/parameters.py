@@ -1,0 +1,215 @@
+"""The parameters of a loss's networks: stacking critics, freezing targets, and TorchRL's view of them all.
+
+Networks stay ordinary modules, so that saving, copying, casting and ``functional_call`` are torch's
+own. N critics are one module whose every leaf has N slices along its first dimension, but for
+*tied* leaves, the very same tensor in all critics, which is kept once.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictParams
+from torch import Tensor, nn
+
+__all__ = ["NetworkParams"]
+
+Tensors = dict[str, Tensor]
+
+
+def leaves(module: nn.Module) -> Tensors:
+    """All parameters and buffers by name; a shared one under each of its names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _set_leaf(module: nn.Module, name: str, value: Tensor) -> None:
+    """Puts a tensor in the place of a leaf, as a parameter if it is one and as a buffer if not."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    kept = owner._parameters.pop(leaf, None) is not None or leaf not in owner._non_persistent_buffers_set
+    owner._buffers.pop(leaf, None)
+    if isinstance(value, nn.Parameter):
+        owner.register_parameter(leaf, value)
+    else:
+        owner.register_buffer(leaf, value, persistent=kept)
+
+
+def _copy_structure(module: nn.Module) -> nn.Module:
+    """A deep copy of a module that holds the very tensors of the original."""
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in leaves(module).values()})
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Calls ``reset_parameters`` of every submodule that has one."""
+    for submodule in module.modules():
+        if callable(reset := getattr(submodule, "reset_parameters", None)):
+            reset()
+
+
+@torch.no_grad()
+def duplicates(module: nn.Module, count: int) -> list[nn.Module]:
+    """``count`` copies of a critic, each initialised by its own ``reset_parameters``.
+
+    A parameter that no ``reset_parameters`` draws anew is drawn uniformly between the smallest and the
+    largest of its values, as TorchRL does: equal critics would stay equal.
+    """
+    copies = [copy.deepcopy(module) for _ in range(count)]
+    for duplicate in copies:
+        reset_parameters(duplicate)
+    for tensors in zip(*(duplicate.parameters() for duplicate in copies), strict=True):
+        if not tensors[0].is_meta and all(torch.equal(tensors[0], tensor) for tensor in tensors[1:]):
+            for tensor in tensors:
+                if tensor.numel():
+                    tensor.uniform_(tensor.min().item(), tensor.max().item())
+    return copies
+
+
+@torch.no_grad()
+def stack(critics: Sequence[nn.Module]) -> tuple[nn.Module, frozenset[str]]:
+    """One module with the leaves of all critics stacked, and the names of its tied leaves.
+
+    Raises:
+        ValueError: if the critics differ in the names or shapes of their leaves, or if some, but not
+            all, of them share a leaf.
+    """
+    tensors = [leaves(critic) for critic in critics]
+    for index, other in enumerate(tensors[1:], start=1):
+        shapes, other_shapes = ({name: tuple(t.shape) for name, t in leaf.items()} for leaf in (tensors[0], other))
+        if shapes != other_shapes:
+            raise ValueError(
+                f"all critics of qvalue_network must have the same parameters: critic 0 has {shapes}, "
+                f"critic {index} has {other_shapes}"
+            )
+    module, tied = _copy_structure(critics[0]), set()
+    stacked: dict[tuple[int, ...], Tensor] = {}
+    for name, first in tensors[0].items():
+        slices = [leaf[name] for leaf in tensors]
+        identities = tuple(map(id, slices))
+        if len(set(identities)) == 1:
+            tied.add(name)
+            continue
+        if len(set(identities)) < len(slices):
+            raise ValueError(
+                f"qvalue_network shares {name!r} among some of its critics, not all: pass critics that are all "
+                "different, or all the same object"
+            )
+        if identities not in stacked:
+            together = torch.stack([tensor.detach() for tensor in slices])
+            is_parameter = isinstance(first, nn.Parameter)
+            stacked[identities] = nn.Parameter(together, first.requires_grad) if is_parameter else together
+        _set_leaf(module, name, stacked[identities])
+    return module, frozenset(tied)
+
+
+@torch.no_grad()
+def frozen(module: nn.Module, count: int | None, tied: frozenset[str]) -> nn.Module:
+    """The targets of stacked critics: a copy whose leaves are all buffers, tied ones stacked in full."""
+    copied = _copy_structure(module)
+    for name, tensor in leaves(module).items():
+        _set_leaf(copied, name, _full(name, tensor, count, tied).detach().clone())
+    return copied
+
+
+def _full(name: str, tensor: Tensor, count: int | None, tied: frozenset[str]) -> Tensor:
+    return tensor.expand(count, *tensor.shape) if count is not None and name in tied else tensor
+
+
+def full_leaves(module: nn.Module, count: int | None, tied: frozenset[str]) -> Tensors:
+    """All leaves, each with N slices (tied ones are expanded views); as they are when ``count`` is None."""
+    return {name: _full(name, tensor, count, tied) for name, tensor in leaves(module).items()}
+
+
+def call_critics(
+    call: Callable[[Tensors], Tensor], tensors: Tensors, count: int, tied: frozenset[str], *, vmap: bool, randomness: str
+) -> Tensor:
+    """``[N, ...]`` outputs of N critics with stacked leaves.
+
+    Args:
+        call: the output of one critic with these leaves.
+        tensors: all leaves, stacked but for the tied ones.
+        count: N.
+        tied: names of the leaves that all critics share. Critics that share everything run once.
+        vmap: vectorise over critics, or loop.
+        randomness: of dropout among critics, as in :func:`torch.vmap`.
+    """
+    common = {name: tensor for name, tensor in tensors.items() if name in tied}
+    own = {name: tensor for name, tensor in tensors.items() if name not in tied}
+    if not own:
+        output = call(common)
+        return output.unsqueeze(0).expand(count, *output.shape)
+    if vmap:
+        return torch.vmap(lambda slices: call({**common, **slices}), randomness=randomness)(own)  # type: ignore[no-any-return]
+    # unbind, not an index each: its gradient is one stack instead of a zero-filled tensor per critic.
+    slices = {name: tensor.unbind(0) for name, tensor in own.items()}
+    return torch.stack([call({**common, **{name: parts[i] for name, parts in slices.items()}}) for i in range(count)])
+
+
+@torch.no_grad()
+def reset_critics(module: nn.Module, count: int, tied: frozenset[str]) -> None:
+    """Resets stacked critics in place, one after the other."""
+    tensors = leaves(module)
+    for index in range(count):
+        critic = _copy_structure(module)
+        for name, tensor in tensors.items():
+            if name not in tied:
+                part = tensor[index].clone()
+                _set_leaf(critic, name, nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part)
+        reset_parameters(critic)
+        for name, tensor in leaves(critic).items():
+            if name not in tied:
+                tensors[name][index] = tensor
+
+
+def shared_names(module: nn.Module, *others: nn.Module) -> frozenset[str]:
+    """The parameters of ``module``, by all their names, that ``others`` hold, too."""
+    identities = {id(parameter) for other in others for parameter in other.parameters()}
+    named = module.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, parameter in named if id(parameter) in identities)
+
+
+def stateful_copy(module: nn.Module) -> nn.Module:
+    """A copy of a network that holds the loss's own tensors: what changes one changes the other."""
+    return _copy_structure(module)
+
+
+class NetworkParams(TensorDictParams):
+    """A network's parameters as TorchRL shows them: a nested TensorDict, one entry a leaf.
+
+    It is a view: values are the tensors that the loss trains, changes in place reach them, and the
+    entries themselves cannot be replaced. Made anew at every access.
+
+    Args:
+        module: the network that owns the tensors.
+        tensors: its leaves by dotted name, as they are to be seen.
+        batch_size: ``[N]`` for stacked critics.
+        untrained: names whose tensors another network trains; not among :meth:`named_parameters`.
+    """
+
+    def __init__(
+        self, module: nn.Module, tensors: Tensors, batch_size: Sequence[int], untrained: frozenset[str] = frozenset()
+    ) -> None:
+        nested = TensorDict(batch_size=batch_size)
+        for name, tensor in tensors.items():
+            nested[tuple(name.split("."))] = tensor
+        super().__init__(nested, no_convert="skip", lock=True)
+        # The registries are the module's own, so that torch.func.functional_call, which walks
+        # attributes to the leaf that a name means, swaps the tensor that the loss will read.
+        self.__dict__.update(
+            _parameters=module._parameters, _buffers=module._buffers, _modules=module._modules, _untrained=untrained
+        )
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """As :meth:`torch.nn.Module.named_parameters`, of those that this network's loss trains."""
+        for name, parameter in super().named_parameters(*args, **kwargs):
+            if name not in self._untrained:
+                yield name, parameter
+
+    def _reset_params(self, params: dict[str, Any] | None = None, buffers: dict[str, Any] | None = None) -> None:
+        if "_untrained" in self.__dict__:
+            raise RuntimeError("the parameters of a loss can be changed in place, not replaced; see from_stateful_net")
+        super()._reset_params(params, buffers)

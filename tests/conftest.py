@@ -1,0 +1,103 @@
+"""Devices, networks and batches that the tests share."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from iql_plugins import DiscreteIQLLoss, IQLLoss, SoftUpdate
+from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
+
+OBSERVATION, ACTION, ACTIONS = 5, 3, 4
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that this machine has."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["continuous", "discrete"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Which of the two losses."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """Every test draws the same numbers every time."""
+    torch.manual_seed(0)
+
+
+def make_batch(
+    kind: str, shape: tuple[int, ...] = (6,), device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TensorDict:
+    """A random batch by the key layout; discrete actions are indices of shape ``*B``."""
+    options: dict[str, Any] = {"device": device, "dtype": dtype}
+    terminated = torch.rand(*shape, 1, device=device) < 0.2
+    action = (
+        torch.randint(ACTIONS, shape, device=device)
+        if kind == "discrete"
+        else torch.rand(*shape, ACTION, **options) * 2 - 1
+    )
+    return TensorDict(
+        {
+            "observation": torch.randn(*shape, OBSERVATION, **options),
+            "action": action,
+            "next": {
+                "observation": torch.randn(*shape, OBSERVATION, **options),
+                "reward": torch.randn(*shape, 1, **options),
+                "done": terminated | (torch.rand(*shape, 1, device=device) < 0.2),
+                "terminated": terminated,
+            },
+        },
+        shape,
+    )
+
+
+def keywords(batch: TensorDict) -> dict[str, torch.Tensor]:
+    """A batch as keyword tensors."""
+    return {key if isinstance(key, str) else "_".join(key): tensor for key, tensor in batch.items(True, True)}
+
+
+def make_loss(kind: str, *, updater: bool = True, **kwargs: Any) -> IQLLoss:
+    """A loss over small networks of the paper, with an updater so that it does not warn."""
+    sizes = {"hidden_sizes": (8,)}
+    kwargs.setdefault("value_network", value_function(OBSERVATION, **sizes))
+    if kind == "discrete":
+        kwargs = {"action_space": "categorical"} | kwargs
+        loss: IQLLoss = DiscreteIQLLoss(
+            kwargs.pop("actor_network", None) or categorical_actor(OBSERVATION, ACTIONS, **sizes),
+            kwargs.pop("qvalue_network", None) or discrete_critic(OBSERVATION, ACTIONS, **sizes),
+            **kwargs,
+        )
+    else:
+        loss = IQLLoss(
+            kwargs.pop("actor_network", None) or gaussian_actor(OBSERVATION, ACTION, **sizes),
+            kwargs.pop("qvalue_network", None) or critic(OBSERVATION, ACTION, **sizes),
+            **kwargs,
+        )
+    if updater:
+        SoftUpdate(loss, tau=0.005)
+    return loss
+
+
+def total(outputs: TensorDict | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The sum of the three losses."""
+    if isinstance(outputs, tuple):
+        return outputs[0] + outputs[1] + outputs[2]
+    return outputs["loss_actor"] + outputs["loss_qvalue"] + outputs["loss_value"]
+
+
+def gradients(loss: torch.nn.Module, outputs: Any, reduce: Callable[[Any], torch.Tensor] = total) -> dict[str, torch.Tensor]:
+    """The gradient of the summed losses by parameter name; zeros where none came."""
+    named = dict(loss.named_parameters())
+    grads = torch.autograd.grad(reduce(outputs), list(named.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(parameter) if grad is None else grad
+        for (name, parameter), grad in zip(named.items(), grads, strict=True)
+    }
