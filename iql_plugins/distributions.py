@@ -5,15 +5,20 @@ reads tensors on the host; they compute densities in float32 at least; and ``det
 is the action that an evaluation takes.
 """
 
+import math
+from typing import ClassVar
+
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions import Categorical as _Categorical
-from torch.distributions import Distribution, Independent, Normal, constraints
+from torch.distributions import Distribution, constraints
+from torch.types import _size
 
 __all__ = ["Categorical", "TanhMeanNormal", "TanhNormal"]
 
 # The authors clip the dataset's actions to +-(1 - 1e-5): atanh(1) is infinite.
 BOUNDARY = 1e-5
+_HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -25,12 +30,12 @@ class _BoxDistribution(Distribution):
     """A distribution over ``[*B, act]`` actions, written in coordinates where the bounds are -1 and 1."""
 
     has_rsample = True
+    arg_constraints: ClassVar = {"loc": constraints.real_vector, "scale": constraints.positive}
+    support = constraints.real_vector
     loc: Tensor
     scale: Tensor
 
-    def __init__(
-        self, loc: Tensor, scale: Tensor, low: Tensor | float = -1.0, high: Tensor | float = 1.0
-    ) -> None:
+    def __init__(self, loc: Tensor, scale: Tensor, low: Tensor | float = -1.0, high: Tensor | float = 1.0) -> None:
         self.loc, self.scale = torch.broadcast_tensors(at_least_float32(loc), at_least_float32(scale))
         self._center = (high + low) / 2
         self._half_range = (high - low) / 2
@@ -51,6 +56,13 @@ class _BoxDistribution(Distribution):
 
     def _unit(self, action: Tensor) -> Tensor:
         return (at_least_float32(action) - self._center) / self._half_range
+
+    def _normal_log_prob(self, x: Tensor, mean: Tensor) -> Tensor:
+        return (-0.5 * ((x - mean) / self.scale).square() - self.scale.log() - _HALF_LOG_2_PI).sum(-1)
+
+    def _noise(self, sample_shape: _size) -> Tensor:
+        shape = self._extended_shape(sample_shape)
+        return self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
     def _log_half_range(self) -> Tensor:
         half_range = torch.as_tensor(self._half_range, dtype=self.loc.dtype, device=self.loc.device)
@@ -75,32 +87,26 @@ class TanhMeanNormal(_BoxDistribution):
         high: ``[act]`` or scalar upper bound.
     """
 
-    arg_constraints = {"loc": constraints.real_vector, "scale": constraints.positive}
-    support = constraints.real_vector
-
     @property
     def mean(self) -> Tensor:
         """``[*B, act]``."""
         return self.deterministic_sample
 
-    def _base(self) -> Independent:
-        return Independent(Normal(self.loc.tanh(), self.scale, validate_args=False), 1, validate_args=False)
-
     def log_prob(self, value: Tensor) -> Tensor:
         """``[*B]`` log-density (nats) of ``[*B, act]`` actions; finite for any finite action."""
-        return self._base().log_prob(self._unit(value)) - self._log_half_range()
+        return self._normal_log_prob(self._unit(value), self.loc.tanh()) - self._log_half_range()
 
-    def rsample(self, sample_shape: Size = Size()) -> Tensor:
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """``[*sample_shape, *B, act]`` reparametrised samples, not clipped to the bounds."""
-        return self._scaled(self._base().rsample(sample_shape))
+        return self._scaled(self.loc.tanh() + self._noise(sample_shape))
 
     def entropy(self) -> Tensor:
         """``[*B]`` differential entropy in nats."""
-        return self._base().entropy() + self._log_half_range()
+        return (0.5 + _HALF_LOG_2_PI + self.scale.log()).sum(-1) + self._log_half_range()
 
 
 class TanhNormal(_BoxDistribution):
-    r"""A Gaussian squashed into the bounds: :math:`a = \tanh(x)`, :math:`x \sim \mathcal{N}(\text{loc}, \text{scale}^2)`.
+    r"""A Gaussian squashed into the bounds, :math:`\tanh(x)` of :math:`x \sim \mathcal{N}(\text{loc}, \text{scale}^2)`.
 
     Actions at, or outside, the bounds are clipped to 1 - 1e-5 of the range before their density is
     taken, as the authors clip their datasets; torch's own ``TanhTransform`` gives NaN there.
@@ -118,21 +124,15 @@ class TanhNormal(_BoxDistribution):
         high: ``[act]`` or scalar upper bound.
     """
 
-    arg_constraints = {"loc": constraints.real_vector, "scale": constraints.positive}
-    support = constraints.real_vector
-
-    def _base(self) -> Independent:
-        return Independent(Normal(self.loc, self.scale, validate_args=False), 1, validate_args=False)
-
     def log_prob(self, value: Tensor) -> Tensor:
         """``[*B]`` log-density (nats) of ``[*B, act]`` actions; finite for any finite action."""
         unit = self._unit(value).clamp(-1.0 + BOUNDARY, 1.0 - BOUNDARY)
         log_slope = torch.log1p(-unit.square()).sum(-1)
-        return self._base().log_prob(unit.atanh()) - log_slope - self._log_half_range()
+        return self._normal_log_prob(unit.atanh(), self.loc) - log_slope - self._log_half_range()
 
-    def rsample(self, sample_shape: Size = Size()) -> Tensor:
+    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
         """``[*sample_shape, *B, act]`` reparametrised samples inside the bounds."""
-        return self._scaled(self._base().rsample(sample_shape).tanh())
+        return self._scaled((self.loc + self._noise(sample_shape)).tanh())
 
 
 class Categorical(_Categorical):
@@ -169,4 +169,5 @@ class Categorical(_Categorical):
                 f"action must have shape {tuple(self.batch_shape)} or {(*self.batch_shape, 1)}, "
                 f"got {tuple(value.shape)}"
             )
-        return super().log_prob(value)  # type: ignore[no-any-return]
+        log_prob: Tensor = super().log_prob(value)  # type: ignore[no-untyped-call]
+        return log_prob

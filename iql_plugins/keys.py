@@ -1,4 +1,4 @@
-"""The key layout: one documented table of names, and the reading and checking of a batch by it.
+"""The key layout: one documented table of names.
 
 ========================== ============================= =====================================
 key                        shape, dtype                  meaning
@@ -23,15 +23,11 @@ key                        shape, dtype                  meaning
 keyword arguments the keys are flattened with an underscore: ``next_reward``.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 
-import torch
 from tensordict.utils import NestedKey, unravel_key
-from torch import Size, Tensor
 
-__all__ = ["AcceptedKeys", "Batch", "flat_name", "next_key"]
+__all__ = ["AcceptedKeys", "flat_name", "next_key"]
 
 STEPS_TO_NEXT_OBS = "steps_to_next_obs"
 DISCOUNT: NestedKey = ("next", "discount")
@@ -103,84 +99,3 @@ def flat_name(key: NestedKey) -> str:
 def shown(key: NestedKey) -> str:
     """A key as an error message shows it."""
     return repr(key)
-
-
-@dataclass
-class Batch:
-    """The tensors that a loss reads, checked, with what was found out about their common shape.
-
-    Attributes:
-        tensors: by key; the optional ones are absent when the caller gave none.
-        shape: ``*B``, or a prefix of it.
-        mask: ``[*shape]`` bool, True where an entry counts; None when all do.
-        time_dim: index of the dimension named ``"time"``, None without one.
-    """
-
-    tensors: dict[NestedKey, Tensor]
-    shape: Size
-    mask: Tensor | None = None
-    time_dim: int | None = None
-
-    def select(self, keys: Iterable[NestedKey], source: Callable[[NestedKey], NestedKey] = lambda key: key) -> dict:  # type: ignore[type-arg]
-        """The tensors of ``keys``, each read from ``source(key)``."""
-        return {key: self.tensors[source(key)] for key in keys}
-
-
-def keyword_tensors(tensors: dict[str, Tensor], keys: Iterable[NestedKey]) -> dict[NestedKey, Tensor]:
-    """Keyword tensors by key.
-
-    Raises:
-        TypeError: for a name that no key has; names the closest.
-    """
-    names = {flat_name(key): key for key in keys}
-    unknown = [name for name in tensors if name not in names]
-    if unknown:
-        close = get_close_matches(unknown[0], names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise TypeError(f"unexpected tensor {unknown[0]!r}{hint} Accepted are {', '.join(sorted(names))}")
-    return {names[name]: tensor for name, tensor in tensors.items()}
-
-
-def to_batch_shape(tensor: Tensor, shape: Size, key: NestedKey) -> Tensor:
-    """``tensor`` as ``[*B]``, from ``[*B]`` or ``[*B, 1]``.
-
-    Raises:
-        ValueError: for any other shape.
-    """
-    if tensor.shape == shape:
-        return tensor
-    if tensor.shape == (*shape, 1):
-        return tensor.squeeze(-1)
-    raise ValueError(
-        f"{shown(key)} must have shape {(*shape, 1)} or {tuple(shape)}, the batch shape that the value "
-        f"network's output implies, got {tuple(tensor.shape)}"
-    )
-
-
-def mask_rows(tensor: Tensor, mask: Tensor) -> Tensor:
-    """``tensor`` with each masked entry replaced by the first valid one (zeros where none is).
-
-    A masked entry may hold anything, NaN included, which no zero gradient stops: 0 * NaN is NaN. A real
-    sample in its place is safe for every network, distribution and index.
-
-    Args:
-        tensor: ``[*shape, ...]``.
-        mask: ``[*shape]`` bool, True where an entry is valid.
-    """
-    event = tensor.shape[mask.ndim :]
-    rows = tensor.reshape(-1, *event)
-    flat_mask = mask.reshape(-1)
-    valid = rows.index_select(0, flat_mask.to(torch.uint8).argmax().reshape(1))[0]
-    valid = torch.where(flat_mask.any(), valid, torch.zeros_like(valid))
-    return torch.where(mask.reshape(*mask.shape, *[1] * len(event)), tensor, valid)
-
-
-def check_finite(key: NestedKey, tensor: Tensor) -> None:
-    """Raises ``ValueError`` with the first row of ``tensor`` that is not finite. Reads it on the host."""
-    if tensor.is_floating_point() and not tensor.is_meta:
-        bad = (~tensor.isfinite()).nonzero()
-        if len(bad):
-            index = tuple(bad[0].tolist())
-            raise ValueError(
-                f"{shown(key)} is not finite in row {index[0] if index else 0}: {tensor[index].item()} at index {index}"
-            )

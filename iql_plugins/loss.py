@@ -1,34 +1,21 @@
 r"""The losses of Implicit Q-Learning over networks, for continuous and for discrete actions."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor, nn
 from torch.func import functional_call
 
 from iql_plugins import functional, parameters
+from iql_plugins.batch import Batch, BatchReader, dtype_kind, keyword_tensors, to_batch_shape
 from iql_plugins.distributions import at_least_float32
 from iql_plugins.functional import LossFunction, Reduction
-from iql_plugins.keys import (
-    AUTO_MASK_KEYS,
-    DISCOUNT,
-    STEPS_TO_NEXT_OBS,
-    AcceptedKeys,
-    Batch,
-    check_finite,
-    is_key,
-    keyword_tensors,
-    mask_rows,
-    next_key,
-    shown,
-    to_batch_shape,
-)
-from iql_plugins.networks import default_value_function
+from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, is_key, next_key, shown
+from iql_plugins.ownership import NETWORKS, NetworkOwner
 from iql_plugins.value_estimators import (
     ValueEstimator,
     ValueEstimators,
@@ -40,15 +27,14 @@ from iql_plugins.value_estimators import (
 __all__ = ["DiscreteIQLLoss", "IQLLoss"]
 
 ScalarOutputMode = Literal["exclude", "non_tensor"]
-_NETWORKS = ("actor_network", "value_network", "qvalue_network")
 _ESTIMATOR = "_value_estimator"
 _NO_UPDATER = (
-    "The loss has target critics, but no SoftUpdate or HardUpdate was made for it. If you update "
-    "target_qvalue_network_params yourself, ignore this warning; if not, the critics learn from targets that never move."
+    "The loss has target critics, but no SoftUpdate or HardUpdate was made for it: unless you update "
+    "target_qvalue_network_params yourself, the critics learn from targets that never move."
 )
 
 
-class IQLLoss(TensorDictModuleBase):
+class IQLLoss(NetworkOwner):
     r"""The losses of IQL for continuous actions, with the contract of ``torchrl.objectives.IQLLoss``.
 
     .. math::
@@ -166,15 +152,7 @@ class IQLLoss(TensorDictModuleBase):
         functional.check_choice("reduction", reduction, Reduction)
         if scalar_output_mode is not None:
             functional.check_choice("scalar_output_mode", scalar_output_mode, ScalarOutputMode)
-        critics = _critics(qvalue_network, num_qvalue_nets)
-        _check_network("actor_network", actor_network, "get_dist")
-        for critic in critics:
-            _check_network("qvalue_network", critic)
-        if value_network is None:
-            value_network = default_value_function(actor_network)
-        _check_network("value_network", value_network)
-
-        super().__init__()
+        super().__init__(actor_network, qvalue_network, value_network, num_qvalue_nets, separate_losses)
         self.temperature = temperature
         self.expectile = expectile
         self.max_weight = max_weight
@@ -182,226 +160,12 @@ class IQLLoss(TensorDictModuleBase):
         self.reduction = reduction
         self.deactivate_vmap = deactivate_vmap
         self.scalar_output_mode = scalar_output_mode
-        self.separate_losses = separate_losses
         self.check_finite = check_finite
-        self.num_qvalue_nets = num_qvalue_nets
         self._tensor_keys = AcceptedKeys()
         self._loss_mask_key: NestedKey | None = "auto"
         self._selected_out_keys: list[str] | None = None
-        self._has_update_associated = dict.fromkeys(_NETWORKS, True) | {"qvalue_network": False}
-
-        self._critic_count = None if num_qvalue_nets == 1 else num_qvalue_nets
-        trunk = parameters.shared_names(critics[0], actor_network, value_network) if separate_losses else frozenset()
-        if len(critics) == 1 and self._critic_count is not None:
-            originals = parameters.leaves(critics[0])
-            critics = parameters.duplicates(critics[0], num_qvalue_nets)
-            for duplicate in critics:
-                for name in trunk:
-                    parameters._set_leaf(duplicate, name, originals[name])
-        critic, tied = (critics[0], frozenset[str]()) if self._critic_count is None else parameters.stack(critics)
-        self._tied = tied
-        # Names of parameters that another network trains.
-        self._untrained = dict.fromkeys(_NETWORKS, frozenset[str]())
-        if separate_losses:
-            self._untrained["value_network"] = parameters.shared_names(value_network, actor_network)
-            self._untrained["qvalue_network"] = parameters.shared_names(critic, actor_network, value_network)
-        # Registered under TorchRL's names, which are those of its state_dict; the properties of
-        # these names show the same tensors as TensorDicts.
-        self._modules["actor_network_params"] = actor_network
-        self._modules["value_network_params"] = value_network
-        self._modules["qvalue_network_params"] = critic
-        self._modules["target_qvalue_network_params"] = parameters.frozen(critic, self._critic_count, tied)
-        # TorchRL's state_dict has the estimator's entries once one was made, ours likewise.
-        self._estimator_in_state = False
         self.value_type = self.default_value_estimator
         self._register_estimator(self._new_estimator(self.value_type))
-
-    # Networks and parameters
-
-    @property
-    def actor_network(self) -> nn.Module:
-        """The policy, trained in place."""
-        return self._network("actor_network")
-
-    @property
-    def value_network(self) -> nn.Module:
-        """V, trained in place."""
-        return self._network("value_network")
-
-    @property
-    def qvalue_network(self) -> nn.Module:
-        """The critics; with more than one, a module with stacked parameters that only a vmap can call."""
-        return self._network("qvalue_network")
-
-    def _network(self, name: str) -> nn.Module:
-        module = self._modules[f"{name}_params"]
-        assert module is not None
-        return module
-
-    def _params(self, name: str) -> parameters.NetworkParams:
-        module = self._network(name)
-        if name == "qvalue_network":
-            tensors = parameters.full_leaves(module, self._critic_count, self._tied)
-        else:
-            tensors = parameters.leaves(module)
-        untrained = self._untrained.get(name, frozenset())
-        tensors = {key: t.detach() if key in untrained else t for key, t in tensors.items()}
-        batch_size = [] if self._critic_count is None or "qvalue" not in name else [self._critic_count]
-        return parameters.NetworkParams(module, tensors, batch_size, untrained)
-
-    @property
-    def actor_network_params(self) -> TensorDictParams:
-        """The policy's parameters, a view."""
-        return self._params("actor_network")
-
-    @property
-    def value_network_params(self) -> TensorDictParams:
-        """V's parameters, a view."""
-        return self._params("value_network")
-
-    @property
-    def qvalue_network_params(self) -> TensorDictParams:
-        """The critics' parameters, a view of batch size ``[N]`` (``[]`` for one critic)."""
-        return self._params("qvalue_network")
-
-    @property
-    def target_actor_network_params(self) -> TensorDictBase:
-        """The policy's parameters, detached: the policy has no target of its own."""
-        return self.actor_network_params.data  # type: ignore[no-any-return]
-
-    @property
-    def target_value_network_params(self) -> TensorDictBase:
-        """V's parameters, detached: V has no target of its own."""
-        return self.value_network_params.data  # type: ignore[no-any-return]
-
-    @property
-    def target_qvalue_network_params(self) -> TensorDictParams:
-        """The target critics' tensors, a view of batch size ``[N]`` (``[]`` for one critic)."""
-        return self._params("target_qvalue_network")
-
-    def get_stateful_net(self, network_name: str, copy: bool | None = None) -> nn.Module:
-        """A network that holds the loss's own tensors, to initialise them, say.
-
-        Args:
-            network_name: ``"actor_network"``, ``"value_network"``, ``"qvalue_network"`` or ``"target_qvalue_network"``.
-            copy: whether the module is a copy (the default) or the loss's own; the tensors always are the loss's.
-
-        Raises:
-            ValueError: for another name.
-        """
-        module = self._named_network(network_name)
-        return module if copy is False else parameters.stateful_copy(module)
-
-    def from_stateful_net(self, network_name: str, stateful_net: nn.Module) -> None:
-        """Copies the values of a network (with stacked parameters for several critics) into the loss.
-
-        Args:
-            network_name: see :meth:`get_stateful_net`.
-            stateful_net: a network with the same names and shapes.
-
-        Raises:
-            ValueError: for another name.
-            RuntimeError: if names or shapes differ; nothing has changed then.
-        """
-        own = parameters.leaves(self._named_network(network_name))
-        theirs = parameters.leaves(stateful_net)
-        _raise_differences(f"stateful_net does not fit {network_name}", own, theirs)
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(theirs[name])
-
-    def _named_network(self, name: str) -> nn.Module:
-        known = (*_NETWORKS, "target_qvalue_network")
-        if name not in known:
-            raise ValueError(f"network_name must be one of {', '.join(known)}, got {name!r}")
-        return self._network(name)
-
-    @torch.no_grad()
-    def reset_parameters_recursive(self) -> None:
-        """Initialises all networks anew by their ``reset_parameters`` and copies the critics into their targets."""
-        parameters.reset_parameters(self.actor_network)
-        parameters.reset_parameters(self.value_network)
-        if self._critic_count is None:
-            parameters.reset_parameters(self.qvalue_network)
-        else:
-            parameters.reset_critics(self.qvalue_network, self._critic_count, self._tied)
-        self.copy_to_targets()
-
-    def target_pairs(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-        """Pairs of a target critic's tensor and its source: those of parameters, and those of buffers."""
-        sources = parameters.leaves(self.qvalue_network)
-        shown_sources = parameters.full_leaves(self.qvalue_network, self._critic_count, self._tied)
-        pairs: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
-        seen: set[int] = set()
-        for name, target in parameters.leaves(self._network("target_qvalue_network")).items():
-            if id(target) not in seen:
-                seen.add(id(target))
-                is_parameter = isinstance(sources[name], nn.Parameter)
-                pairs[0 if is_parameter else 1].append((target, shown_sources[name].detach()))
-        return pairs
-
-    @torch.no_grad()
-    def copy_to_targets(self) -> None:
-        """Copies the critics into their targets."""
-        for target, source in (pair for pairs in self.target_pairs() for pair in pairs):
-            target.copy_(source)
-
-    def target_updater_attached(self) -> None:
-        """Notes that something updates the target critics, so that calls do not warn."""
-        self._has_update_associated["qvalue_network"] = True
-
-    # Saving and loading
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As TorchRL's: stacked critics under one name each, with the estimator's entries once one was made or used."""
-        prefix: str = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        state = super().state_dict(*args, **kwargs)
-        for name in self._tied:
-            key = f"{prefix}qvalue_network_params.{name}"
-            if key in state:
-                state[key] = state[key].expand(self._critic_count, *state[key].shape).contiguous()
-        if not self._estimator_in_state:
-            for name in self.value_estimator_state():
-                state.pop(f"{prefix}{name}", None)
-        return state
-
-    def value_estimator_state(self) -> dict[str, Tensor]:
-        """The value estimator's entries of ``state_dict``, whether or not it has them now."""
-        return {f"{_ESTIMATOR}.{name}": buffer for name, buffer in self._estimator.named_buffers()}
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any
-    ) -> None:
-        # Called before any child loads: all is checked here, so that a failed load changes nothing.
-        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        own = {key: value for key, value in super().state_dict(keep_vars=True).items()}
-        estimator = self.value_estimator_state()
-        estimator_given = [key for key in given if key.startswith(_ESTIMATOR)]
-        if not estimator_given:
-            given |= estimator
-        hidden = {
-            f"{name}.{key}" for name, module in self._modules.items() if module for key, _ in module.named_buffers()
-        } - own.keys()
-        given = {key: self._unstacked(key, value, own) for key, value in given.items() if key not in hidden}
-        _raise_differences("the state dict does not fit this loss", own, given, strict)
-        if estimator_given:
-            self._estimator_in_state = True
-        for key in [key for key in state_dict if key.startswith(prefix)]:
-            del state_dict[key]
-        state_dict.update({f"{prefix}{key}": value for key, value in given.items()})
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *args)
-
-    def _unstacked(self, key: str, value: Any, own: Mapping[str, Any]) -> Any:
-        """A saved leaf in the shape this loss keeps it: tied ones once, a single critic without its dimension."""
-        if key not in own or not isinstance(value, Tensor) or not isinstance(own[key], Tensor):
-            return value
-        network, _, name = key.partition(".")
-        if network == "qvalue_network_params" and name in self._tied and value.ndim > own[key].ndim:
-            if not (value == value[:1]).all():
-                raise RuntimeError(f"the critics of this loss share {key!r}, those of the state dict differ in it")
-            return value[0]
-        single = self._critic_count is None and "qvalue_network_params" in network
-        return value[0] if single and value.shape == (1, *own[key].shape) else value
 
     # Keys
 
@@ -442,18 +206,20 @@ class IQLLoss(TensorDictModuleBase):
         self._loss_mask_key = key if key is None or key == "auto" else unravel_key(key)
 
     @property
-    def _mask_keys(self) -> tuple[NestedKey, ...]:
-        if self._loss_mask_key is None:
-            return ()
-        return AUTO_MASK_KEYS if self._loss_mask_key == "auto" else (self._loss_mask_key,)
+    def _reader(self) -> BatchReader:
+        parameter = next(self.parameters(), None)
+        return BatchReader(
+            self._tensor_keys,
+            self._loss_mask_key,
+            weighted=self.use_prioritized_weights is not False,
+            device=None if parameter is None else parameter.device,
+            finite=self.check_finite,
+        )
 
     @property
-    def _flag_keys(self) -> tuple[NestedKey, NestedKey]:
-        return next_key(self._tensor_keys.done), next_key(self._tensor_keys.terminated)
-
-    @property
-    def _reward_key(self) -> NestedKey:
-        return next_key(self._tensor_keys.reward)
+    def _outcome_keys(self) -> list[NestedKey]:
+        keys = self._tensor_keys
+        return [next_key(keys.reward), next_key(keys.done), next_key(keys.terminated)]
 
     @property
     def _next_value_keys(self) -> list[NestedKey]:
@@ -467,15 +233,10 @@ class IQLLoss(TensorDictModuleBase):
             *_in_keys(self.qvalue_network),
             *_in_keys(self.value_network),
             self._tensor_keys.action,
-            self._reward_key,
-            *self._flag_keys,
+            *self._outcome_keys,
             *self._next_value_keys,
         ]
         return list(dict.fromkeys(required))
-
-    @property
-    def _optional_keys(self) -> list[NestedKey]:
-        return [STEPS_TO_NEXT_OBS, DISCOUNT, self._tensor_keys.priority_weight, *self._mask_keys]
 
     @property
     def out_keys(self) -> list[str]:
@@ -489,7 +250,7 @@ class IQLLoss(TensorDictModuleBase):
         with_entropy = self.reduction != "none" or self.scalar_output_mode == "non_tensor"
         return [*losses, "entropy"] if with_entropy else losses
 
-    def select_out_keys(self, *out_keys: str) -> "IQLLoss":  # type: ignore[override]
+    def select_out_keys(self, *out_keys: str) -> "IQLLoss":
         """Narrows what a call returns, in the order given.
 
         Raises:
@@ -576,13 +337,14 @@ class IQLLoss(TensorDictModuleBase):
             RuntimeError: if a network fails on the batch, or the TensorDict is locked.
         """
         if not self._has_update_associated["qvalue_network"] and not torch.compiler.is_compiling():
-            warnings.warn(_NO_UPDATER, UserWarning, stacklevel=3)
+            # Past the two frames of torch.nn.Module's call.
+            warnings.warn(_NO_UPDATER, UserWarning, stacklevel=4)
         source = self._source(tensordict, tensors)
-        batch = self._read(source, self.in_keys)
+        batch = self._reader.read(source, self.in_keys)
         value = self._value(batch)
-        log_prob = self._log_prob(batch, value.shape)
         target_q = self._target_q(batch, value.shape)
         q = self._q(batch, value.shape)
+        log_prob = self._log_prob(batch, value.shape)
         losses = functional.losses_from_target(
             q,
             target_q,
@@ -616,11 +378,11 @@ class IQLLoss(TensorDictModuleBase):
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_actor`` alone, and no metadata. Writes the log-probability into the input."""
         keys = [*_in_keys(self.actor_network), *_in_keys(self.qvalue_network), *_in_keys(self.value_network)]
-        batch = self._read(self._source(tensordict, {}), [*keys, self._tensor_keys.action])
+        batch = self._reader.read(self._source(tensordict, {}), [*keys, self._tensor_keys.action])
         with torch.no_grad():
             value = self._value(batch)
-        log_prob = self._log_prob(batch, value.shape)
         advantage = functional.advantage(self._target_q(batch, value.shape), value)
+        log_prob = self._log_prob(batch, value.shape)
         weight = functional.advantage_weight(advantage, self.temperature, self.max_weight)
         tensordict.set(self._tensor_keys.log_prob, log_prob.detach())
         return self._reduced(functional.weighted_log_likelihood(log_prob, weight), batch), {}
@@ -628,16 +390,15 @@ class IQLLoss(TensorDictModuleBase):
     def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_value`` alone, and no metadata."""
         keys = [*_in_keys(self.qvalue_network), *_in_keys(self.value_network), self._tensor_keys.action]
-        batch = self._read(self._source(tensordict, {}), keys)
+        batch = self._reader.read(self._source(tensordict, {}), keys)
         value = self._value(batch)
         advantage = functional.advantage(self._target_q(batch, value.shape), value)
         return self._reduced(functional.expectile_loss(advantage, self.expectile), batch), {}
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
-        """``loss_qvalue`` alone, with the squared errors of each critic as ``"td_error"``, ``[N, *B]``, in the metadata."""
-        flags = [self._reward_key, *self._flag_keys]
-        keys = [*_in_keys(self.qvalue_network), self._tensor_keys.action, *self._next_value_keys, *flags]
-        batch = self._read(self._source(tensordict, {}), keys)
+        """``loss_qvalue`` alone, and as metadata ``"td_error"``: each critic's squared errors, ``[N, *B]``."""
+        keys = [*_in_keys(self.qvalue_network), self._tensor_keys.action, *self._next_value_keys, *self._outcome_keys]
+        batch = self._reader.read(self._source(tensordict, {}), keys)
         target = self._target(batch, None)
         q = self._q(batch, target.shape)
         loss = functional.qvalue_loss(q, target, self.loss_function)
@@ -654,7 +415,7 @@ class IQLLoss(TensorDictModuleBase):
     def _log_prob(self, batch: Batch, shape: Size) -> Tensor:
         """``[*B]`` log-probability of the dataset's action."""
         inputs = batch.select(_in_keys(self.actor_network))
-        with _explained("actor_network", self.actor_network, inputs):
+        with _Explained("actor_network", self.actor_network, inputs):
             distribution = self.actor_network.get_dist(TensorDict(inputs, batch_size=batch.shape))  # type: ignore[operator]
         log_prob = distribution.log_prob(self._policy_action(batch, distribution, shape))
         if not isinstance(log_prob, Tensor) or log_prob.shape != shape:
@@ -668,18 +429,20 @@ class IQLLoss(TensorDictModuleBase):
 
     def _value(self, batch: Batch) -> Tensor:
         """``[*B]`` V(s)."""
-        return self._value_of(batch.select(_in_keys(self.value_network)), batch)
+        return self._value_of(_in_keys(self.value_network), batch)
 
     @torch.no_grad()
     def _next_value(self, batch: Batch) -> Tensor:
         """``[*B]`` V(s'), without gradient."""
-        return self._value_of(batch.select(_in_keys(self.value_network), next_key), batch)
+        return self._value_of(self._next_value_keys, batch)
 
-    def _value_of(self, inputs: dict[NestedKey, Tensor], batch: Batch) -> Tensor:
+    def _value_of(self, keys: Sequence[NestedKey], batch: Batch) -> Tensor:
+        """``[*B]`` V of the observations under ``keys``, given in the order of the network's own."""
         network, key = self.value_network, self._tensor_keys.value
-        tensordict = TensorDict(inputs, batch_size=batch.shape)
+        inputs = batch.select(keys)
+        tensordict = TensorDict(dict(zip(_in_keys(network), inputs.values(), strict=True)), batch_size=batch.shape)
         untrained = self._untrained["value_network"]
-        with _explained("value_network", network, inputs):
+        with _Explained("value_network", network, inputs):
             if untrained:
                 tensors = parameters.leaves(network)
                 detached = {name: tensors[name].detach() for name in untrained}
@@ -716,7 +479,7 @@ class IQLLoss(TensorDictModuleBase):
             output = functional_call(network, tensors, (tensordict,), tie_weights=False)
             return _written("state_action_value", key, network, output)
 
-        with _explained("qvalue_network", network, inputs):
+        with _Explained("qvalue_network", network, inputs):
             if self._critic_count is None and not untrained:
                 values = call(None).unsqueeze(0)
             else:
@@ -741,8 +504,8 @@ class IQLLoss(TensorDictModuleBase):
         """``[*B]`` target of Q, without gradient."""
         next_value = self._next_value(batch)
         shape = next_value.shape if shape is None else shape
-        reward = at_least_float32(to_batch_shape(batch.tensors[self._reward_key], shape, self._reward_key))
-        done, terminated = (to_batch_shape(batch.tensors[key], shape, key) for key in self._flag_keys)
+        reward, done, terminated = (to_batch_shape(batch.tensors[key], shape, key) for key in self._outcome_keys)
+        reward = at_least_float32(reward)
         discount = self._discount(batch, shape, reward.dtype)
         time_dim = time_dimension(self._estimator, batch, shape) if self._estimator.needs_trajectories else -1
         mask = self._mask(batch, shape)
@@ -769,7 +532,7 @@ class IQLLoss(TensorDictModuleBase):
         return batch.mask.reshape(*batch.mask.shape, *[1] * (len(shape) - batch.mask.ndim)).expand(shape)
 
     def _policy_action(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
-        """The dataset's action as the policy's distribution takes it."""
+        """The dataset's action as the policy's distribution takes it; called after the critics."""
         key = self._tensor_keys.action
         action = batch.tensors[key]
         if isinstance(distribution, torch.distributions.Distribution):
@@ -790,15 +553,13 @@ class IQLLoss(TensorDictModuleBase):
             )
         return values.squeeze(-1)
 
-    # Reading a batch
-
     def _source(
         self, tensordict: TensorDictBase | None, tensors: dict[str, Tensor]
     ) -> TensorDictBase | dict[NestedKey, Tensor]:
         if tensordict is None:
             # A next key of any network may be given, as TorchRL asks for the actor's.
-            also = [next_key(key) for network in _NETWORKS for key in _in_keys(self._network(network))]
-            return keyword_tensors(tensors, [*self.in_keys, *self._optional_keys, *also])
+            also = [next_key(key) for network in NETWORKS for key in _in_keys(self._network(network))]
+            return keyword_tensors(tensors, [*self.in_keys, *self._reader.optional, *also])
         if not isinstance(tensordict, TensorDictBase):
             raise TypeError(
                 f"the batch must be a TensorDict, or keyword tensors such as observation=..., got "
@@ -812,87 +573,6 @@ class IQLLoss(TensorDictModuleBase):
                 "input, which is locked: unlock_() it, or pass a copy()"
             )
         return tensordict
-
-    def _read(self, source: TensorDictBase | dict[NestedKey, Tensor], required: Iterable[NestedKey]) -> Batch:
-        required = list(dict.fromkeys(required))
-        tensors: dict[NestedKey, Tensor] = {}
-        for key in (*required, *self._optional_keys):
-            tensor = source.get(key, None)
-            if tensor is not None:
-                tensors[key] = tensor
-        missing = [key for key in required if key not in tensors]
-        if self._loss_mask_key not in (None, "auto", *tensors):
-            missing.append(self._loss_mask_key)  # type: ignore[arg-type]
-        if missing:
-            raise KeyError(
-                f"the batch has no {', '.join(map(shown, missing))}; it has {', '.join(map(shown, tensors)) or 'none'} "
-                f"of the keys that the loss reads{self._hint(missing)}"
-            )
-        if self.use_prioritized_weights is False:
-            tensors.pop(self._tensor_keys.priority_weight, None)
-        is_tensordict = isinstance(source, TensorDictBase)
-        shape = self._batch_shape(source.batch_size if is_tensordict else Size(), tensors)  # type: ignore[union-attr]
-        self._check_tensors(tensors, shape)
-        names = source.names if isinstance(source, TensorDictBase) and self._estimator.needs_trajectories else []
-        batch = Batch(tensors, shape, time_dim=names.index("time") if "time" in names else None)
-        masks = [_expand_mask(tensors[key], shape, key) for key in self._mask_keys if key in tensors]
-        if masks:
-            mask = masks[0]
-            for other in masks[1:]:
-                mask = mask & other
-            batch.mask = mask
-            batch.tensors = {
-                key: tensor if key in self._mask_keys else mask_rows(tensor, mask) for key, tensor in tensors.items()
-            }
-        if self.check_finite:
-            if torch.compiler.is_compiling():
-                raise RuntimeError("check_finite=True reads the batch on the host and cannot be compiled: turn it off")
-            for key, tensor in batch.tensors.items():
-                check_finite(key, tensor)
-        return batch
-
-    def _hint(self, missing: Sequence[NestedKey]) -> str:
-        if self._flag_keys[1] in missing:
-            return (
-                f". {shown(self._flag_keys[1])} must say where an episode ended in a terminal state: it is never taken "
-                "from 'done', because a time limit would then stop the bootstrap"
-            )
-        return ". set_keys renames the loss's keys; a network's are its in_keys"
-
-    def _batch_shape(self, given: Size, tensors: Mapping[NestedKey, Tensor]) -> Size:
-        """``*B``, or a prefix of it where the reward's own shape leaves it open."""
-        reward = tensors.get(self._reward_key)
-        if reward is None or (len(given) and reward.shape == given):
-            return given
-        return reward.shape[:-1] if reward.shape[-1:] == (1,) else reward.shape
-
-    def _check_tensors(self, tensors: Mapping[NestedKey, Tensor], shape: Size) -> None:
-        dtypes: dict[NestedKey, str] = {
-            self._reward_key: "floating",
-            **dict.fromkeys(self._flag_keys, "bool"),
-            STEPS_TO_NEXT_OBS: "integer",
-            DISCOUNT: "floating",
-            self._tensor_keys.priority_weight: "floating",
-            **dict.fromkeys(self._mask_keys, "bool"),
-        }
-        parameter = next(self.parameters(), None)
-        for key, tensor in tensors.items():
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{shown(key)} must be a tensor, got {type(tensor).__name__}")
-            if tensor.numel() == 0:
-                raise ValueError(f"the batch is empty: {shown(key)} has shape {tuple(tensor.shape)}")
-            if parameter is not None and tensor.device != parameter.device:
-                raise ValueError(
-                    f"{shown(key)} must be on {parameter.device}, where the loss's parameters are, got {tensor.device}"
-                )
-            expected = dtypes.get(key)
-            if expected is not None and _kind(tensor) != expected:
-                raise TypeError(f"{shown(key)} must have a {expected} dtype, got {tensor.dtype}")
-            if key not in self._mask_keys and tensor.shape[: len(shape)] != shape:
-                raise ValueError(
-                    f"{shown(key)} must begin with the batch shape {tuple(shape)}, as {shown(self._reward_key)} does, "
-                    f"got {tuple(tensor.shape)}"
-                )
 
 
 class DiscreteIQLLoss(IQLLoss):
@@ -950,7 +630,8 @@ class DiscreteIQLLoss(IQLLoss):
         self.action_space = action_space
 
     def _policy_action(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
-        index = self._action_index(batch, shape)
+        index = batch.action_index
+        assert index is not None
         event_shape: Size = distribution.event_shape
         if not event_shape:
             return index
@@ -963,68 +644,40 @@ class DiscreteIQLLoss(IQLLoss):
                 f"qvalue_network must write {shown(self._tensor_keys.state_action_value)} of shape "
                 f"{(*shape, 'n')}, got {tuple(values.shape[1:])}"
             )
-        index = self._action_index(batch, shape, values.shape[-1])
-        return values.gather(-1, index.unsqueeze(-1).expand(values.shape[0], *shape, 1)).squeeze(-1)
+        if batch.action_index is None:
+            batch.action_index = self._action_index(batch, shape, values.shape[-1])
+        return values.gather(-1, batch.action_index.unsqueeze(-1).expand(values.shape[0], *shape, 1)).squeeze(-1)
 
-    def _action_index(self, batch: Batch, shape: Size, count: int | None = None) -> Tensor:
-        """``[*B]`` the dataset's actions as indices, checked against the number of actions where that is cheap."""
+    def _action_index(self, batch: Batch, shape: Size, count: int) -> Tensor:
+        """``[*B]`` the dataset's actions as indices below ``count``."""
         key = self._tensor_keys.action
         action = batch.tensors[key]
         if self.action_space == "categorical":
-            if _kind(action) != "integer":
+            if dtype_kind(action) != "integer":
                 raise TypeError(f"{shown(key)} must have an integer dtype, got {action.dtype}")
             index = to_batch_shape(action, shape, key).long()
-            valid = (index >= 0) & (index < count) if count is not None else None
-            expected = f"must be from 0 to {(count or 0) - 1}"
+            _check_values((index >= 0) & (index < count), action, f"{shown(key)} must be from 0 to {count - 1}")
         else:
-            if action.shape[:-1] != shape or (count is not None and action.shape[-1] != count):
+            if action.shape != (*shape, count):
                 raise ValueError(
-                    f"{shown(key)} must be one-hot of shape {(*shape, 'n' if count is None else count)}, got "
-                    f"{tuple(action.shape)}; for indices pass action_space='categorical'"
+                    f"{shown(key)} must be one-hot of shape {(*shape, count)}, got {tuple(action.shape)}; "
+                    "for indices pass action_space='categorical'"
                 )
             index = action.long().argmax(-1)
-            valid = ((action == 0) | (action == 1)).all(-1) & (action.long().sum(-1) == 1) if count is not None else None
-            expected = "must be one-hot"
-        if valid is not None:
-            _check_values(valid, action, key, expected)
+            binary = ((action == 0) | (action == 1)).all(-1)
+            _check_values(binary & (action.long().sum(-1) == 1), action, f"{shown(key)} must be one-hot")
         return index
 
 
-def _check_values(valid: Tensor, action: Tensor, key: NestedKey, expected: str) -> None:
+def _check_values(valid: Tensor, action: Tensor, expected: str) -> None:
     """Raises ``ValueError`` for an invalid action; on an accelerator, or compiled, asserts without a host sync."""
     if valid.is_meta:
         return
     if torch.compiler.is_compiling() or valid.device.type != "cpu":
-        torch._assert_async(valid.all(), f"{shown(key)} {expected}")
-    elif not torch._C._functorch.peek_interpreter_stack() and not valid.all():
+        torch._assert_async(valid.all(), expected)
+    elif torch._C._functorch.peek_interpreter_stack() is None and not valid.all():
         row = tuple(int(i) for i in (~valid).nonzero()[0])
-        raise ValueError(f"{shown(key)} {expected}, got {action[row].tolist()} in row {row[0] if row else 0}")
-
-
-def _critics(qvalue_network: nn.Module | Sequence[nn.Module], count: int) -> list[nn.Module]:
-    if count < 1:
-        raise ValueError(f"num_qvalue_nets must be >= 1, got {count}")
-    if isinstance(qvalue_network, nn.Module) and not isinstance(qvalue_network, nn.ModuleList):
-        return [qvalue_network]
-    critics = list(qvalue_network)
-    if len(critics) != count:
-        raise ValueError(
-            f"qvalue_network has {len(critics)} critics and num_qvalue_nets is {count}: pass num_qvalue_nets={len(critics)}"
-        )
-    return critics
-
-
-def _check_network(name: str, network: Any, method: str | None = None) -> None:
-    attributes = ["in_keys", "out_keys", *([method] if method else [])]
-    lacking = [attribute for attribute in attributes if not hasattr(network, attribute)]
-    if not isinstance(network, nn.Module) or lacking:
-        wanted = "a ProbabilisticTensorDictSequential (with get_dist)" if method else "a TensorDictModule"
-        raise TypeError(
-            f"{name} must be {wanted} of tensordict.nn, got {type(network).__name__}"
-            + (f" without {', '.join(lacking)}" if lacking else "")
-        )
-    if name == "qvalue_network" and any(nn.parameter.is_lazy(p) for p in network.parameters()):
-        raise ValueError("qvalue_network has uninitialised lazy parameters: call it once on a sample before")
+        raise ValueError(f"{expected}, got {action[row].tolist()} in row {row[0] if row else 0}")
 
 
 def _in_keys(network: nn.Module) -> list[NestedKey]:
@@ -1042,14 +695,14 @@ def _check_written(name: str, key: NestedKey, network: nn.Module) -> None:
 
 
 def _written(name: str, key: NestedKey, network: nn.Module, output: TensorDictBase) -> Tensor:
-    tensor = output.get(key, None)
+    tensor: Tensor | None = output.get(key, None)
     if tensor is None:
         _check_written(name, key, network)
         raise KeyError(f"{type(network).__name__} has {shown(key)} among its out_keys, but did not write it")
     return tensor
 
 
-class _explained:
+class _Explained:
     """Says which network failed on which tensors, when one fails. No part of a compiled graph."""
 
     def __init__(self, name: str, network: nn.Module, inputs: Mapping[NestedKey, Tensor]) -> None:
@@ -1059,48 +712,12 @@ class _explained:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, RuntimeError) and not torch.compiler.is_compiling():
+        # Subclasses (out of memory, say) keep their type for those who handle them.
+        if type(error) is RuntimeError and not torch.compiler.is_compiling():
             came = ", ".join(f"{shown(k)}: {tuple(t.shape)} {t.dtype}" for k, t in self._inputs.items())
             parameter = next(self._network.parameters(), None)
             dtype = "" if parameter is None else f"; its parameters are {parameter.dtype} on {parameter.device}"
             raise RuntimeError(f"{self._name} failed on {came}{dtype}: {error}") from error
-
-
-def _kind(tensor: Tensor) -> str:
-    if tensor.dtype == torch.bool:
-        return "bool"
-    return "floating" if tensor.is_floating_point() else "integer"
-
-
-def _expand_mask(mask: Tensor, shape: Size, key: NestedKey) -> Tensor:
-    """A mask as ``[*shape]``: trailing singletons dropped, missing trailing dimensions expanded."""
-    squeezed = mask
-    while squeezed.ndim > len(shape) and squeezed.shape[-1] == 1:
-        squeezed = squeezed.squeeze(-1)
-    if squeezed.ndim > len(shape) or squeezed.shape != shape[: squeezed.ndim]:
-        raise ValueError(f"{shown(key)} must have shape {(*shape, 1)} or {tuple(shape)}, got {tuple(mask.shape)}")
-    return squeezed.reshape(*squeezed.shape, *[1] * (len(shape) - squeezed.ndim)).expand(shape)
-
-
-def _raise_differences(
-    what: str, own: Mapping[str, Any], given: Mapping[str, Any], strict: bool = True
-) -> None:
-    """Raises ``RuntimeError`` that lists missing and unexpected names (if ``strict``) and differing shapes."""
-    problems = []
-    if strict and (missing := own.keys() - given.keys()):
-        problems.append(f"it has no {', '.join(sorted(missing))}")
-    if strict and (unexpected := given.keys() - own.keys()):
-        hint = ""
-        if any(key.startswith(_ESTIMATOR) for key in unexpected):
-            hint = " (saved with another value estimator: call make_value_estimator first)"
-        problems.append(f"it has unexpected {', '.join(sorted(unexpected))}{hint}")
-    for key in own.keys() & given.keys():
-        if isinstance(own[key], Tensor):
-            came = tuple(given[key].shape) if isinstance(given[key], Tensor) else type(given[key]).__name__
-            if came != tuple(own[key].shape):
-                problems.append(f"{key} must have shape {tuple(own[key].shape)}, got {came}")
-    if problems:
-        raise RuntimeError(f"{what}: {'; '.join(problems)}")
 
 
 def _action_space(action_space: Any) -> str:

@@ -6,6 +6,7 @@ it goes straight into :class:`~iql_plugins.IQLLoss`; a module of your own works 
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [in_features, *hidden_sizes]
         layers: list[nn.Module] = []
-        for size, next_size in zip(sizes, sizes[1:], strict=False):
+        for size, next_size in pairwise(sizes):
             layers += [OrthogonalLinear(size, next_size), nn.ReLU()]
             if dropout:
                 layers.append(nn.Dropout(dropout))
@@ -86,9 +87,7 @@ class GaussianHead(nn.Module):
         log_std_range: the log standard deviation is clipped to it; the paper's is [-5, 2].
     """
 
-    def __init__(
-        self, body: nn.Module, action_size: int, log_std_range: tuple[float, float] = LOG_STD_RANGE
-    ) -> None:
+    def __init__(self, body: nn.Module, action_size: int, log_std_range: tuple[float, float] = LOG_STD_RANGE) -> None:
         super().__init__()
         self.body = body
         self.log_std = nn.Parameter(torch.zeros(action_size))

@@ -28,15 +28,16 @@ def leaves(module: nn.Module) -> Tensors:
 
 
 def _set_leaf(module: nn.Module, name: str, value: Tensor) -> None:
-    """Puts a tensor in the place of a leaf, as a parameter if it is one and as a buffer if not."""
+    """Puts a tensor in the place of a leaf; a parameter can become a buffer, not the reverse."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
-    kept = owner._parameters.pop(leaf, None) is not None or leaf not in owner._non_persistent_buffers_set
-    owner._buffers.pop(leaf, None)
-    if isinstance(value, nn.Parameter):
-        owner.register_parameter(leaf, value)
+    if leaf not in owner._parameters:
+        owner._buffers[leaf] = value
+    elif isinstance(value, nn.Parameter):
+        owner._parameters[leaf] = value
     else:
-        owner.register_buffer(leaf, value, persistent=kept)
+        del owner._parameters[leaf]
+        owner.register_buffer(leaf, value)
 
 
 def _copy_structure(module: nn.Module) -> nn.Module:
@@ -55,17 +56,22 @@ def reset_parameters(module: nn.Module) -> None:
 def duplicates(module: nn.Module, count: int) -> list[nn.Module]:
     """``count`` copies of a critic, each initialised by its own ``reset_parameters``.
 
-    A parameter that no ``reset_parameters`` draws anew is drawn uniformly between the smallest and the
-    largest of its values, as TorchRL does: equal critics would stay equal.
+    A trainable parameter that belongs to a module without ``reset_parameters``, and that no module above
+    it drew anew, is drawn uniformly between the smallest and the largest of its values, as TorchRL does:
+    equal critics would stay equal.
     """
     copies = [copy.deepcopy(module) for _ in range(count)]
     for duplicate in copies:
         reset_parameters(duplicate)
-    for tensors in zip(*(duplicate.parameters() for duplicate in copies), strict=True):
-        if not tensors[0].is_meta and all(torch.equal(tensors[0], tensor) for tensor in tensors[1:]):
+    for name, first in copies[0].named_parameters():
+        owner = module.get_submodule(name.rpartition(".")[0])
+        tensors = [duplicate.get_parameter(name) for duplicate in copies]
+        if hasattr(owner, "reset_parameters") or not first.requires_grad or first.is_meta or not first.numel():
+            continue
+        if all(torch.equal(first, tensor) for tensor in tensors):
+            low, high = first.min().item(), first.max().item()
             for tensor in tensors:
-                if tensor.numel():
-                    tensor.uniform_(tensor.min().item(), tensor.max().item())
+                tensor.uniform_(low, high)
     return copies
 
 
@@ -125,7 +131,13 @@ def full_leaves(module: nn.Module, count: int | None, tied: frozenset[str]) -> T
 
 
 def call_critics(
-    call: Callable[[Tensors], Tensor], tensors: Tensors, count: int, tied: frozenset[str], *, vmap: bool, randomness: str
+    call: Callable[[Tensors], Tensor],
+    tensors: Tensors,
+    count: int,
+    tied: frozenset[str],
+    *,
+    vmap: bool,
+    randomness: str,
 ) -> Tensor:
     """``[N, ...]`` outputs of N critics with stacked leaves.
 
@@ -143,7 +155,7 @@ def call_critics(
         output = call(common)
         return output.unsqueeze(0).expand(count, *output.shape)
     if vmap:
-        return torch.vmap(lambda slices: call({**common, **slices}), randomness=randomness)(own)  # type: ignore[no-any-return]
+        return torch.vmap(lambda slices: call({**common, **slices}), randomness=randomness)(own)
     # unbind, not an index each: its gradient is one stack instead of a zero-filled tensor per critic.
     slices = {name: tensor.unbind(0) for name, tensor in own.items()}
     return torch.stack([call({**common, **{name: parts[i] for name, parts in slices.items()}}) for i in range(count)])
@@ -177,7 +189,7 @@ def stateful_copy(module: nn.Module) -> nn.Module:
     return _copy_structure(module)
 
 
-class NetworkParams(TensorDictParams):
+class NetworkParams(TensorDictParams):  # type: ignore[misc]
     """A network's parameters as TorchRL shows them: a nested TensorDict, one entry a leaf.
 
     It is a view: values are the tensors that the loss trains, changes in place reach them, and the

@@ -4,7 +4,6 @@ import abc
 from typing import Any, final
 
 import torch
-from torch import Tensor
 
 from iql_plugins.loss import IQLLoss
 
@@ -69,28 +68,31 @@ class SoftUpdate(TargetUpdater):
     """
 
     def __init__(self, loss_module: IQLLoss, *, eps: float | None = None, tau: float | None = None) -> None:
-        if (eps is None) == (tau is None):
+        if tau is None and eps is not None:
+            if not 0.5 <= eps <= 1.0:
+                raise ValueError(f"eps must be in [0.5, 1], got {eps}; did you mean tau={eps}?")
+            tau = 1.0 - eps
+        elif tau is None or eps is not None:
             raise ValueError(f"exactly one of eps and tau must be given, got eps={eps} and tau={tau}")
-        if eps is not None and not 0.5 <= eps <= 1.0:
-            raise ValueError(f"eps must be in [0.5, 1], got {eps}; did you mean tau={eps}?")
-        if tau is not None and not 0.0 <= tau <= 1.0:
+        if not 0.0 <= tau <= 1.0:
             raise ValueError(f"tau must be in [0, 1], got {tau}")
         super().__init__(loss_module)
-        self.tau = 1.0 - eps if eps is not None else tau
+        self.tau = tau
 
     @property
     def eps(self) -> float:
-        """1 - tau."""
-        return 1.0 - float(self.tau or 0.0)
+        """Share of the old target that stays: 1 - tau."""
+        return 1.0 - self.tau
 
     @torch.no_grad()
     def step(self) -> None:
         """Moves all targets by the share ``tau``."""
         parameters, buffers = self.loss_module.target_pairs()
-        if parameters:
-            targets, sources = map(list, zip(*parameters, strict=True))
-            torch._foreach_lerp_(targets, sources, self.tau)  # type: ignore[arg-type]
-        _copy(buffers)
+        targets, sources = [target for target, _ in parameters], [source for _, source in parameters]
+        if targets:
+            torch._foreach_lerp_(targets, sources, self.tau)
+        for target, source in buffers:
+            target.copy_(source)
 
 
 @final
@@ -123,8 +125,3 @@ class HardUpdate(TargetUpdater):
     def state_dict(self) -> dict[str, Any]:
         """The steps since the last copy."""
         return {"counter": self.counter}
-
-
-def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    for target, source in pairs:
-        target.copy_(source)

@@ -7,8 +7,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Size, Tensor, nn
 
+from iql_plugins.batch import Batch
 from iql_plugins.functional import td_lambda_target, td_target
-from iql_plugins.keys import AcceptedKeys, Batch
+from iql_plugins.keys import AcceptedKeys
 
 __all__ = [
     "TD0Estimator",
@@ -114,7 +115,7 @@ def _unit_interval(name: str, value: float | Tensor) -> Tensor:
 
 @final
 class TD0Estimator(ValueEstimator):
-    r"""One-step target :math:`r + \gamma (1 - \text{terminated}) V(s')`; see :func:`~iql_plugins.functional.td_target`."""
+    """One-step target; see :func:`~iql_plugins.functional.td_target`."""
 
     needs_trajectories = False
 
