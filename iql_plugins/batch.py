@@ -133,11 +133,22 @@ class BatchReader:
         )
 
     def _shape(self, given: Size, tensors: Mapping[NestedKey, Tensor]) -> Size:
-        """``*B``, or a prefix of it where the reward's own shape leaves it open."""
-        reward = tensors.get(self.reward)
-        if not isinstance(reward, Tensor) or (len(given) and reward.shape == given):
+        """``*B``, or a prefix of it where the shapes leave it open, from the reward and the flags."""
+        shapes = {}
+        for key in (self.reward, self.done, self.terminated):
+            if isinstance(tensor := tensors.get(key), Tensor):
+                is_row = tensor.shape[-1:] != (1,) or (len(given) and tensor.shape == given)
+                shapes[key] = tensor.shape if is_row else tensor.shape[:-1]
+        if not shapes:
             return given
-        return reward.shape[:-1] if reward.shape[-1:] == (1,) else reward.shape
+        candidates = list(shapes.values())
+        common = max(candidates, key=candidates.count)
+        for key, shape in shapes.items():
+            if shape != common:
+                raise ValueError(
+                    f"{shown(key)} must have shape {(*common, 1)} or {tuple(common)}, got {tuple(tensors[key].shape)}"
+                )
+        return common
 
     def _check(self, key: NestedKey, tensor: Tensor, shape: Size) -> None:
         if not isinstance(tensor, Tensor):

@@ -93,7 +93,9 @@ def total(outputs: TensorDict | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return outputs["loss_actor"] + outputs["loss_qvalue"] + outputs["loss_value"]
 
 
-def gradients(loss: torch.nn.Module, outputs: Any, reduce: Callable[[Any], torch.Tensor] = total) -> dict[str, torch.Tensor]:
+def gradients(
+    loss: torch.nn.Module, outputs: Any, reduce: Callable[[Any], torch.Tensor] = total
+) -> dict[str, torch.Tensor]:
     """The gradient of the summed losses by parameter name; zeros where none came."""
     named = dict(loss.named_parameters())
     grads = torch.autograd.grad(reduce(outputs), list(named.values()), allow_unused=True)

@@ -104,9 +104,7 @@ if __name__ == "__main__":
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", category=UserWarning)
-    results = {
-        mode: measure(mode == "compiled", arguments.rounds, arguments.repeats) for mode in ("eager", "compiled")
-    }
+    results = {mode: measure(mode == "compiled", arguments.rounds, arguments.repeats) for mode in ("eager", "compiled")}
     if arguments.json:
         print(json.dumps({"threads": torch.get_num_threads(), "machine": platform.machine(), **results}))
     else:

@@ -1,0 +1,333 @@
+"""Hand-computed numbers for every equation, and properties that hold for all inputs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch import tensor
+
+from iql_plugins import functional as F
+
+FLOATS = st.floats(-1e6, 1e6, width=32)
+
+
+def vectors(*shape: int) -> st.SearchStrategy[torch.Tensor]:
+    return hnp.arrays(np.float32, shape or hnp.array_shapes(max_dims=3, max_side=4), elements=FLOATS).map(torch.tensor)
+
+
+@pytest.mark.parametrize(
+    ("diff", "expectile", "expected"),
+    [
+        (2.0, 0.7, 0.7 * 4),  # V too low by 2
+        (-2.0, 0.7, 0.3 * 4),  # V too high by 2
+        (2.0, 0.9, 3.6),
+        (-2.0, 0.9, 0.4),
+        (3.0, 0.5, 4.5),
+        (-3.0, 0.5, 4.5),
+        (-3.0, 1.0, 0.0),
+        (0.0, 0.7, 0.0),
+    ],
+)
+def test_the_expectile_loss_weighs_the_two_sides(diff: float, expectile: float, expected: float) -> None:
+    assert F.expectile_loss(tensor([diff]), expectile).item() == pytest.approx(expected)
+
+
+def test_the_minimiser_of_the_expectile_loss_is_the_expectile() -> None:
+    # The 0.75-expectile of {0, 4}: 0.75 * (4 - v) = 0.25 * v, so v = 3.
+    candidates = torch.linspace(0, 4, 4001)
+    losses = sum(F.expectile_loss(q - candidates, 0.75) for q in (0.0, 4.0))
+    assert candidates[losses.argmin()].item() == pytest.approx(3.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("expectile", [0.0, -0.1, 1.5, math.nan])
+def test_an_expectile_out_of_range_is_refused(expectile: float) -> None:
+    with pytest.raises(ValueError, match=r"expectile must be in \(0, 1\]"):
+        F.expectile_loss(tensor([1.0]), expectile)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "temperature", "max_weight", "expected"),
+    [
+        (0.0, 3.0, 100.0, 1.0),
+        (1.0, 3.0, 100.0, math.exp(3)),
+        (-1.0, 3.0, 100.0, math.exp(-3)),
+        (2.0, 10.0, 100.0, 100.0),
+        (2.0, 10.0, 7.0, 7.0),
+        (5.0, 0.0, 100.0, 1.0),
+        (math.inf, 0.0, 100.0, 1.0),
+        (math.inf, 3.0, 100.0, 100.0),
+        (-math.inf, 3.0, 100.0, 0.0),
+        (-1.0, 3.0, 0.5, math.exp(-3)),
+        (0.0, 3.0, 0.5, 0.5),
+    ],
+)
+def test_the_advantage_weight(advantage: float, temperature: float, max_weight: float, expected: float) -> None:
+    weight = F.advantage_weight(tensor([advantage]), temperature, max_weight)
+    assert weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_advantage_weight_and_its_gradient_never_overflow(dtype: torch.dtype) -> None:
+    advantage = tensor([-6e4, -1.0, 0.0, 1.0, 6e4], dtype=dtype, requires_grad=True)
+    weight = F.advantage_weight(advantage, 10.0)
+    weight.sum().backward()
+    assert weight.dtype == dtype
+    assert weight.max() <= 100
+    assert advantage.grad is not None
+    assert advantage.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", -1.0), ("temperature", math.inf), ("max_weight", 0.0), ("max_weight", math.nan)]
+)
+def test_a_weight_out_of_range_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name):
+        F.advantage_weight(tensor([0.0]), **({"temperature": 1.0} | {name: value}))
+
+
+def test_a_time_limit_bootstraps_and_a_terminal_state_does_not() -> None:
+    target = F.td_target(tensor([1.0, 1.0]), tensor([10.0, 10.0]), tensor([False, True]), 0.9)
+    assert target.tolist() == [10.0, 1.0]
+
+
+def test_the_value_of_a_terminal_state_may_be_anything() -> None:
+    assert F.td_target(tensor([1.0]), tensor([math.nan]), tensor([True]), 0.9).item() == 1.0
+
+
+def test_a_discount_per_transition() -> None:
+    target = F.td_target(tensor([1.0, 1.0]), tensor([10.0, 10.0]), tensor([False, False]), tensor([0.5, 0.25]))
+    assert target.tolist() == [6.0, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("lmbda", "expected"),
+    [
+        (0.0, [3.0, 6.0, 1.0]),  # r + 0.5 V(s'), none at the terminal end
+        (1.0, [2.75, 3.5, 1.0]),  # y1 = 3 + 0.5 * 1; y0 = 1 + 0.5 * y1
+        (0.5, [3.1875, 4.75, 1.0]),  # y1 = 3 + 0.5 (0.5 * 6 + 0.5 * 1); y0 = 1 + 0.5 (0.5 * 4 + 0.5 * y1)
+    ],
+)
+def test_the_lambda_return_of_an_episode(lmbda: float, expected: list[float]) -> None:
+    target = F.td_lambda_target(
+        reward=tensor([1.0, 3.0, 1.0]),
+        next_value=tensor([4.0, 6.0, 9.0]),
+        done=tensor([False, False, True]),
+        terminated=tensor([False, False, True]),
+        discount=0.5,
+        lmbda=lmbda,
+    )
+    assert target.tolist() == pytest.approx(expected)
+
+
+def test_the_lambda_return_stops_at_a_time_limit_and_bootstraps_there() -> None:
+    target = F.td_lambda_target(
+        reward=tensor([1.0, 100.0]),
+        next_value=tensor([4.0, 0.0]),
+        done=tensor([True, False]),
+        terminated=tensor([False, False]),
+        discount=0.5,
+        lmbda=1.0,
+    )
+    assert target[0].item() == 3.0
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 64, 100])
+def test_the_lambda_return_equals_the_recursion(length: int) -> None:
+    reward, next_value, discount = torch.rand(3, 2, length, dtype=torch.float64)
+    done = torch.rand(2, length) < 0.3
+    terminated = done & (torch.rand(2, length) < 0.5)
+    target = F.td_lambda_target(reward, next_value, done, terminated, discount, 0.8)
+    following = torch.zeros(2, dtype=torch.float64)
+    for t in reversed(range(length)):
+        keep = torch.zeros(2) if t == length - 1 else 0.8 * (~done[:, t]).double()
+        following = reward[:, t] + discount[:, t] * ~terminated[:, t] * (
+            (1 - keep) * next_value[:, t] + keep * following
+        )
+        torch.testing.assert_close(target[:, t], following, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("l1", [0.5, 3.0]), ("l2", [0.25, 9.0]), ("smooth_l1", [0.125, 2.5])])
+def test_the_distances(name: F.LossFunction, expected: list[float]) -> None:
+    assert F.distance(tensor([0.5, 0.0]), tensor([0.0, 3.0]), name).tolist() == expected
+
+
+def test_the_critics_losses_are_summed_and_the_priority_is_the_largest() -> None:
+    q, target = tensor([[1.0], [2.0]]), tensor([4.0])
+    assert F.qvalue_loss(q, target, "l2").item() == 9 + 4
+    assert F.td_error(q, target).item() == 9
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weight", "mask", "expected"),
+    [
+        ("mean", None, None, 2.0),
+        ("sum", None, None, 6.0),
+        ("mean", [1.0, 1.0, 2.0], None, (1 + 2 + 6) / 4),
+        ("sum", [1.0, 1.0, 2.0], None, 9.0),
+        ("mean", None, [True, False, True], 2.0),
+        ("mean", None, [True, True, False], 1.5),
+        ("mean", [1.0, 9.0, 3.0], [True, False, True], (1 + 9) / 4),
+        ("sum", [1.0, 9.0, 3.0], [True, False, True], 10.0),
+        ("mean", None, [False] * 3, 0.0),
+        ("mean", [1.0, 1.0, 1.0], [False] * 3, 0.0),
+        ("mean", [0.0, 0.0, 0.0], None, 0.0),
+    ],
+)
+def test_the_reductions(reduction: F.Reduction, weight: list | None, mask: list | None, expected: float) -> None:
+    loss = tensor([1.0, 2.0, 3.0])
+    reduced = F.reduce_loss(
+        loss,
+        reduction,
+        weight=None if weight is None else tensor(weight),
+        mask=None if mask is None else tensor(mask),
+    )
+    assert reduced.item() == pytest.approx(expected)
+
+
+def test_no_reduction_keeps_the_shape_and_zeroes_what_is_masked() -> None:
+    loss = F.reduce_loss(tensor([1.0, math.nan]), "none", weight=tensor([3.0, math.nan]), mask=tensor([True, False]))
+    assert loss.tolist() == [3.0, 0.0]
+
+
+def test_a_column_is_never_broadcast_against_a_row() -> None:
+    row, column = torch.zeros(3), torch.zeros(3, 1)
+    flags = torch.zeros(3, dtype=torch.bool)
+    q = torch.zeros(2, 3)
+    calls = [
+        lambda: F.td_target(row, column, flags, 0.9),
+        lambda: F.td_target(column, row, flags, 0.9),
+        lambda: F.td_target(row, row, flags.unsqueeze(-1), 0.9),
+        lambda: F.td_target(row, row, flags, column),
+        lambda: F.td_lambda_target(row, row, flags.unsqueeze(-1), flags, 0.9, 0.9),
+        lambda: F.distance(row, column, "l2"),
+        lambda: F.qvalue_loss(q, column, "l2"),
+        lambda: F.td_error(q, column),
+        lambda: F.advantage(q, column),
+        lambda: F.weighted_log_likelihood(row, column),
+        lambda: F.reduce_loss(row, weight=column),
+        lambda: F.reduce_loss(row, mask=flags.unsqueeze(-1)),
+        lambda: F.iql_losses(q, q, row, row, column, row, flags),
+        lambda: F.iql_losses(q, torch.zeros(2, 3, 1), row, row, row, row, flags),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"must have the shape of .* got"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: F.distance(tensor([0.0]), tensor([0.0]), "huber"), "loss_function must be one of 'l1'"),
+        (lambda: F.reduce_loss(tensor([0.0]), "avg"), "reduction must be one of 'mean'"),
+    ],
+)
+def test_an_unknown_choice_is_refused_with_the_choices(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def example(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Two samples whose losses are worked out by hand below; the second is terminal."""
+    return {
+        "q": tensor([[2.0, 0.0], [4.0, 1.0]]),
+        "target_q": tensor([[3.0, -1.0], [5.0, 2.0]]),
+        "value": tensor([1.0, 1.0]),
+        "next_value": tensor([10.0, 10.0]),
+        "log_prob": tensor([-0.5, -2.0]),
+        "reward": tensor([1.0, 1.0]),
+        "terminated": tensor([False, True]),
+    } | changes
+
+
+OPTIONS = {"discount": 0.5, "expectile": 0.7, "temperature": 1.0, "reduction": "none"}
+
+
+def test_the_whole_algorithm_on_two_samples() -> None:
+    losses = F.iql_losses(**example(), **OPTIONS)
+    # A = min(3, 5) - 1 = 2 and min(-1, 2) - 1 = -2; y = 1 + 0.5 * 10 = 6 and 1.
+    torch.testing.assert_close(losses.loss_value, tensor([0.7 * 4, 0.3 * 4]))
+    torch.testing.assert_close(losses.loss_qvalue, tensor([16.0 + 4.0, 1.0 + 0.0]))
+    torch.testing.assert_close(losses.loss_actor, tensor([math.exp(2) * 0.5, math.exp(-2) * 2.0]))
+    torch.testing.assert_close(losses.td_error, tensor([16.0, 1.0]))
+    assert losses.entropy.item() == pytest.approx(1.25)
+
+
+def test_each_loss_trains_its_own_network_alone() -> None:
+    tensors = example()
+    for name in ("q", "target_q", "value", "next_value", "log_prob"):
+        tensors[name].requires_grad_()
+    losses = F.iql_losses(**tensors, **OPTIONS)
+    reached = {
+        loss: {
+            name
+            for name, tensor_ in tensors.items()
+            if tensor_.requires_grad
+            and torch.autograd.grad(getattr(losses, loss).sum(), tensor_, retain_graph=True, allow_unused=True)[0]
+            is not None
+        }
+        for loss in ("loss_actor", "loss_qvalue", "loss_value")
+    }
+    assert reached == {"loss_actor": {"log_prob"}, "loss_qvalue": {"q"}, "loss_value": {"value"}}
+    assert not losses.entropy.requires_grad
+    assert not losses.td_error.requires_grad
+
+
+def test_masked_samples_reach_no_output() -> None:
+    bad = {name: t.clone() for name, t in example().items()}
+    for name in ("q", "target_q", "value", "next_value", "log_prob", "reward"):
+        bad[name][..., 1] = math.nan
+    mask = tensor([True, False])
+    options = OPTIONS | {"reduction": "mean"}
+    masked, alone = (
+        F.iql_losses(**bad, mask=mask, **options),
+        F.iql_losses(**{k: t[..., :1] for k, t in example().items()}, **options),
+    )
+    for name in ("loss_actor", "loss_qvalue", "loss_value", "entropy"):
+        torch.testing.assert_close(getattr(masked, name), getattr(alone, name))
+    assert masked.td_error.tolist() == [16.0, 0.0]
+
+
+@given(vectors(), st.floats(0.01, 1.0))
+def test_the_expectile_loss_is_at_least_zero_and_finite(diff: torch.Tensor, expectile: float) -> None:
+    loss = F.expectile_loss(diff, expectile)
+    assert loss.shape == diff.shape
+    assert (loss >= 0).all()
+    assert loss.isfinite().all()
+
+
+@given(vectors())
+def test_expectile_one_half_is_half_the_squared_error(diff: torch.Tensor) -> None:
+    torch.testing.assert_close(F.expectile_loss(diff, 0.5), diff.square() / 2)
+
+
+@given(vectors(), st.floats(0, 100))
+def test_the_advantage_weight_is_bounded_and_monotone(advantage: torch.Tensor, temperature: float) -> None:
+    ordered = advantage.flatten().sort().values
+    weight = F.advantage_weight(ordered, temperature)
+    assert weight.isfinite().all()
+    assert ((weight >= 0) & (weight <= 100)).all()
+    assert (weight.diff() >= 0).all()
+
+
+@given(vectors(2, 5), vectors(5), vectors(5), vectors(5), st.permutations(range(5)))
+def test_a_permutation_of_the_batch_permutes_the_losses(
+    q: torch.Tensor, value: torch.Tensor, log_prob: torch.Tensor, reward: torch.Tensor, order: list[int]
+) -> None:
+    terminated = reward > 0
+    losses = F.iql_losses(q, q.flip(0), value, value, log_prob, reward, terminated, reduction="none")
+    permuted = F.iql_losses(
+        q[:, order],
+        q.flip(0)[:, order],
+        value[order],
+        value[order],
+        log_prob[order],
+        reward[order],
+        terminated[order],
+        reduction="none",
+    )
+    for name in ("loss_actor", "loss_qvalue", "loss_value", "td_error"):
+        assert torch.equal(getattr(losses, name)[order], getattr(permuted, name))
