@@ -1,0 +1,5 @@
+"""The adapter for plain tensors: a loop of your own, with batches that are mappings of tensors."""
+
+from iql_tensor.batches import map_batch
+
+__all__ = ["map_batch"]

@@ -1,0 +1,48 @@
+"""Mappings of tensors in the key layout."""
+
+from collections.abc import Mapping
+
+import torch
+from tensordict import TensorDict
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from iql_plugins.batch import keyword_tensors
+from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
+
+__all__ = ["map_batch"]
+
+_KEYS = AcceptedKeys()
+#: The keys of the layout; more observations than these are a matter for a TensorDict.
+LAYOUT: tuple[NestedKey, ...] = (
+    "observation",
+    _KEYS.action,
+    *(next_key(key) for key in (_KEYS.reward, _KEYS.done, _KEYS.terminated, "observation")),
+    STEPS_TO_NEXT_OBS,
+    DISCOUNT,
+    _KEYS.priority_weight,
+)
+
+
+def map_batch(batch: Mapping[str, Tensor]) -> TensorDict:
+    """A mapping of keyword tensors as a TensorDict of the key layout, without a copy.
+
+    >>> map_batch({"next_reward": torch.zeros(5, 1), "action": torch.zeros(5, 2)})["next", "reward"].shape
+    torch.Size([5, 1])
+
+    Args:
+        batch: tensors by keyword name (``observation``, ``next_reward``, ...), all of the same length.
+
+    Returns:
+        A TensorDict of batch size ``[length]``.
+
+    Raises:
+        TypeError: for a name that the layout does not have.
+        ValueError: for tensors of different lengths, or none.
+    """
+    tensors = keyword_tensors(dict(batch), LAYOUT)
+    lengths = {tuple(tensor.shape[:1]) for tensor in tensors.values()}
+    if len(lengths) != 1 or lengths == {()}:
+        shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+        raise ValueError(f"the tensors of a batch must share their first dimension, got {shapes}")
+    return TensorDict(dict(tensors.items()), batch_size=torch.Size(lengths.pop()))

@@ -1,0 +1,26 @@
+"""The hooks of the adapter for plain tensors."""
+
+from collections.abc import Mapping
+
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from iql_plugins import DiscreteIQLLoss, IQLLoss
+from iql_plugins.hookspecs import Adapter, hookimpl
+from iql_tensor.batches import map_batch
+
+
+@hookimpl
+def iql_adapter() -> Adapter:
+    """Plain tensors need no framework; the losses take them as keyword arguments."""
+    return Adapter("tensor", framework=None, algorithms={"IQLLoss": IQLLoss, "DiscreteIQLLoss": DiscreteIQLLoss})
+
+
+@hookimpl
+def iql_map_batch(batch: object) -> TensorDictBase | None:
+    """Takes TensorDicts, which have the layout already, and mappings of tensors."""
+    if isinstance(batch, TensorDictBase):
+        return batch
+    if isinstance(batch, Mapping) and batch and all(isinstance(value, Tensor) for value in batch.values()):
+        return map_batch(batch)
+    return None

@@ -1,0 +1,230 @@
+"""The plugin host: finds adapters by their entry points, loads them one at a time, asks them.
+
+Listing reads metadata and imports nothing. A plugin that is broken, misspelt or there twice is
+reported with the distribution it came from, and all others work.
+"""
+
+import os
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from inspect import isfunction, ismethod
+
+import pluggy
+from tensordict import TensorDictBase
+
+from iql_plugins import hookspecs
+from iql_plugins.hookspecs import PROJECT, Adapter
+
+__all__ = ["AdapterNotFoundError", "PluginError", "PluginInfo", "Registry"]
+
+#: Comma-separated names; only these plugins are looked at.
+ALLOW_VARIABLE = "IQL_PLUGINS_ALLOW"
+#: Any value but an empty one or 0 makes a broken plugin an error at once.
+STRICT_VARIABLE = "IQL_PLUGINS_STRICT"
+
+
+class PluginError(RuntimeError):
+    """A plugin that cannot be loaded; the message names it and its distribution."""
+
+
+class AdapterNotFoundError(LookupError):
+    """No plugin of that name is installed; the message lists those that are."""
+
+
+@dataclass(frozen=True)
+class PluginInfo:
+    """What the metadata says of a plugin.
+
+    Attributes:
+        name: the name of its entry point.
+        value: the module that it names.
+        distribution: the distribution that declares it.
+        version: that distribution's version.
+        error: why it cannot be used, as far as is known: a duplicate, or a failed import. None when nothing is wrong.
+    """
+
+    name: str
+    value: str
+    distribution: str
+    version: str
+    error: str | None = None
+
+
+class Registry:
+    """The installed adapters.
+
+    Args:
+        strict: whether a broken plugin raises where it is met, and not only when it is asked for by name.
+            None asks the environment variable ``IQL_PLUGINS_STRICT``.
+        allow: the names of the plugins to look at, all others being ignored. None asks the environment
+            variable ``IQL_PLUGINS_ALLOW``, and allows all without it.
+        find: where entry points come from; the installed distributions by default.
+    """
+
+    def __init__(
+        self,
+        *,
+        strict: bool | None = None,
+        allow: Collection[str] | None = None,
+        find: Callable[[], Iterable[EntryPoint]] = lambda: entry_points(group=PROJECT),
+    ) -> None:
+        if allow is None and ALLOW_VARIABLE in os.environ:
+            allow = [name.strip() for name in os.environ[ALLOW_VARIABLE].split(",") if name.strip()]
+        self.strict = os.environ.get(STRICT_VARIABLE, "") not in ("", "0") if strict is None else strict
+        self.allow = None if allow is None else frozenset(allow)
+        self._find = find
+        self._manager = pluggy.PluginManager(PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self._failed: dict[str, PluginError] = {}
+        self._adapters: dict[str, Adapter] = {}
+
+    def available(self) -> dict[str, PluginInfo]:
+        """The plugins that may be used, by name and sorted; from metadata alone.
+
+        Raises:
+            PluginError: in strict mode, if a name is taken twice.
+        """
+        found: dict[str, list[EntryPoint]] = {}
+        for entry in self._find():
+            if self.allow is None or entry.name in self.allow:
+                found.setdefault(entry.name, []).append(entry)
+        infos = {}
+        for name, entries in sorted(found.items()):
+            # One distribution on the path twice (an editable install beside a wheel) is no conflict.
+            distinct = list({(_origin(entry), entry.value): entry for entry in entries}.values())
+            error = str(self._failed[name]) if name in self._failed else None
+            if len(distinct) > 1:
+                owners = " and ".join(sorted(f"{_origin(entry)} ({entry.value})" for entry in distinct))
+                error = f"plugin {name!r} is declared by {owners}: uninstall all but one"
+                if self.strict:
+                    raise PluginError(error)
+            version = distinct[0].dist.version if distinct[0].dist else "unknown"
+            infos[name] = PluginInfo(name, distinct[0].value, _origin(distinct[0]), version, error)
+        return infos
+
+    def load(self, name: str) -> Adapter:
+        """The adapter of that name; imports its plugin and, with it, its framework.
+
+        Raises:
+            AdapterNotFoundError: if there is none; suggests the closest.
+            PluginError: if it is broken, or its framework is not installed.
+        """
+        if name not in self._adapters:
+            plugin = self._plugin(name)
+            describe = getattr(plugin, "iql_adapter", None)
+            if describe is None:
+                raise self._broken(name, "has no iql_adapter(): it is no adapter")
+            try:
+                adapter = describe()
+            except ImportError as error:
+                raise self._missing(name, error) from error
+            except Exception as error:
+                raise self._broken(name, f"failed in iql_adapter(): {type(error).__name__}: {error}") from error
+            if not isinstance(adapter, Adapter):
+                raise self._broken(name, f"must return an Adapter from iql_adapter(), got {type(adapter).__name__}")
+            if adapter.name != name:
+                raise self._broken(name, f"describes itself as {adapter.name!r}: the two names must be equal")
+            if adapter.framework is not None and find_spec(adapter.framework) is None:
+                raise self._missing(name, None)
+            self._adapters[name] = adapter
+        return self._adapters[name]
+
+    def map_batch(self, batch: object) -> TensorDictBase:
+        """A batch of any framework in the key layout, by the first plugin that knows it.
+
+        Raises:
+            TypeError: if none does.
+            PluginError: in strict mode, if a plugin is broken.
+        """
+        mapped: TensorDictBase | None = self._all().iql_map_batch(batch=batch)
+        if mapped is None:
+            raise TypeError(self._unknown("batch", batch))
+        return mapped
+
+    def load_dataset(self, source: object) -> TensorDictBase:
+        """A dataset in the key layout, by the first plugin that knows its source.
+
+        Raises:
+            TypeError: if none does.
+            PluginError: in strict mode, if a plugin is broken.
+        """
+        dataset: TensorDictBase | None = self._all().iql_load_dataset(source=source)
+        if dataset is None:
+            raise TypeError(self._unknown("dataset", source))
+        return dataset
+
+    def _all(self) -> pluggy.HookRelay:
+        for name in self.available():
+            try:
+                self._plugin(name)
+            except PluginError:
+                if self.strict:
+                    raise
+        return self._manager.hook
+
+    def _plugin(self, name: str) -> object:
+        if (plugin := self._manager.get_plugin(name)) is not None:
+            return plugin
+        if name in self._failed:
+            raise self._failed[name]
+        infos = self.available()
+        if name not in infos:
+            close = get_close_matches(name, infos, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise AdapterNotFoundError(
+                f"no adapter {name!r} is installed: {hint}there are {', '.join(infos) or 'none'}"
+            )
+        if (error := infos[name].error) is not None:
+            raise PluginError(error)
+        entry = next(entry for entry in self._find() if entry.name == name)
+        try:
+            plugin = entry.load()
+        # A plugin is a stranger's code: whatever it raises, SystemExit included, must not take the host down.
+        except (Exception, SystemExit) as error:
+            raise self._broken(name, f"cannot be imported: {type(error).__name__}: {error}") from error
+        self._register(name, plugin)
+        return plugin
+
+    def _register(self, name: str, plugin: object) -> None:
+        hooks = [hook for hook in dir(hookspecs) if hook.startswith("iql_")]
+        functions = [
+            hook
+            for hook in dir(plugin)
+            if hook.startswith("iql_") and (isfunction(f := getattr(plugin, hook)) or ismethod(f))
+        ]
+        if unknown := [hook for hook in functions if hook not in hooks]:
+            raise self._broken(name, f"implements {', '.join(unknown)}; the hooks are {', '.join(hooks)}")
+        if unmarked := [hook for hook in functions if not hasattr(getattr(plugin, hook), f"{PROJECT}_impl")]:
+            raise self._broken(name, f"does not mark {', '.join(unmarked)} with iql_plugins.hookspecs.hookimpl")
+        try:
+            self._manager.register(plugin, name)
+        except (pluggy.PluginValidationError, ValueError) as error:
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
+            raise self._broken(name, f"does not fit the hooks: {error}") from error
+
+    def _broken(self, name: str, what: str) -> PluginError:
+        info = self.available()[name]
+        error = PluginError(f"plugin {name!r} of {info.distribution} {info.version} ({info.value}) {what}")
+        self._failed[name] = error
+        return error
+
+    def _missing(self, name: str, error: ImportError | None) -> PluginError:
+        info = self.available()[name]
+        reason = f" ({error})" if error else ""
+        return PluginError(
+            f"adapter {name!r} needs a package that is not installed{reason}: pip install '{info.distribution}[{name}]'"
+        )
+
+    def _unknown(self, what: str, thing: object) -> str:
+        broken = [info.error for info in self.available().values() if info.error]
+        hint = f"; not asked were: {'; '.join(broken)}" if broken else ""
+        shown = repr(thing) if isinstance(thing, str | os.PathLike) else type(thing).__qualname__
+        return f"no adapter knows this {what}, {shown}; installed are {', '.join(self.available()) or 'none'}{hint}"
+
+
+def _origin(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist else "an unknown distribution"

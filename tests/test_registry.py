@@ -1,0 +1,220 @@
+"""The plugin host: finding, loading, asking; and what a bad plugin cannot do to the others."""
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from iql_plugins.hookspecs import Adapter, hookimpl
+from iql_plugins.registry import AdapterNotFoundError, PluginError, Registry
+
+
+class Distribution:
+    """What the registry reads of a distribution."""
+
+    def __init__(self, name: str, version: str = "1.0") -> None:
+        self.name, self.version = name, version
+
+
+class Entry:
+    """An entry point of a distribution that is not installed."""
+
+    def __init__(self, name: str, load: Callable[[], object], distribution: str | None = None) -> None:
+        self.name, self.value, self.load = name, f"{name}.plugin", load
+        self.dist = Distribution(distribution or f"iql-{name}")
+
+
+def plugin(name: str, **hooks: Any) -> types.SimpleNamespace:
+    """A well-behaved plugin with hooks of its own."""
+    return types.SimpleNamespace(
+        **({"iql_adapter": hookimpl(lambda: Adapter(name, None))} | {k: hookimpl(f) for k, f in hooks.items()})
+    )
+
+
+def registry(*entries: Entry, **options: Any) -> Registry:
+    return Registry(find=lambda: entries, **options)
+
+
+def good(name: str = "good", **hooks: Any) -> Entry:
+    return Entry(name, lambda: plugin(name, **hooks))
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    def load() -> object:
+        raise error
+
+    return load
+
+
+BROKEN: dict[str, tuple[Callable[[], object], str]] = {
+    "import": (raising(ImportError("no module x")), "cannot be imported: ImportError: no module x"),
+    "syntax": (raising(SyntaxError("bad")), "cannot be imported: SyntaxError"),
+    "exit": (raising(SystemExit(3)), "cannot be imported: SystemExit: 3"),
+    "misspelt": (
+        lambda: plugin("bad", iql_map_bacth=lambda batch: None),
+        "implements iql_map_bacth; the hooks are iql_adapter, iql_load_dataset, iql_map_batch",
+    ),
+    "unmarked": (
+        lambda: types.SimpleNamespace(iql_adapter=lambda: Adapter("bad", None)),
+        "does not mark iql_adapter with iql_plugins.hookspecs.hookimpl",
+    ),
+    "signature": (lambda: plugin("bad", iql_map_batch=lambda data: None), "does not fit the hooks"),
+}
+
+
+@pytest.fixture(params=BROKEN)
+def bad(request: pytest.FixtureRequest) -> Iterator[tuple[Entry, str]]:
+    load, message = BROKEN[request.param]
+    return Entry("bad", load, "a-bad-distribution"), message
+
+
+def test_a_broken_plugin_is_named_with_its_distribution_and_the_others_work(bad: tuple[Entry, str]) -> None:
+    entry, message = bad
+    host = registry(entry, good(iql_map_batch=lambda batch: TensorDict({"x": torch.tensor(batch)})))
+    assert host.map_batch(3)["x"] == 3
+    assert host.load("good").name == "good"
+    with pytest.raises(PluginError, match=f"plugin 'bad' of a-bad-distribution 1.0 .*{message}"):
+        host.load("bad")
+    info = host.available()["bad"]
+    assert info.error is not None
+    assert message in info.error
+    assert host.available()["good"].error is None
+
+
+def test_strict_mode_raises_where_a_broken_plugin_is_met(
+    bad: tuple[Entry, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PluginError, match="plugin 'bad'"):
+        registry(bad[0], good(), strict=True).map_batch(3)
+    monkeypatch.setenv("IQL_PLUGINS_STRICT", "1")
+    with pytest.raises(PluginError, match="plugin 'bad'"):
+        registry(bad[0], good()).map_batch(3)
+    monkeypatch.setenv("IQL_PLUGINS_STRICT", "0")
+    with pytest.raises(TypeError, match=r"no adapter knows this batch, int; .* not asked were: plugin 'bad'"):
+        registry(bad[0], good()).map_batch(3)
+
+
+def test_only_allowed_plugins_are_looked_at(bad: tuple[Entry, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(registry(bad[0], good(), allow=["good"], strict=True).available()) == {"good"}
+    monkeypatch.setenv("IQL_PLUGINS_ALLOW", "good, other")
+    host = registry(bad[0], good(), strict=True)
+    assert set(host.available()) == {"good"}
+    with pytest.raises(AdapterNotFoundError, match="no adapter 'bad' is installed"):
+        host.load("bad")
+    monkeypatch.setenv("IQL_PLUGINS_ALLOW", "")
+    assert not registry(good()).available()
+
+
+def test_a_name_that_two_distributions_take_is_refused_and_the_others_work() -> None:
+    twice = [Entry("same", lambda: plugin("same"), owner) for owner in ("one", "two")]
+    host = registry(*twice, good())
+    with pytest.raises(PluginError, match=r"'same' is declared by one \(same.plugin\) and two .*uninstall all but one"):
+        host.load("same")
+    assert host.load("good").name == "good"
+    with pytest.raises(PluginError, match="declared by"):
+        registry(*twice, strict=True).available()
+
+
+def test_the_same_distribution_found_twice_is_no_duplicate() -> None:
+    assert registry(good(), good()).load("good").name == "good"
+
+
+def test_an_unknown_name_gets_a_suggestion_and_the_list() -> None:
+    with pytest.raises(
+        AdapterNotFoundError, match=r"no adapter 'god' is installed: did you mean 'good'.*there are good"
+    ):
+        registry(good()).load("god")
+
+
+def test_a_missing_framework_gets_the_line_that_installs_it() -> None:
+    lacking = Entry("sb9", lambda: types.SimpleNamespace(iql_adapter=hookimpl(lambda: Adapter("sb9", "nosuchmodule"))))
+    failing = types.SimpleNamespace(iql_adapter=hookimpl(raising(ImportError("No module named 'x'"))))
+    for entry in (lacking, Entry("sb9", lambda: failing)):
+        entry.dist = Distribution("iql-plugins")
+        with pytest.raises(PluginError, match=r"pip install 'iql-plugins\[sb9\]'"):
+            registry(entry).load("sb9")
+
+
+@pytest.mark.parametrize(
+    ("describe", "message"),
+    [
+        (lambda: {"name": "bad"}, "must return an Adapter from iql_adapter.*got dict"),
+        (lambda: Adapter("other", None), "describes itself as 'other'"),
+        (raising(ValueError("oh")), r"failed in iql_adapter\(\): ValueError: oh"),
+    ],
+)
+def test_an_adapter_that_describes_itself_wrongly_is_refused(describe: Callable[[], Any], message: str) -> None:
+    entry = Entry("bad", lambda: types.SimpleNamespace(iql_adapter=hookimpl(describe)))
+    with pytest.raises(PluginError, match=message):
+        registry(entry).load("bad")
+    with pytest.raises(PluginError, match="it is no adapter"):
+        registry(Entry("bad", types.SimpleNamespace)).load("bad")
+
+
+def test_the_first_plugin_that_knows_a_source_loads_it() -> None:
+    def load(source: object) -> TensorDict | None:
+        return TensorDict({"x": torch.ones(1)}) if source == "mine" else None
+
+    host = registry(good("a"), good("b", iql_load_dataset=load), good("c", iql_load_dataset=lambda source: None))
+    assert host.load_dataset("mine")["x"] == 1
+    with pytest.raises(TypeError, match="no adapter knows this dataset, 'yours'; installed are a, b, c"):
+        host.load_dataset("yours")
+
+
+def test_an_error_of_the_plugin_that_knows_the_source_reaches_the_user() -> None:
+    entry = good(iql_load_dataset=lambda source: raising(ValueError("row 3 is not finite"))())
+    with pytest.raises(ValueError, match="row 3 is not finite"):
+        registry(entry).load_dataset("mine")
+
+
+def test_a_plugin_is_imported_once() -> None:
+    loads = []
+    entry = Entry("good", lambda: loads.append(1) or plugin("good"))
+    host = registry(entry)
+    assert host.load("good") is host.load("good")
+    with pytest.raises(TypeError):
+        host.map_batch(3)
+    assert loads == [1]
+
+
+def test_listing_imports_no_plugin() -> None:
+    info = registry(Entry("bad", raising(AssertionError()))).available()["bad"]
+    assert (info.name, info.value, info.distribution, info.version, info.error) == (
+        "bad",
+        "bad.plugin",
+        "iql-bad",
+        "1.0",
+        None,
+    )
+
+
+def test_the_installed_adapters_are_found_without_importing_one() -> None:
+    code = (
+        "import sys, iql_plugins.registry as r; names = list(r.Registry().available());"
+        "assert 'tensor' in names, names;"
+        "assert not any(m.startswith('iql_') and not m.startswith('iql_plugins') for m in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_entry_points_of_an_installed_package_load() -> None:
+    host = Registry(strict=True)
+    assert isinstance(next(iter(host._find())), EntryPoint)
+    assert host.load("tensor").name == "tensor"
+    batch = {"observation": torch.zeros(5, 3), "next_reward": torch.ones(5, 1)}
+    mapped = host.map_batch(batch)
+    assert mapped.batch_size == (5,)
+    assert mapped["next", "reward"].data_ptr() == batch["next_reward"].data_ptr()
+    assert host.map_batch(mapped) is mapped
+    with pytest.raises(TypeError, match="unexpected tensor 'reward'; did you mean 'next_reward'"):
+        host.map_batch({"reward": torch.zeros(5, 1)})
+    with pytest.raises(ValueError, match="must share their first dimension"):
+        host.map_batch({"action": torch.zeros(5, 1), "observation": torch.zeros(4, 1)})
+    with pytest.raises(TypeError, match="no adapter knows this batch, list"):
+        host.map_batch([1, 2])
