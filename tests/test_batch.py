@@ -48,7 +48,12 @@ def test_terminated_is_never_taken_from_done(kind: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "error", "message"),
     [
-        (("next", "reward"), torch.zeros(6, 2), ValueError, r"'reward'\) must have shape \(6, 1\) or \(6,\).* got \(6, 2\)"),
+        (
+            ("next", "reward"),
+            torch.zeros(6, 2),
+            ValueError,
+            r"'reward'\) must have shape \(6, 1\) or \(6,\).* got \(6, 2\)",
+        ),
         (("next", "reward"), torch.zeros(6, 1, dtype=torch.int64), TypeError, "floating dtype, got torch.int64"),
         (("next", "done"), torch.zeros(6, 1), TypeError, "'done'.* bool dtype, got torch.float32"),
         (("next", "terminated"), torch.zeros(6, 1), TypeError, "'terminated'.* bool dtype, got torch.float32"),
@@ -61,10 +66,20 @@ def test_terminated_is_never_taken_from_done(kind: str) -> None:
         ("shifted_valid", torch.ones(6), TypeError, "'shifted_valid' must have a bool dtype"),
         ("shifted_valid", torch.ones(6, 2).bool(), ValueError, r"'shifted_valid' must have shape \(6, 1\) or \(6,\)"),
         ("observation", torch.zeros(6, OBSERVATION + 1), RuntimeError, r"network failed on 'observation': \(6, 6\)"),
-        ("observation", torch.zeros(6, OBSERVATION).double(), RuntimeError, "torch.float64; its parameters are .*float32"),
-        (("next", "observation"), torch.zeros(6, 1), RuntimeError, r"value_network failed on \('next', 'observation'\)"),
+        (
+            "observation",
+            torch.zeros(6, OBSERVATION).double(),
+            RuntimeError,
+            "torch.float64; its parameters are .*float32",
+        ),
+        (
+            ("next", "observation"),
+            torch.zeros(6, 1),
+            RuntimeError,
+            r"value_network failed on \('next', 'observation'\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_shape_or_dtype_is_named(kind: str, key: Any, value: Tensor, error: Any, message: str) -> None:
     unchanged_after(make_loss(kind), make_batch(kind).set(key, value), error, message)
 

@@ -631,10 +631,13 @@ def test_an_entry_of_a_view_cannot_be_replaced(kind: str, name: str) -> None:
     torch.testing.assert_close(contents(loss), before, rtol=0, atol=0)
 
 
-def test_a_view_cannot_replace_the_network_of_a_loss(kind: str) -> None:
+@pytest.mark.parametrize("name", ["qvalue_network_params", "target_qvalue_network_params", "value_network"])
+def test_a_network_cannot_be_replaced_by_assignment(kind: str, name: str) -> None:
     loss = make_loss(kind)
-    with pytest.raises((AttributeError, RuntimeError)):
-        loss.qvalue_network_params = make_loss(kind).qvalue_network_params
+    before = contents(loss)
+    with pytest.raises((AttributeError, RuntimeError), match=name):
+        setattr(loss, name, getattr(make_loss(kind), name))
+    torch.testing.assert_close(contents(loss), before, rtol=0, atol=0)
 
 
 def test_only_the_targets_view_has_no_gradient(kind: str) -> None:
