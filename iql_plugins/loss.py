@@ -164,8 +164,7 @@ class IQLLoss(NetworkOwner):
         self._tensor_keys = AcceptedKeys()
         self._loss_mask_key: NestedKey | None = "auto"
         self._selected_out_keys: list[str] | None = None
-        self.value_type = self.default_value_estimator
-        self._register_estimator(self._new_estimator(self.value_type))
+        self._register_estimator(self._new_estimator(self.default_value_estimator))
 
     # Keys
 
@@ -281,6 +280,13 @@ class IQLLoss(NetworkOwner):
         self._estimator_in_state = True
         return self._estimator
 
+    @value_estimator.setter
+    def value_estimator(self, estimator: ValueEstimator) -> None:
+        if not isinstance(estimator, ValueEstimator):
+            raise TypeError(f"value_estimator must be a ValueEstimator, got {type(estimator).__name__}")
+        self._register_estimator(estimator)
+        self._estimator_in_state = True
+
     def make_value_estimator(self, value_type: Any = None, **hyperparams: Any) -> "IQLLoss":
         """Chooses how the target of Q is made, and its discount.
 
@@ -299,18 +305,18 @@ class IQLLoss(NetworkOwner):
             ValueError: for one out of range.
         """
         value_type = supported_value_type(self.default_value_estimator if value_type is None else value_type)
-        self._register_estimator(self._new_estimator(value_type, **hyperparams))
-        self.value_type = value_type
-        self._estimator_in_state = True
+        self.value_estimator = self._new_estimator(value_type, **hyperparams)
         return self
 
     def _new_estimator(self, value_type: ValueEstimators, **hyperparams: Any) -> ValueEstimator:
-        estimator = make_estimator(value_type, self._tensor_keys, **hyperparams)
+        estimator = make_estimator(value_type, **hyperparams)
         parameter = next(self.parameters(), None)
         return estimator if parameter is None else estimator.to(parameter.device)
 
     def _register_estimator(self, estimator: ValueEstimator) -> None:
+        estimator.tensor_keys = self._tensor_keys
         self._modules[_ESTIMATOR] = estimator
+        self.value_type = estimator.value_type
 
     # The losses
 
@@ -632,7 +638,8 @@ class DiscreteIQLLoss(IQLLoss):
     def _policy_action(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
         index = batch.action_index
         assert index is not None
-        event_shape: Size = distribution.event_shape
+        # TorchRL's OneHotCategorical has an empty event shape: its mode tells.
+        event_shape: Size = distribution.event_shape or distribution.mode.shape[len(shape) :]
         if not event_shape:
             return index
         choices = torch.arange(event_shape[-1], device=index.device)

@@ -59,7 +59,7 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
             critics = parameters.duplicates(critics[0], num_qvalue_nets)
             for duplicate in critics:
                 for name in trunk:
-                    parameters._set_leaf(duplicate, name, originals[name])
+                    parameters.replace_leaf(duplicate, name, originals[name])
         critic, tied = (critics[0], frozenset[str]()) if self._critic_count is None else parameters.stack(critics)
         self._tied = tied
         # Names of parameters that another network trains.
@@ -67,6 +67,12 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
         if separate_losses:
             self._untrained["value_network"] = parameters.shared_names(value_network, actor_network)
             self._untrained["qvalue_network"] = parameters.shared_names(critic, actor_network, value_network)
+        # torch.func.functional_call does not restore a module that it meets under two names: modules
+        # that networks share become several that hold the same tensors.
+        if parameters.share_modules(actor_network, value_network):
+            value_network = parameters.stateful_copy(value_network)
+        if parameters.share_modules(critic, actor_network, value_network):
+            critic = parameters.stateful_copy(critic)
         # Registered under TorchRL's names, which are those of its state_dict; the properties of
         # these names show the same tensors as TensorDicts.
         self._modules["actor_network_params"] = actor_network
@@ -77,6 +83,31 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
         self._has_update_associated = dict.fromkeys(NETWORKS, True) | {"qvalue_network": False}
         # TorchRL's state_dict has the estimator's entries once one was made, ours likewise.
         self._estimator_in_state = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch.nn.Module would register a network beside the one in use, past a property of that name.
+        attribute = getattr(type(self), name, None)
+        if not isinstance(attribute, property):
+            super().__setattr__(name, value)
+        elif attribute.fset is None:
+            raise AttributeError(
+                f"{name} of {type(self).__name__} cannot be set: networks are given when the loss is built, values "
+                "come in with from_stateful_net() or load_state_dict(), keys are renamed with set_keys()"
+            )
+        else:
+            attribute.fset(self, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # A tensor that several modules hold stays one tensor, even where torch makes a new one for each.
+        groups: dict[int, list[str]] = {}
+        for name, tensor in parameters.leaves(self).items():
+            groups.setdefault(id(tensor), []).append(name)
+        applied = super()._apply(fn, recurse)
+        moved = parameters.leaves(self)
+        for first, *others in groups.values():
+            for name in others:
+                parameters.replace_leaf(self, name, moved[first])
+        return applied
 
     @property
     def actor_network(self) -> nn.Module:

@@ -27,7 +27,7 @@ def leaves(module: nn.Module) -> Tensors:
     }
 
 
-def _set_leaf(module: nn.Module, name: str, value: Tensor) -> None:
+def replace_leaf(module: nn.Module, name: str, value: Tensor) -> None:
     """Puts a tensor in the place of a leaf; a parameter can become a buffer, not the reverse."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
@@ -40,8 +40,8 @@ def _set_leaf(module: nn.Module, name: str, value: Tensor) -> None:
         owner.register_buffer(leaf, value)
 
 
-def _copy_structure(module: nn.Module) -> nn.Module:
-    """A deep copy of a module that holds the very tensors of the original."""
+def stateful_copy(module: nn.Module) -> nn.Module:
+    """A copy of a module that holds the very tensors of the original: what changes one changes the other."""
     return copy.deepcopy(module, {id(tensor): tensor for tensor in leaves(module).values()})
 
 
@@ -91,7 +91,7 @@ def stack(critics: Sequence[nn.Module]) -> tuple[nn.Module, frozenset[str]]:
                 f"all critics of qvalue_network must have the same parameters: critic 0 has {shapes}, "
                 f"critic {index} has {other_shapes}"
             )
-    module, tied = _copy_structure(critics[0]), set()
+    module, tied = stateful_copy(critics[0]), set()
     stacked: dict[tuple[int, ...], Tensor] = {}
     for name, first in tensors[0].items():
         slices = [leaf[name] for leaf in tensors]
@@ -108,16 +108,16 @@ def stack(critics: Sequence[nn.Module]) -> tuple[nn.Module, frozenset[str]]:
             together = torch.stack([tensor.detach() for tensor in slices])
             is_parameter = isinstance(first, nn.Parameter)
             stacked[identities] = nn.Parameter(together, first.requires_grad) if is_parameter else together
-        _set_leaf(module, name, stacked[identities])
+        replace_leaf(module, name, stacked[identities])
     return module, frozenset(tied)
 
 
 @torch.no_grad()
 def frozen(module: nn.Module, count: int | None, tied: frozenset[str]) -> nn.Module:
     """The targets of stacked critics: a copy whose leaves are all buffers, tied ones stacked in full."""
-    copied = _copy_structure(module)
+    copied = stateful_copy(module)
     for name, tensor in leaves(module).items():
-        _set_leaf(copied, name, _full(name, tensor, count, tied).detach().clone())
+        replace_leaf(copied, name, _full(name, tensor, count, tied).detach().clone())
     return copied
 
 
@@ -166,11 +166,11 @@ def reset_critics(module: nn.Module, count: int, tied: frozenset[str]) -> None:
     """Resets stacked critics in place, one after the other."""
     tensors = leaves(module)
     for index in range(count):
-        critic = _copy_structure(module)
+        critic = stateful_copy(module)
         for name, tensor in tensors.items():
             if name not in tied:
                 part = tensor[index].clone()
-                _set_leaf(critic, name, nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part)
+                replace_leaf(critic, name, nn.Parameter(part) if isinstance(tensor, nn.Parameter) else part)
         reset_parameters(critic)
         for name, tensor in leaves(critic).items():
             if name not in tied:
@@ -184,9 +184,10 @@ def shared_names(module: nn.Module, *others: nn.Module) -> frozenset[str]:
     return frozenset(name for name, parameter in named if id(parameter) in identities)
 
 
-def stateful_copy(module: nn.Module) -> nn.Module:
-    """A copy of a network that holds the loss's own tensors: what changes one changes the other."""
-    return _copy_structure(module)
+def share_modules(module: nn.Module, *others: nn.Module) -> bool:
+    """Whether a submodule that holds tensors belongs to ``others``, too."""
+    held = {submodule for other in others for submodule in other.modules()}
+    return any(submodule in held and (submodule._parameters or submodule._buffers) for submodule in module.modules())
 
 
 class NetworkParams(TensorDictParams):  # type: ignore[misc]

@@ -38,21 +38,23 @@ class ValueEstimator(nn.Module, abc.ABC):
     Args:
         gamma: discount per environment step, in [0, 1].
         differentiable: accepted because TorchRL's defaults carry it. IQL's target never has a gradient.
-        tensor_keys: the loss's key names; the same object, so that renaming reaches the estimator.
+
+    Attributes:
+        tensor_keys: the key names of the loss that holds the estimator.
+        value_type: the estimator's member of :class:`ValueEstimators`.
 
     Raises:
         ValueError: if ``gamma`` is outside [0, 1].
     """
 
     gamma: Tensor
+    value_type: ClassVar[ValueEstimators]
     needs_trajectories: ClassVar[bool]
 
-    def __init__(
-        self, *, gamma: float | Tensor = 0.99, differentiable: bool = True, tensor_keys: AcceptedKeys | None = None
-    ) -> None:
+    def __init__(self, *, gamma: float | Tensor = 0.99, differentiable: bool = True) -> None:
         super().__init__()
         self.differentiable = differentiable
-        self.tensor_keys = tensor_keys or AcceptedKeys()
+        self.tensor_keys = AcceptedKeys()
         self.register_buffer("gamma", _unit_interval("gamma", gamma))
 
     @abc.abstractmethod
@@ -95,10 +97,12 @@ class ValueEstimator(nn.Module, abc.ABC):
         raise AttributeError(f"call set_keys({', '.join(names)}) on the loss: its value estimator follows it")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ValueEstimator":
-        # In bfloat16 a discount of 0.99 would become 0.988: devices move, the dtype stays.
+        # In bfloat16 a discount of 0.99 would become 0.988: a cast may widen the dtype, never narrow it.
         for name, buffer in self._buffers.items():
             if buffer is not None:
-                self._buffers[name] = buffer.to(fn(buffer).device)
+                moved = fn(buffer)
+                dtype = torch.promote_types(buffer.dtype, moved.dtype)
+                self._buffers[name] = (moved if buffer.is_meta else buffer).to(moved.device, dtype)
         return self
 
 
@@ -117,6 +121,7 @@ def _unit_interval(name: str, value: float | Tensor) -> Tensor:
 class TD0Estimator(ValueEstimator):
     """One-step target; see :func:`~iql_plugins.functional.td_target`."""
 
+    value_type = ValueEstimators.TD0
     needs_trajectories = False
 
     def forward(
@@ -188,6 +193,8 @@ class TD1Estimator(_TrajectoryEstimator):
         differentiable: see :class:`ValueEstimator`.
     """
 
+    value_type = ValueEstimators.TD1
+
     def decay(self) -> float:
         """1."""
         return 1.0
@@ -204,6 +211,7 @@ class TDLambdaEstimator(_TrajectoryEstimator):
         differentiable: see :class:`ValueEstimator`.
     """
 
+    value_type = ValueEstimators.TDLambda
     lmbda: Tensor
 
     def __init__(self, *, lmbda: float | Tensor = 0.95, **hyperparams: Any) -> None:
@@ -216,9 +224,7 @@ class TDLambdaEstimator(_TrajectoryEstimator):
 
 
 _ESTIMATORS: dict[ValueEstimators, type[ValueEstimator]] = {
-    ValueEstimators.TD0: TD0Estimator,
-    ValueEstimators.TD1: TD1Estimator,
-    ValueEstimators.TDLambda: TDLambdaEstimator,
+    estimator.value_type: estimator for estimator in (TD0Estimator, TD1Estimator, TDLambdaEstimator)
 }
 
 
@@ -250,7 +256,7 @@ def supported_value_type(value_type: object) -> ValueEstimators:
     raise NotImplementedError(f"value_type must be one of {supported}, got {value_type!r}")
 
 
-def make_estimator(value_type: ValueEstimators, tensor_keys: AcceptedKeys, **hyperparams: Any) -> ValueEstimator:
+def make_estimator(value_type: ValueEstimators, **hyperparams: Any) -> ValueEstimator:
     """An estimator of a supported type.
 
     Raises:
@@ -266,7 +272,7 @@ def make_estimator(value_type: ValueEstimators, tensor_keys: AcceptedKeys, **hyp
             f"{value_type.name} has no hyper-parameter {', '.join(sorted(unknown))}; "
             f"it takes {', '.join(sorted(accepted))}"
         )
-    return _ESTIMATORS[value_type](tensor_keys=tensor_keys, **hyperparams)
+    return _ESTIMATORS[value_type](**hyperparams)
 
 
 def time_dimension(estimator: ValueEstimator, batch: Batch, shape: Size) -> int:

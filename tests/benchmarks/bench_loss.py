@@ -99,12 +99,13 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", category=UserWarning)
-    results = {mode: measure(mode == "compiled", arguments.rounds, arguments.repeats) for mode in ("eager", "compiled")}
+    results = {mode: measure(mode == "compiled", arguments.rounds, arguments.repeats) for mode in arguments.modes}
     if arguments.json:
         print(json.dumps({"threads": torch.get_num_threads(), "machine": platform.machine(), **results}))
     else:

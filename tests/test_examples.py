@@ -1,0 +1,67 @@
+"""The README's code and the examples run."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str | Path, folder: Path) -> str:
+    """The output of a Python program in a folder of its own."""
+    environment = os.environ | {"MPLBACKEND": "agg"}
+    finished = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env=environment, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_the_code_in_the_readme_runs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    program = "\n".join([*blocks, "assert loss_actor.isfinite()", "assert action.shape == (1, 6)"])
+    run("-c", program, folder=tmp_path)
+
+
+@pytest.mark.parametrize("data", ["shipped", "others"])
+def test_the_main_example_trains_evaluates_and_saves(data: str, tmp_path: Path) -> None:
+    path = ROOT.parent / "shared" / "data" / "reagent_pendulum_mixed.npz"
+    if data == "others" and not path.exists():
+        pytest.skip("needs the dataset of others beside the repository")
+    options = ["--data", str(path)] if data == "others" else []
+    output = run(ROOT / "examples" / "train_pendulum.py", "--steps", "20", *options, folder=tmp_path)
+    returns = dict(re.findall(r"^(data|behaviour cloning|IQL) +(-[\d.]+)$", output, re.MULTILINE))
+    assert set(returns) == {"data", "behaviour cloning", "IQL"}
+    assert float(returns["data"]) == pytest.approx(-325.8 if data == "shipped" else -600.5, abs=0.1)
+    assert (tmp_path / "pendulum" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    with safe_open(tmp_path / "pendulum" / "policy.safetensors", "pt") as policy:
+        assert "module.0.module.log_std" in policy.keys()
+        assert policy.get_tensor("observation_mean").shape == (3,)
+
+
+def test_the_dataset_script_records_an_agent_that_learns(tmp_path: Path) -> None:
+    output = run(
+        ROOT / "examples" / "make_pendulum_dataset.py", "data.npz", "--steps", "400", "--seed", "1", folder=tmp_path
+    )
+    assert output.startswith("400 transitions, 2 episodes, mean return -")
+
+
+def test_the_benchmark_of_the_loss_runs(tmp_path: Path) -> None:
+    options = ["--rounds", "1", "--repeats", "1", "--modes", "eager"]
+    assert "times as fast" in run(ROOT / "tests" / "benchmarks" / "bench_loss.py", *options, folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_iql_learns_more_from_real_data_than_it_contains(tmp_path: Path) -> None:
+    output = run(ROOT / "examples" / "train_pendulum.py", folder=tmp_path)
+    returns = {
+        name: float(value) for name, value in re.findall(r"^(data|behaviour cloning|IQL) +(-[\d.]+)$", output, re.M)
+    }
+    assert returns["IQL"] > returns["data"]
+    assert returns["IQL"] > returns["behaviour cloning"]
