@@ -10,7 +10,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor, nn
 from torch.func import functional_call
 
-from iql_plugins import functional, parameters
+from iql_plugins import evaluation, functional, parameters
 from iql_plugins.batch import Batch, BatchReader, dtype_kind, keyword_tensors, to_batch_shape
 from iql_plugins.distributions import at_least_float32
 from iql_plugins.functional import LossFunction, Reduction
@@ -426,7 +426,7 @@ class IQLLoss(NetworkOwner):
         """``[*B]`` log-probability of the dataset's action."""
         inputs = batch.select(_in_keys(self.actor_network))
         with _Explained("actor_network", self.actor_network, inputs):
-            distribution = self.actor_network.get_dist(TensorDict(inputs, batch_size=batch.shape))  # type: ignore[operator]
+            distribution = evaluation.distribution(self.actor_network, inputs, batch.shape)
         log_prob = distribution.log_prob(self._policy_action(batch, distribution, shape))
         if not isinstance(log_prob, Tensor) or log_prob.shape != shape:
             came = tuple(log_prob.shape) if isinstance(log_prob, Tensor) else type(log_prob).__name__
@@ -450,15 +450,16 @@ class IQLLoss(NetworkOwner):
         """``[*B]`` V of the observations under ``keys``, given in the order of the network's own."""
         network, key = self.value_network, self._tensor_keys.value
         inputs = batch.select(keys)
-        tensordict = TensorDict(dict(zip(_in_keys(network), inputs.values(), strict=True)), batch_size=batch.shape)
+        named = dict(zip(_in_keys(network), inputs.values(), strict=True))
         untrained = self._untrained["value_network"]
         with _Explained("value_network", network, inputs):
             if untrained:
                 tensors = parameters.leaves(network)
                 detached = {name: tensors[name].detach() for name in untrained}
+                tensordict = TensorDict(named, batch_size=batch.shape)
                 output = functional_call(network, detached, (tensordict,), tie_weights=False)
             else:
-                output = network(tensordict)
+                output = evaluation.outputs(network, named, batch.shape)
         value = _written("value", key, network, output)
         if value.shape[-1:] != (1,) or value.shape[: len(batch.shape)] != batch.shape:
             raise ValueError(
@@ -483,9 +484,9 @@ class IQLLoss(NetworkOwner):
         key = self._tensor_keys.state_action_value
 
         def call(tensors: "parameters.Tensors | None") -> Tensor:
-            tensordict = TensorDict(inputs, batch_size=batch.shape)
             if tensors is None:
-                return _written("state_action_value", key, network, network(tensordict))
+                return _written("state_action_value", key, network, evaluation.outputs(network, inputs, batch.shape))
+            tensordict = TensorDict(inputs, batch_size=batch.shape)
             output = functional_call(network, tensors, (tensordict,), tie_weights=False)
             return _written("state_action_value", key, network, output)
 
@@ -720,7 +721,7 @@ def _check_written(name: str, key: NestedKey, network: nn.Module) -> None:
         )
 
 
-def _written(name: str, key: NestedKey, network: nn.Module, output: TensorDictBase) -> Tensor:
+def _written(name: str, key: NestedKey, network: nn.Module, output: evaluation.Tensors) -> Tensor:
     tensor: Tensor | None = output.get(key, None)
     if tensor is None:
         _check_written(name, key, network)

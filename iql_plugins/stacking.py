@@ -169,6 +169,8 @@ def _step(critic: nn.Module, node: fx.Node, indices: dict[fx.Node, int]) -> _Ste
         return _Step("cat", None, tuple(indices[tensor] for tensor in tensors)) if last else None
     if len(node.args) != 1 or not isinstance(source := node.args[0], fx.Node):
         return None
+    if any(isinstance(option, fx.Node) for option in node.kwargs.values()):
+        return None
     sources = (indices[source],)
     if node.op == "call_module" and not node.kwargs:
         module = critic.get_submodule(str(node.target))
