@@ -98,7 +98,9 @@ class BatchReader:
         batch_size, names = Size(), []
         if isinstance(source, TensorDictBase):
             batch_size, names = source.batch_size, source.names
-        shape = self._shape(batch_size, tensors)
+        # What is not required still tells the batch's shape, if it is there.
+        outcomes = {key: source.get(key, None) for key in (self.reward, self.done, self.terminated)}
+        shape = self._shape(batch_size, outcomes)
         for key, tensor in tensors.items():
             self._check(key, tensor, shape)
         batch = Batch(tensors, shape, time_dim=names.index("time") if "time" in names else None)
@@ -132,11 +134,11 @@ class BatchReader:
             f"{', '.join(map(shown, tensors)) or 'none'}. {hint}"
         )
 
-    def _shape(self, given: Size, tensors: Mapping[NestedKey, Tensor]) -> Size:
+    def _shape(self, given: Size, outcomes: Mapping[NestedKey, Tensor | None]) -> Size:
         """``*B``, or a prefix of it where the shapes leave it open, from the reward and the flags."""
         shapes = {}
-        for key in (self.reward, self.done, self.terminated):
-            if isinstance(tensor := tensors.get(key), Tensor):
+        for key, tensor in outcomes.items():
+            if isinstance(tensor, Tensor):
                 is_row = tensor.shape[-1:] != (1,) or (len(given) and tensor.shape == given)
                 shapes[key] = tensor.shape if is_row else tensor.shape[:-1]
         if not shapes:
@@ -146,7 +148,7 @@ class BatchReader:
         for key, shape in shapes.items():
             if shape != common:
                 raise ValueError(
-                    f"{shown(key)} must have shape {(*common, 1)} or {tuple(common)}, got {tuple(tensors[key].shape)}"
+                    f"{shown(key)} must have shape {(*common, 1)} or {tuple(common)}, got {tuple(outcomes[key].shape)}"  # type: ignore[union-attr]
                 )
         return common
 

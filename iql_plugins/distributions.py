@@ -93,7 +93,7 @@ class TanhMeanNormal(_BoxDistribution):
         return self.deterministic_sample
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``[*B]`` log-density (nats) of ``[*B, act]`` actions; finite for any finite action."""
+        """``[*B]`` log-density (nats) of ``[*B, act]`` actions, at and outside the bounds as well."""
         return self._normal_log_prob(self._unit(value), self.loc.tanh()) - self._log_half_range()
 
     def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:

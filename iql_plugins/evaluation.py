@@ -7,7 +7,7 @@ to compute it, and every wrapper makes a compiled call check more guards.
 from collections.abc import Mapping
 from typing import Any
 
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Size, Tensor, nn
@@ -27,11 +27,22 @@ def plain_module(network: nn.Module) -> nn.Module | None:
         and kind._write_to_tensordict is TensorDictModule._write_to_tensordict
         and isinstance(network.module, nn.Module)
         and not (network._kwargs or network.method or network.method_kwargs or network._get_kwargs)
-        and not (network._forward_hooks or network._forward_pre_hooks)
+        and not _hooked(network)
     ):
         module: nn.Module = network.module
         return module
     return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module, or one inside it, runs hooks of its own."""
+    return any(_hooked(submodule) for submodule in module.modules())
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def outputs(network: nn.Module, inputs: Tensors, shape: Size) -> Tensors:
@@ -41,15 +52,22 @@ def outputs(network: nn.Module, inputs: Tensors, shape: Size) -> Tensors:
         network: a TensorDict module.
         inputs: its inputs, by its in_keys and in their order.
         shape: the batch shape of the inputs.
+
+    Raises:
+        RuntimeError: if a module returns more or fewer tensors than the network has out_keys.
     """
-    module, out_keys = plain_module(network), _out_keys(network)
-    if module is not None:
-        written = module(*inputs.values())
-        written = written if isinstance(written, tuple) else (written,)
-        if len(written) == len(out_keys) and all(isinstance(tensor, Tensor) for tensor in written):
-            return dict(zip(out_keys, written, strict=True))
-    result: Tensors = network(TensorDict(dict(inputs), batch_size=shape))
-    return result
+    module = plain_module(network)
+    if module is None:
+        result: Tensors = network(TensorDict(dict(inputs), batch_size=shape))
+        return result
+    written = module(*inputs.values())
+    if isinstance(written, Mapping | TensorDictBase):
+        return written
+    tensors = written if isinstance(written, tuple) else (written,)
+    out_keys: Any = network.out_keys
+    if len(tensors) != len(out_keys):
+        raise RuntimeError(f"the module returned {len(tensors)} tensors for the out_keys {list(out_keys)}")
+    return dict(zip(out_keys, tensors, strict=True))
 
 
 def distribution(actor: nn.Module, inputs: Tensors, shape: Size) -> Any:
@@ -75,9 +93,5 @@ def _is_plain(actor: ProbabilisticTensorDictSequential) -> bool:
     if len(actor.module) != 2 or not isinstance(actor.module[1], ProbabilisticTensorDictModule):
         return False
     first, last = actor.module
-    return plain_module(first) is not None and list(first.in_keys) == list(actor.in_keys) and bool(last.in_keys)
-
-
-def _out_keys(network: nn.Module) -> list[NestedKey]:
-    out_keys: Any = network.out_keys
-    return list(out_keys)
+    # A distribution may read an entry of the batch, too: an action mask, say.
+    return plain_module(first) is not None and set(last.in_keys) <= set(first.out_keys)

@@ -328,7 +328,9 @@ def td_error(q: Tensor, target: Tensor) -> Tensor:
         ValueError: if ``target`` has not the shape of a critic's values.
     """
     _check_shapes(q.shape[1:], "q without its first dimension", target=target)
-    return (q.detach() - target.detach()).square().amax(0)
+    errors = (q.detach() - target.detach()).square().amax(0)
+    # An infinite priority would be drawn for ever.
+    return errors.clamp(max=torch.finfo(errors.dtype).max)
 
 
 def reduce_loss(

@@ -16,7 +16,7 @@ from iql_plugins.distributions import at_least_float32
 from iql_plugins.functional import LossFunction, Reduction
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, is_key, next_key, shown
 from iql_plugins.ownership import NETWORKS, NetworkOwner
-from iql_plugins.stacking import Perceptron, has_hooks
+from iql_plugins.stacking import Perceptron
 from iql_plugins.value_estimators import (
     ValueEstimator,
     ValueEstimators,
@@ -168,7 +168,7 @@ class IQLLoss(NetworkOwner):
         self._tensor_keys = AcceptedKeys()
         self._loss_mask_key: NestedKey | None = "auto"
         self._selected_out_keys: list[str] | None = None
-        self._register_estimator(self._new_estimator(self.default_value_estimator))
+        self._register_estimator(self._new_estimator(supported_value_type(self.default_value_estimator)))
 
     # Keys
 
@@ -269,6 +269,15 @@ class IQLLoss(NetworkOwner):
         """Undoes :meth:`select_out_keys`."""
         self._selected_out_keys = None
         return self
+
+    def set_vmap_randomness(self, randomness: str) -> None:
+        """Sets how dropout differs among critics.
+
+        Raises:
+            ValueError: for anything but ``"error"``, ``"same"`` or ``"different"``.
+        """
+        functional.check_choice("randomness", randomness, Literal["error", "same", "different"])
+        self.vmap_randomness = randomness
 
     # Value estimators
 
@@ -394,8 +403,9 @@ class IQLLoss(NetworkOwner):
         advantage = functional.advantage(self._target_q(batch, value.shape), value)
         log_prob = self._log_prob(batch, value.shape)
         weight = functional.advantage_weight(advantage, self.temperature, self.max_weight)
+        loss = self._reduced(functional.weighted_log_likelihood(log_prob, weight), batch)
         tensordict.set(self._tensor_keys.log_prob, log_prob.detach())
-        return self._reduced(functional.weighted_log_likelihood(log_prob, weight), batch), {}
+        return loss, {}
 
     def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_value`` alone, and no metadata."""
@@ -522,7 +532,7 @@ class IQLLoss(NetworkOwner):
             and self.vmap_randomness == "different"
             and self._tensor_keys.state_action_value in out_keys
             and all(shape == first for shape in others)
-            and not has_hooks(network)
+            and not evaluation.has_hooks(network)
         )
         return self._perceptron if usable else None
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from tensordict.nn import (
     InteractionType,
     ProbabilisticTensorDictModule,
@@ -18,6 +19,7 @@ from tensordict.nn import (
 )
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from iql_plugins.distributions import Categorical, TanhMeanNormal, TanhNormal
 
@@ -135,13 +137,10 @@ def gaussian_actor(
     >>> actor(observation=torch.zeros(5, 3))[-1].shape
     torch.Size([5, 1])
     """
-    body = MLP(observation_size, action_size, hidden_sizes, dropout)
-    return _policy(
-        GaussianHead(body, action_size, log_std_range),
-        in_keys,
-        ["loc", "scale"],
-        TanhNormal if squashed else TanhMeanNormal,
-        {"low": low, "high": high},
+    head = GaussianHead(MLP(observation_size, action_size, hidden_sizes, dropout), action_size, log_std_range)
+    return ProbabilisticTensorDictSequential(
+        TensorDictModule(head, in_keys=list(in_keys), out_keys=["loc", "scale"]),
+        _BoxPolicy(TanhNormal if squashed else TanhMeanNormal, low, high),
     )
 
 
@@ -166,26 +165,39 @@ def categorical_actor(
     torch.Size([5])
     """
     body = MLP(observation_size, action_count, hidden_sizes, dropout)
-    return _policy(body, in_keys, ["logits"], Categorical, {})
-
-
-def _policy(
-    body: nn.Module,
-    in_keys: Sequence[NestedKey],
-    parameter_keys: list[str],
-    distribution: type[torch.distributions.Distribution],
-    distribution_kwargs: dict[str, Any],
-) -> ProbabilisticTensorDictSequential:
     return ProbabilisticTensorDictSequential(
-        TensorDictModule(body, in_keys=list(in_keys), out_keys=parameter_keys),
+        TensorDictModule(body, in_keys=list(in_keys), out_keys=["logits"]),
         ProbabilisticTensorDictModule(
-            in_keys=parameter_keys,
+            in_keys=["logits"],
             out_keys=["action"],
-            distribution_class=distribution,
-            distribution_kwargs=distribution_kwargs,
+            distribution_class=Categorical,
             default_interaction_type=InteractionType.DETERMINISTIC,
         ),
     )
+
+
+class _BoxPolicy(ProbabilisticTensorDictModule):  # type: ignore[misc]
+    """A distribution over actions between bounds, which move with the module when they are tensors."""
+
+    def __init__(self, distribution: type[Distribution], low: Tensor | float, high: Tensor | float) -> None:
+        super().__init__(
+            in_keys=["loc", "scale"],
+            out_keys=["action"],
+            distribution_class=distribution,
+            default_interaction_type=InteractionType.DETERMINISTIC,
+        )
+        for name, bound in (("low", low), ("high", high)):
+            if isinstance(bound, Tensor):
+                self.register_buffer(name, bound, persistent=False)
+            else:
+                setattr(self, name, bound)
+
+    def get_dist(self, tensordict: TensorDictBase) -> Distribution:
+        """The distribution with these parameters."""
+        distribution: type[Any] = self.distribution_class
+        return distribution(tensordict.get("loc"), tensordict.get("scale"), self.low, self.high)  # type: ignore[no-any-return]
+
+    build_dist_from_params = get_dist
 
 
 def critic(

@@ -98,16 +98,24 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
             attribute.fset(self, value)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # A tensor that several modules hold stays one tensor, even where torch makes a new one for each.
+        shared = self._shared()
+        applied = super()._apply(fn, recurse)
+        self._share_again(shared)
+        return applied
+
+    def _shared(self) -> list[list[str]]:
+        """The names of each tensor that has several."""
         groups: dict[int, list[str]] = {}
         for name, tensor in parameters.leaves(self).items():
             groups.setdefault(id(tensor), []).append(name)
-        applied = super()._apply(fn, recurse)
-        moved = parameters.leaves(self)
-        for first, *others in groups.values():
+        return [names for names in groups.values() if len(names) > 1]
+
+    def _share_again(self, shared: list[list[str]]) -> None:
+        # Torch makes a new tensor for each name in some casts and loads; one tensor must stay one.
+        tensors = parameters.leaves(self)
+        for first, *others in shared:
             for name in others:
-                parameters.replace_leaf(self, name, moved[first])
-        return applied
+                parameters.replace_leaf(self, name, tensors[first])
 
     @property
     def actor_network(self) -> nn.Module:
@@ -259,22 +267,26 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads our own state dict or TorchRL's; all is checked before anything changes.
 
-        The value estimator's entries may be absent: the loss keeps its own then. Critics that share a
-        tensor must agree in it.
+        The value estimator's entries may be absent: the loss keeps its own then. Networks and critics
+        that share a tensor must agree in it. As part of a larger module, a loss is loaded whole or not at all.
 
         Raises:
-            RuntimeError: for missing or unexpected names (if ``strict``) or a shape that differs.
+            RuntimeError: for missing or unexpected names (if ``strict``), a shape that differs, or shared
+                tensors that differ.
         """
         self._checked(state_dict, strict)
-        return super().load_state_dict(state_dict, strict, assign)
+        shared = self._shared()
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._share_again(shared)
+        return result
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *args: Any
     ) -> None:
-        # Torch calls this before any child loads, as part of a larger module, too; there it alone
-        # knows whether missing names matter.
+        # Torch calls this before any child loads, as part of a larger module, too, and does not say there
+        # whether missing names matter: some of a loss without the rest never makes sense.
         given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        checked = self._checked(given, strict=False)
+        checked = self._checked(given, strict=bool(prefix and given))
         if any(key.startswith(_ESTIMATOR) for key in given):
             self._estimator_in_state = True
         for key in given:
@@ -293,6 +305,12 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
         } - own.keys()
         checked = {key: self._unstacked(key, value, own) for key, value in given.items() if key not in transient}
         _raise_differences("the state dict does not fit this loss", own, checked, strict)
+        for names in self._shared():
+            first, *others = [checked[name] for name in names if name in checked] or [None]
+            if any(not torch.equal(first, other) for other in others):
+                raise RuntimeError(
+                    f"the state dict does not fit this loss: it differs in {' and '.join(names)}, one tensor"
+                )
         return checked
 
     def _unstacked(self, key: str, value: Any, own: Mapping[str, Any]) -> Any:

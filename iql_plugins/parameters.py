@@ -75,22 +75,33 @@ def duplicates(module: nn.Module, count: int) -> list[nn.Module]:
     return copies
 
 
+def _description(critic: nn.Module) -> dict[str, Any]:
+    """What critics that are stacked into one module must agree in."""
+    return {
+        "in_keys": critic.in_keys,
+        "out_keys": critic.out_keys,
+        "parameters": {name: tuple(tensor.shape) for name, tensor in leaves(critic).items()},
+        "trainable parameters": [name for name, tensor in leaves(critic).items() if tensor.requires_grad],
+        "modules": [(name, type(module).__name__, module.extra_repr()) for name, module in critic.named_modules()],
+    }
+
+
 @torch.no_grad()
 def stack(critics: Sequence[nn.Module]) -> tuple[nn.Module, frozenset[str]]:
     """One module with the leaves of all critics stacked, and the names of its tied leaves.
 
     Raises:
-        ValueError: if the critics differ in the names or shapes of their leaves, or if some, but not
-            all, of them share a leaf.
+        ValueError: if the critics differ in keys, modules, or the names, shapes or trainability of their
+            leaves, or if some, but not all, of them share a leaf.
     """
     tensors = [leaves(critic) for critic in critics]
-    for index, other in enumerate(tensors[1:], start=1):
-        shapes, other_shapes = ({name: tuple(t.shape) for name, t in leaf.items()} for leaf in (tensors[0], other))
-        if shapes != other_shapes:
-            raise ValueError(
-                f"all critics of qvalue_network must have the same parameters: critic 0 has {shapes}, "
-                f"critic {index} has {other_shapes}"
-            )
+    for index, other in enumerate(critics[1:], start=1):
+        for what, description in _description(critics[0]).items():
+            if description != _description(other)[what]:
+                raise ValueError(
+                    f"all critics of qvalue_network must have the same {what}: critic 0 has {description}, "
+                    f"critic {index} has {_description(other)[what]}"
+                )
     module, tied = stateful_copy(critics[0]), set()
     stacked: dict[tuple[int, ...], Tensor] = {}
     for name, first in tensors[0].items():

@@ -1,25 +1,21 @@
 """All critics in one pass: a perceptron's layers as batched products over stacked weights.
 
 ``torch.vmap`` evaluates critics of any kind together, at a price: the kernels compiled from it are slower
-than a loop over critics. A critic that is a perceptron, whose inputs meet nothing but concatenation,
-linear layers and elementwise functions, is read once with ``torch.fx`` and evaluated by the few steps
-found. Everything else takes the general way.
+than a loop over critics. Perceptrons, whose forward is known, are evaluated layer by layer instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-from tensordict.nn import TensorDictModule
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from iql_plugins.parameters import stateful_copy
+from iql_plugins.evaluation import has_hooks, plain_module
+from iql_plugins.networks import MLP
 
 __all__ = ["Perceptron"]
 
-_ELEMENTWISE_MODULES = (
+_ELEMENTWISE = (
     nn.Identity,
     nn.Dropout,
     nn.ReLU,
@@ -32,149 +28,65 @@ _ELEMENTWISE_MODULES = (
     nn.Sigmoid,
     nn.Tanh,
 )
-_ELEMENTWISE_FUNCTIONS = (F.relu, F.elu, F.gelu, F.silu, F.mish, F.leaky_relu, torch.relu, torch.tanh, torch.sigmoid)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One node of the graph: what it computes, from which earlier values."""
-
-    kind: str
-    target: Any
-    sources: tuple[int, ...]
-    options: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class Perceptron:
-    """The steps of a critic that is a perceptron. The first values are its inputs; each step appends one.
+    """The layers of a critic that concatenates its inputs and passes them through linear and elementwise layers.
 
     Attributes:
-        steps: in order; the last one's value is the output.
+        layers: their names in the critic, in order.
     """
 
-    steps: tuple[_Step, ...]
+    layers: tuple[str, ...]
 
     @classmethod
     def read(cls, critic: nn.Module) -> "Perceptron | None":
-        """The steps of a critic; None for one that is no perceptron."""
-        if not isinstance(critic, TensorDictModule) or type(critic).forward is not TensorDictModule.forward:
+        """The layers of a critic built of our ``MLP`` or, with one input, of ``nn.Sequential``; None for any other."""
+        body = plain_module(critic)
+        joins = body is not None and type(body).forward is MLP.forward
+        if body is None or has_hooks(critic) or not (joins or len(critic.in_keys) == 1):  # type: ignore[arg-type]
             return None
-        if not isinstance(critic.module, nn.Module) or critic._kwargs is not None or len(critic.out_keys) != 1:
-            return None
-        # In both modes: what a forward does with self.training is part of no graph.
-        found = {_read(stateful_copy(critic).train(mode)) for mode in (True, False)}
-        steps = found.pop()
-        return cls(steps) if steps and not found else None
+        root = "module.layers" if joins else "module"
+        names = list(_flattened(critic.get_submodule(root), root))
+        known = all(_is_linear(m) or type(m) in _ELEMENTWISE for m in map(critic.get_submodule, names))
+        return cls(tuple(names)) if known else None
 
     def __call__(self, critic: nn.Module, tensors: dict[str, Tensor], inputs: Sequence[Tensor], count: int) -> Tensor:
         """``[N, *B, out]`` outputs of N critics.
 
         Args:
-            critic: the module that the steps were read from; its elementwise modules are called.
+            critic: the module whose layers these are; its elementwise ones are called.
             tensors: its leaves, ``[N, ...]`` but for those that all critics share.
             inputs: ``[*B, f_i]``, in the order of the critic's in_keys.
             count: N.
         """
-        shape = inputs[0].shape[:-1]
-        values = [tensor.reshape(-1, tensor.shape[-1]) for tensor in inputs]
-        for step in self.steps:
-            sources = [values[i] for i in step.sources]
-            if step.kind == "linear":
-                bias = tensors.get(f"{step.target}.bias")
-                values.append(_linear(sources[0], tensors[f"{step.target}.weight"], bias, count))
-            elif step.kind == "cat":
-                stacked = any(source.ndim == 3 for source in sources)
-                values.append(torch.cat([_stacked(source, count) if stacked else source for source in sources], -1))
-            elif step.kind == "module":
-                values.append(critic.get_submodule(step.target)(sources[0]))
-            else:
-                values.append(step.target(sources[0], **dict(step.options)))
-        return _stacked(values[-1], count).reshape(count, *shape, -1)
+        joined = inputs[0] if len(inputs) == 1 else torch.cat(list(inputs), -1)
+        # Stacked from the start, so that dropout draws for each critic.
+        x = joined.reshape(-1, joined.shape[-1]).expand(count, -1, -1)
+        for name in self.layers:
+            weight = tensors.get(f"{name}.weight")
+            x = critic.get_submodule(name)(x) if weight is None else _linear(x, weight, tensors.get(f"{name}.bias"))
+        return x.reshape(count, *joined.shape[:-1], -1)
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module, or one inside it, runs hooks of its own."""
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
-
-
-def _stacked(x: Tensor, count: int) -> Tensor:
-    return x if x.ndim == 3 else x.expand(count, *x.shape)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
-    x, weight = _stacked(x, count), _stacked(weight, count).transpose(1, 2)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    weight = weight.expand(len(x), *weight.shape[-2:]).transpose(1, 2)
     if bias is None:
         return torch.bmm(x, weight)
     return torch.baddbmm(bias if bias.ndim == 1 else bias.unsqueeze(1), x, weight)
 
 
-class _Wrapper(nn.Module):
-    """Gives the traced module the name under which its critic holds it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *inputs: Any) -> Any:
-        return self.module(*inputs)
-
-
-class _Tracer(fx.Tracer):
-    """Traces a module with a fixed number of inputs down to its linear and elementwise layers."""
-
-    def __init__(self, inputs: int) -> None:
-        super().__init__()
-        self.inputs = inputs
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _is_linear(m) or type(m) in _ELEMENTWISE_MODULES
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        proxies = [self.create_proxy("placeholder", f"input_{i}", (), {}) for i in range(self.inputs)]
-        return root_fn, [self.root, *proxies]
+def _flattened(module: nn.Module, name: str) -> Iterator[str]:
+    if type(module) is nn.Sequential:
+        for child_name, child in module.named_children():
+            yield from _flattened(child, f"{name}.{child_name}")
+    else:
+        yield name
 
 
 def _is_linear(module: nn.Module) -> bool:
+    # A parametrised layer computes its weight: it is no leaf.
     return (
         isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "weight" in module._parameters
     )
-
-
-def _read(critic: TensorDictModule) -> tuple[_Step, ...] | None:
-    try:
-        graph = _Tracer(len(critic.in_keys)).trace(_Wrapper(critic.module))
-    # A stranger's forward meets proxies here; whatever it raises means that it is no perceptron.
-    except Exception:
-        return None
-    indices: dict[fx.Node, int] = {}
-    steps: list[_Step] = []
-    for node in graph.nodes:
-        if node.op == "output":
-            return tuple(steps) if node.args == (list(indices)[-1],) else None
-        if node.op != "placeholder":
-            step = _step(critic, node, indices)
-            if step is None:
-                return None
-            steps.append(step)
-        indices[node] = len(indices)
-    return None
-
-
-def _step(critic: nn.Module, node: fx.Node, indices: dict[fx.Node, int]) -> _Step | None:
-    if node.op == "call_function" and node.target is torch.cat:
-        tensors: Any
-        tensors, dim = (*node.args, node.kwargs.get("dim"))[:2]
-        last = dim == -1 and isinstance(tensors, list | tuple) and all(tensor in indices for tensor in tensors)
-        return _Step("cat", None, tuple(indices[tensor] for tensor in tensors)) if last else None
-    if len(node.args) != 1 or not isinstance(source := node.args[0], fx.Node):
-        return None
-    if any(isinstance(option, fx.Node) for option in node.kwargs.values()):
-        return None
-    sources = (indices[source],)
-    if node.op == "call_module" and not node.kwargs:
-        module = critic.get_submodule(str(node.target))
-        return _Step("linear" if _is_linear(module) else "module", node.target, sources)
-    if node.op == "call_function" and node.target in _ELEMENTWISE_FUNCTIONS:
-        return _Step("function", node.target, sources, tuple(node.kwargs.items()))
-    return None

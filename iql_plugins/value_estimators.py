@@ -40,7 +40,7 @@ class ValueEstimator(nn.Module, abc.ABC):
         differentiable: accepted because TorchRL's defaults carry it. IQL's target never has a gradient.
 
     Attributes:
-        tensor_keys: the key names of the loss that holds the estimator.
+        tensor_keys: the key names of the loss that holds the estimator, for whoever reads a batch as it does.
         value_type: the estimator's member of :class:`ValueEstimators`.
 
     Raises:
@@ -97,22 +97,23 @@ class ValueEstimator(nn.Module, abc.ABC):
         raise AttributeError(f"call set_keys({', '.join(names)}) on the loss: its value estimator follows it")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ValueEstimator":
-        # In bfloat16 a discount of 0.99 would become 0.988: a cast may widen the dtype, never narrow it.
+        # In bfloat16 a discount of 0.99 would become 0.988: a cast may widen the dtype, never narrow it. And
+        # the numbers stay real on the meta device, which would forget them.
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)
-                dtype = torch.promote_types(buffer.dtype, moved.dtype)
-                self._buffers[name] = (moved if buffer.is_meta else buffer).to(moved.device, dtype)
+                device = buffer.device if moved.is_meta else moved.device
+                self._buffers[name] = buffer.to(device, torch.promote_types(buffer.dtype, moved.dtype))
         return self
 
 
 def _unit_interval(name: str, value: float | Tensor) -> Tensor:
-    tensor = torch.as_tensor(value).clone()
+    tensor = value.clone() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
     if not tensor.is_floating_point():
         tensor = tensor.to(torch.get_default_dtype())
     if tensor.numel() != 1:
         raise ValueError(f"{name} must be one number, got shape {tuple(tensor.shape)}")
-    if not tensor.is_meta and not 0.0 <= tensor.item() <= 1.0:
+    if not 0.0 <= tensor.item() <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {tensor.item()}")
     return tensor.reshape(())
 

@@ -1,6 +1,6 @@
 """Devices, networks and batches that the tests share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +15,16 @@ OBSERVATION, ACTION, ACTIONS = 5, 3, 4
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device that this machine has."""
-    return torch.device(request.param)
+@pytest.fixture(params=DEVICES, autouse=True)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Each device that this machine has: every test runs on each of them, which is the default device meanwhile."""
+    device = torch.device(request.param)
+    if device.type == "cpu":
+        yield device
+        return
+    torch.set_default_device(device)
+    yield device
+    torch.set_default_device(None)
 
 
 @pytest.fixture(params=["continuous", "discrete"])
@@ -34,7 +40,10 @@ def seed() -> None:
 
 
 def make_batch(
-    kind: str, shape: tuple[int, ...] = (6,), device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    kind: str,
+    shape: tuple[int, ...] = (6,),
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> TensorDict:
     """A random batch by the key layout; discrete actions are indices of shape ``*B``."""
     options: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -249,6 +249,31 @@ def test_a_masked_entry_reaches_no_loss_that_is_called_alone(kind: str, name: st
     assert all(not errors[:, ~mask].any() for errors in metadata.values())
 
 
+@pytest.mark.parametrize("name", ["actor_loss", "qvalue_loss", "value_loss"])
+def test_weights_count_in_a_loss_that_is_called_alone(kind: str, name: str) -> None:
+    loss, batch = make_loss(kind), make_batch(kind)
+    batch["priority_weight"] = torch.tensor([1.0, 0.0, 3.0, 0.0, 0.0, 0.0])
+    first, third = (getattr(loss, name)(batch[i : i + 1].clone())[0] for i in (0, 2))
+    torch.testing.assert_close(getattr(loss, name)(batch)[0], (first + 3 * third) / 4)
+
+
+@pytest.mark.parametrize("name", ["actor_loss", "qvalue_loss", "value_loss"])
+def test_a_loss_that_is_called_alone_writes_nothing_before_an_error(kind: str, name: str) -> None:
+    loss, batch = make_loss(kind), make_batch(kind).set("priority_weight", torch.ones(6, 2))
+    keys = set(batch.keys(True, True))
+    with pytest.raises(ValueError, match="'priority_weight'"):
+        getattr(loss, name)(batch)
+    assert set(batch.keys(True, True)) == keys
+
+
+@pytest.mark.parametrize("name", ["actor_loss", "qvalue_loss", "value_loss"])
+def test_a_loss_that_is_called_alone_takes_a_masked_batch_without_a_batch_size(kind: str, name: str) -> None:
+    loss, batch = make_loss(kind), make_batch(kind).set("shifted_valid", torch.arange(6) != 2)
+    expected = getattr(loss, name)(batch.clone())[0]
+    batch.batch_size = []
+    torch.testing.assert_close(getattr(loss, name)(batch)[0], expected)
+
+
 def test_both_automatic_masks_count(kind: str) -> None:
     loss, batch = make_loss(kind), make_batch(kind)
     first, second = torch.arange(6) > 0, torch.arange(6) < 5

@@ -19,21 +19,27 @@ from iql_plugins.networks import (
     value_function,
 )
 
-LOC, SCALE = torch.tensor([[0.3, -1.2], [2.0, 0.0]]), torch.tensor([[0.5, 1.5], [0.1, 1.0]])
-ACTIONS = torch.tensor([[0.1, -0.7], [0.95, 0.2]])
+
+def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Locations, scales and actions of two policies."""
+    loc, scale = torch.tensor([[0.3, -1.2], [2.0, 0.0]]), torch.tensor([[0.5, 1.5], [0.1, 1.0]])
+    return loc, scale, torch.tensor([[0.1, -0.7], [0.95, 0.2]])
 
 
 def test_the_density_of_the_papers_policy_is_a_gaussian_around_the_tanh() -> None:
-    log_prob = TanhMeanNormal(LOC, SCALE).log_prob(ACTIONS)
-    expected = stats.norm(LOC.tanh().numpy(), SCALE.numpy()).logpdf(ACTIONS.numpy()).sum(-1)
+    loc, scale, actions = example()
+    log_prob = TanhMeanNormal(loc, scale).log_prob(actions)
+    mean, deviation, value = (tensor.numpy(force=True) for tensor in (loc.tanh(), scale, actions))
+    expected = stats.norm(mean, deviation).logpdf(value).sum(-1)
     torch.testing.assert_close(log_prob, torch.tensor(expected).float())
 
 
 def test_the_density_of_the_squashed_policy_equals_torchs_inside_the_bounds() -> None:
-    base = torch.distributions.Normal(LOC, SCALE)
+    loc, scale, actions = example()
+    base = torch.distributions.Normal(loc, scale)
     squashed = torch.distributions.TransformedDistribution(base, [torch.distributions.TanhTransform()])
-    expected = torch.distributions.Independent(squashed, 1).log_prob(ACTIONS)
-    torch.testing.assert_close(TanhNormal(LOC, SCALE).log_prob(ACTIONS), expected, rtol=1e-5, atol=1e-5)
+    expected = torch.distributions.Independent(squashed, 1).log_prob(actions)
+    torch.testing.assert_close(TanhNormal(loc, scale).log_prob(actions), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("distribution", [TanhMeanNormal, TanhNormal])
@@ -73,14 +79,14 @@ def test_samples_follow_the_density(distribution: type) -> None:
         marginal = distribution(policy.loc[i : i + 1], policy.scale[i : i + 1], low=low[i], high=high[i])
         grid = torch.linspace(samples[:, i].min().item(), samples[:, i].max().item(), 5001)
         cdf = torch.cumulative_trapezoid(marginal.log_prob(grid.unsqueeze(-1)).exp(), grid)
-        fit = stats.kstest(samples[:, i].numpy(), lambda x, g=grid, c=cdf: _interpolate(x, g, c))
+        fit = stats.kstest(samples[:, i].numpy(force=True), lambda x, g=grid, c=cdf: _interpolate(x, g, c))
         assert fit.pvalue > 1e-3
 
 
 def _interpolate(x, grid: torch.Tensor, cdf: torch.Tensor):
     import numpy as np
 
-    return np.interp(x, grid[1:].numpy(), cdf.numpy())
+    return np.interp(x, grid[1:].numpy(force=True), cdf.numpy(force=True))
 
 
 @pytest.mark.parametrize("distribution", [TanhMeanNormal, TanhNormal])
@@ -144,3 +150,10 @@ def test_the_networks_are_the_papers() -> None:
     ):
         linear = [m for m in network.modules() if isinstance(m, OrthogonalLinear)]
         assert [len(linear), sum(p.numel() for p in network.parameters())] == sizes
+
+
+def test_tensor_bounds_move_with_the_policy() -> None:
+    actor = gaussian_actor(5, 2, low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0])).to("meta")
+    assert actor(observation=torch.zeros(3, 5, device="meta"))[-1].is_meta
+    double = gaussian_actor(5, 2, low=torch.tensor([-1.0, 0.0]), high=torch.tensor([1.0, 4.0])).double()
+    assert double(observation=torch.zeros(3, 5).double())[-1].dtype == torch.float64

@@ -36,11 +36,13 @@ def predictions(loss: IQLLoss, batch: TensorDict) -> dict[str, np.ndarray]:
     with torch.no_grad():
         action = batch["action"]
         return {
-            "q": q(loss.qvalue_network, frozenset()).numpy(),
-            "target_q": q(loss.get_stateful_net("target_qvalue_network", copy=False), frozenset()).numpy(),
-            "v": loss.value_network(batch.select("observation"))["state_value"].squeeze(-1).numpy(),
-            "next_v": loss.value_network(batch["next"].select("observation"))["state_value"].squeeze(-1).numpy(),
-            "log_prob": loss.actor_network.get_dist(batch.select("observation")).log_prob(action).numpy(),
+            "q": q(loss.qvalue_network, frozenset()).numpy(force=True),
+            "target_q": q(loss.get_stateful_net("target_qvalue_network", copy=False), frozenset()).numpy(force=True),
+            "v": loss.value_network(batch.select("observation"))["state_value"].squeeze(-1).numpy(force=True),
+            "next_v": loss.value_network(batch["next"].select("observation"))["state_value"]
+            .squeeze(-1)
+            .numpy(force=True),
+            "log_prob": loss.actor_network.get_dist(batch.select("observation")).log_prob(action).numpy(force=True),
         }
 
 
@@ -49,7 +51,7 @@ def reference(
 ) -> dict[str, float]:
     """The paper's losses, one sample after the other."""
     p = predictions(loss, batch)
-    reward, terminated = (batch["next", key].squeeze(-1).numpy() for key in ("reward", "terminated"))
+    reward, terminated = (batch["next", key].squeeze(-1).numpy(force=True) for key in ("reward", "terminated"))
     actor = critics = value = entropy = total = 0.0
     for i in np.ndindex(*batch.batch_size):
         if not mask[i]:
@@ -89,10 +91,10 @@ def test_the_losses_equal_the_paper_in_numpy(
     gammas = np.full(shape, GAMMA)
     if steps in ("steps", "both"):
         full["steps_to_next_obs"] = n
-        gammas = GAMMA ** n.squeeze(-1).numpy()
+        gammas = GAMMA ** n.squeeze(-1).numpy(force=True)
     if steps in ("discount", "both"):
         full["next", "discount"] = discount
-        gammas = discount.squeeze(-1).numpy()
+        gammas = discount.squeeze(-1).numpy(force=True)
     if weighted:
         full["priority_weight"] = weight
     if masked:
@@ -100,7 +102,11 @@ def test_the_losses_equal_the_paper_in_numpy(
     outputs = loss(full)
     ones = np.ones(shape)
     expected = reference(
-        loss, batch, gammas, weight.numpy() if weighted else ones, mask.numpy() if masked else ones.astype(bool)
+        loss,
+        batch,
+        gammas,
+        weight.numpy(force=True) if weighted else ones,
+        mask.numpy(force=True) if masked else ones.astype(bool),
     )
     for name, value in expected.items():
         assert outputs[name].item() == pytest.approx(value, rel=1e-10), name

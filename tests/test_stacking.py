@@ -1,105 +1,78 @@
-"""Critics evaluated by their perceptron's steps: the same numbers as one critic after the other."""
+"""Shortcuts past the general way: critics evaluated layer by layer, networks called past their wrappers."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import ACTION, OBSERVATION, gradients, make_batch, make_loss
-from tensordict.nn import TensorDictModule, TensorDictSequential
+from conftest import ACTION, ACTIONS, OBSERVATION, gradients, make_batch, make_loss
+from tensordict import TensorDict
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+)
 from torch import Tensor, nn
 
 from iql_plugins import IQLLoss
-from iql_plugins.networks import critic
+from iql_plugins.networks import MLP, critic, value_function
 from iql_plugins.stacking import Perceptron
 
-WIDTH = OBSERVATION + ACTION
+ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Identity)
 
 
-class Critic(nn.Module):
-    """Q(s, a) with a body of choice."""
-
-    def __init__(self, body: nn.Module, join: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
-        super().__init__()
-        self.body = body
-        self.join = join
-
-    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        join = self.join or (lambda *inputs: torch.cat(inputs, -1))
-        return self.body(join(observation, action))
-
-
-class LateAction(nn.Module):
-    """The action comes in behind the first layer, as in DDPG."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(OBSERVATION, 8), nn.Linear(8 + ACTION, 1, bias=False)
-
-    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        return self.second(torch.cat([F.relu(self.first(observation)), action], dim=-1))
-
-
-class Residual(nn.Module):
-    """No perceptron: it adds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, 1)
-
-    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        return self.linear(torch.cat([observation, action], -1)) + observation[..., :1]
-
-
-class Moody(nn.Module):
-    """No perceptron: it is another function when it trains."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.other = nn.Linear(WIDTH, 1), nn.Linear(WIDTH, 1)
-
-    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
-        layer = self.linear if self.training else self.other
-        return layer(torch.cat([observation, action], -1))
+def mlp(**options: Any) -> nn.Module:
+    return MLP(OBSERVATION + ACTION, 1, (8,), **options)
 
 
 def sequential(*layers: nn.Module) -> nn.Module:
-    return Critic(nn.Sequential(nn.Linear(WIDTH, 8), *layers, nn.Linear(8, 1)))
+    return nn.Sequential(nn.Linear(OBSERVATION, 8), *layers, nn.Linear(8, ACTIONS, bias=False))
 
 
-PERCEPTRONS: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: Critic(nn.Linear(WIDTH, 1)),
-    "late action": LateAction,
-    "no bias": lambda: Critic(nn.Sequential(nn.Linear(WIDTH, 8, bias=False), nn.Tanh(), nn.Linear(8, 1))),
-    **{
-        activation.__name__: lambda activation=activation: sequential(activation())
-        for activation in (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh)
-    },
-}
-OTHERS: dict[str, Callable[[], nn.Module]] = {
-    "layer norm": lambda: sequential(nn.LayerNorm(8)),
-    "softmax": lambda: sequential(nn.Softmax(dim=0)),
-    "residual": Residual,
-    "moody": Moody,
-    "another dimension": lambda: Critic(nn.Linear(WIDTH, 1), lambda *inputs: torch.cat([x.mT for x in inputs], -2).mT),
-}
+class Own(nn.Module):
+    """A critic with a forward of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(OBSERVATION + ACTION, 1)
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        return self.linear(torch.cat([observation, action], -1))
+
+    def other(self, observation: Tensor, action: Tensor) -> Tensor:
+        return 100.0 + self.forward(observation, action)
 
 
-def loss_of(body: nn.Module, **options: Any) -> IQLLoss:
-    network = TensorDictModule(body, ["observation", "action"], ["state_action_value"])
-    return make_loss("continuous", qvalue_network=network, num_qvalue_nets=3, **options)
+def loss_of(body: nn.Module, count: int = 3, **options: Any) -> IQLLoss:
+    """A loss over critics with this body: discrete for one that reads the observation alone."""
+    kind = "discrete" if isinstance(body, nn.Sequential) else "continuous"
+    in_keys = ["observation"] if kind == "discrete" else ["observation", "action"]
+    network = TensorDictModule(body, in_keys, ["state_action_value"], **options)
+    return make_loss(kind, qvalue_network=network, num_qvalue_nets=count)
 
 
-def assert_equal_to_the_loop(loss: IQLLoss, shape: tuple[int, ...]) -> None:
-    batch = make_batch("continuous", shape)
+def assert_equal_to_the_loop(loss: IQLLoss, shape: tuple[int, ...] = (6,)) -> None:
+    batch = make_batch("discrete" if hasattr(loss, "action_space") else "continuous", shape)
     stacked = loss(batch.clone())
     stacked_gradients = gradients(loss, stacked)
     loss.deactivate_vmap = True
     looped = loss(batch.clone())
     torch.testing.assert_close(stacked, looped)
     torch.testing.assert_close(stacked_gradients, gradients(loss, looped))
-    loss.deactivate_vmap = False
+
+
+PERCEPTRONS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": mlp,
+    "nested": lambda: sequential(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), nn.Tanh()),
+    **{kind.__name__: lambda kind=kind: sequential(kind()) for kind in ELEMENTWISE},
+}
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "a forward of its own": Own,
+    "layer norm": lambda: sequential(nn.LayerNorm(8)),
+    "softmax": lambda: sequential(nn.Softmax(dim=0)),
+    "computed weight": lambda: sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
+}
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (1,)])
@@ -114,46 +87,111 @@ def test_a_perceptron_has_the_numbers_of_the_loop(name: str, shape: tuple[int, .
 def test_what_is_no_perceptron_takes_the_general_way(name: str) -> None:
     loss = loss_of(OTHERS[name]())
     assert loss._perceptron is None
-    assert_equal_to_the_loop(loss, (6,))
+    assert_equal_to_the_loop(loss)
 
 
-def test_a_sequence_of_modules_takes_the_general_way() -> None:
+def test_wrappers_that_do_more_than_pass_tensors_on_take_the_general_way() -> None:
+    assert loss_of(Own(), method="other")(make_batch("continuous"))["loss_qvalue"] > 100
     first = TensorDictModule(nn.Linear(OBSERVATION, 4), ["observation"], ["features"])
-    second = TensorDictModule(Critic(nn.Linear(4 + ACTION, 1)), ["features", "action"], ["state_action_value"])
-    assert Perceptron.read(TensorDictSequential(first, second)) is None
-    assert Perceptron.read(TensorDictModule(lambda x: x, ["observation"], ["state_action_value"])) is None
+    second = TensorDictModule(MLP(4 + ACTION, 1), ["features", "action"], ["state_action_value"])
+    for network in (
+        TensorDictSequential(first, second),
+        TensorDictModule(mlp(), {"observation": "observation", "action": "action"}, ["state_action_value"]),
+        TensorDictModule(mlp(), ["observation", "action"], ["state_action_value"], method="forward"),
+    ):
+        assert Perceptron.read(network) is None
 
 
 def test_critics_that_share_a_layer_are_stacked_in_the_others() -> None:
-    trunk = nn.Linear(WIDTH, 8)
-    networks = [
-        TensorDictModule(
-            Critic(nn.Sequential(trunk, nn.ReLU(), nn.Linear(8, 1))), ["observation", "action"], ["state_action_value"]
-        )
-        for _ in range(3)
-    ]
-    loss = make_loss("continuous", qvalue_network=networks, num_qvalue_nets=3)
+    trunk = nn.Linear(OBSERVATION, 8)
+    bodies = [nn.Sequential(trunk, nn.ReLU(), nn.Linear(8, ACTIONS)) for _ in range(3)]
+    networks = [TensorDictModule(body, ["observation"], ["state_action_value"]) for body in bodies]
+    loss = make_loss("discrete", qvalue_network=networks, num_qvalue_nets=3)
     assert loss._perceptron is not None
-    assert_equal_to_the_loop(loss, (6,))
+    assert_equal_to_the_loop(loss)
 
 
-def test_dropout_follows_the_mode_of_the_loss() -> None:
-    loss, batch = loss_of(sequential(nn.Dropout(0.5))), make_batch("continuous")
+@pytest.mark.parametrize("before", [False, True])
+def test_dropout_draws_for_each_critic_and_follows_the_mode(before: bool) -> None:
+    layers = [nn.Dropout(0.5), nn.Linear(OBSERVATION, ACTIONS)] if before else [sequential(nn.Dropout(0.5))]
+    body = nn.Sequential(*layers)
+    loss = loss_of(body, count=2)
     assert loss._perceptron is not None
-    assert not torch.equal(loss(batch)["loss_qvalue"], loss(batch)["loss_qvalue"])
+    with torch.no_grad():
+        for weight in loss.qvalue_network_params.values(True, True):
+            weight[1] = weight[0]
+    batch = make_batch("discrete", (32,))
+    first, second = loss.qvalue_loss(batch)[1]["td_error"]
+    assert not torch.equal(first, second)
     loss.eval()
-    assert torch.equal(loss(batch)["loss_qvalue"], loss(batch)["loss_qvalue"])
+    first, second = loss.qvalue_loss(batch)[1]["td_error"]
+    assert torch.equal(first, second)
 
 
-def test_hooks_of_a_critic_run() -> None:
-    loss = loss_of(sequential(nn.ReLU()))
-    calls = []
-    loss.qvalue_network.module.body[0].register_forward_hook(lambda *_: calls.append(1))
-    loss(make_batch("continuous"))
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_of_a_critic_run(hook: str) -> None:
+    loss, calls = loss_of(mlp()), []
+    getattr(loss.qvalue_network.module.layers[2], hook)(lambda *_: calls.append(1))
+    loss(make_batch("continuous"))["loss_qvalue"].backward()
     assert len(calls) == 3
 
 
-def test_the_papers_critics_are_perceptrons() -> None:
-    assert make_loss("continuous")._perceptron is not None
-    assert make_loss("discrete")._perceptron is not None
+def test_the_papers_critics_are_perceptrons(kind: str) -> None:
+    assert make_loss(kind)._perceptron is not None
+    assert make_loss(kind, num_qvalue_nets=1)._perceptron is None
     assert Perceptron.read(critic(3, 1)) is not None
+
+
+class Dictionary(nn.Module):
+    """V that returns its output by name, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(OBSERVATION), nn.Linear(OBSERVATION, 1)
+
+    def forward(self, observation: Tensor) -> dict[str, Tensor]:
+        return {"state_value": self.linear(self.norm(observation))}
+
+
+def test_a_network_that_returns_a_dictionary_is_evaluated_once() -> None:
+    value = TensorDictModule(Dictionary(), ["observation"], ["state_value"])
+    loss = make_loss("continuous", value_network=value)
+    loss(make_batch("continuous"))
+    assert value.module.norm.num_batches_tracked == 2  # at s and at s'
+
+
+def test_a_network_that_returns_too_few_tensors_is_named() -> None:
+    value = TensorDictModule(nn.Linear(OBSERVATION, 1), ["observation"], ["state_value", "spread"])
+    with pytest.raises(RuntimeError, match=r"value_network failed on .*returned 1 tensors for the out_keys"):
+        make_loss("continuous", value_network=value)(make_batch("continuous"))
+
+
+class Masked(torch.distributions.Categorical):
+    """A policy that knows which actions are allowed."""
+
+    def __init__(self, logits: Tensor, mask: Tensor) -> None:
+        super().__init__(logits=logits.masked_fill(~mask, -1e8))
+
+
+def test_a_distribution_may_read_the_batch_itself() -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(OBSERVATION, ACTIONS)
+
+        def forward(self, observation: Tensor, mask: Tensor) -> Tensor:
+            return self.linear(observation)
+
+    actor = ProbabilisticTensorDictSequential(
+        TensorDictModule(Body(), ["observation", "mask"], ["logits"]),
+        ProbabilisticTensorDictModule(["logits", "mask"], ["action"], distribution_class=Masked),
+    )
+    batch = make_batch("discrete")
+    batch["mask"] = torch.ones(6, ACTIONS, dtype=torch.bool)
+    batch["mask"][:, -1] = False
+    batch["action"].clamp_(max=ACTIONS - 2)
+    loss = make_loss("discrete", actor_network=actor, value_network=value_function(OBSERVATION))
+    loss(batch)
+    expected = actor.get_dist(batch.clone()).log_prob(batch["action"])
+    torch.testing.assert_close(batch["_log_prob"], expected.detach())
+    assert isinstance(actor.get_dist(TensorDict(batch)), Masked)

@@ -702,3 +702,73 @@ def test_gradients_of_a_view_are_those_of_the_loss(kind: str) -> None:
     total(loss(make_batch(kind))).backward()
     grads = loss.qvalue_network_params.grad
     assert torch.equal(grads["module", "layers", "0", "weight"], dict(loss.named_parameters())[MIDDLE].grad)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_load_keeps_shared_networks_shared(assign: bool) -> None:
+    loss, source = shared_trunk_loss(True), shared_trunk_loss(True)
+    names = [name for name, _ in loss.named_parameters()]
+    loss.load_state_dict(saved(source), assign=assign)
+    assert [name for name, _ in loss.named_parameters()] == names
+    trunk = [loss.actor_network[0].module.layers[0], loss.value_network.module.layers[0]]
+    assert trunk[0].weight is trunk[1].weight
+
+
+def test_a_state_dict_in_which_shared_tensors_differ_is_refused() -> None:
+    loss = shared_trunk_loss(True)
+    before, bad = saved(loss), saved(shared_trunk_loss(True))
+    bad["value_network_params.module.layers.0.weight"] += 1
+    with pytest.raises(
+        RuntimeError, match=r"differs in actor_network_params\..* and value_network_params\..*one tensor"
+    ):
+        loss.load_state_dict(bad)
+    for name, tensor in loss.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_shared_networks_stay_shared_when_a_loss_leaves_the_meta_device() -> None:
+    with torch.device("meta"):
+        loss = shared_trunk_loss(True)
+    loss.to_empty(device="cpu")
+    source = shared_trunk_loss(True)
+    loss.load_state_dict(source.state_dict())
+    assert loss.actor_network[0].module.layers[0].weight is loss.value_network.module.layers[0].weight
+    batch = make_batch("discrete")
+    torch.testing.assert_close(loss(batch.clone()), source(batch.clone()))
+    assert loss.value_estimator.gamma.item() == pytest.approx(0.99)
+
+
+def test_a_loss_inside_a_module_is_loaded_whole_or_not_at_all() -> None:
+    holder = nn.ModuleDict({"loss": make_loss("continuous")})
+    state = {name: tensor + 1 for name, tensor in holder.state_dict().items()}
+    del state["loss.qvalue_network_params.module.layers.0.weight"]
+    before = contents(holder["loss"])
+    with pytest.raises(RuntimeError, match=r"it has no qvalue_network_params\.module\.layers\.0\.weight"):
+        holder.load_state_dict(state)
+    for name, tensor in contents(holder["loss"]).items():
+        assert torch.equal(tensor, before[name])
+    assert holder.load_state_dict({}, strict=False).missing_keys
+
+
+def test_buffers_that_only_torchrl_saves_are_passed_over() -> None:
+    actor = gaussian_actor(OBSERVATION, ACTION, low=torch.full((ACTION,), -2.0), high=torch.full((ACTION,), 2.0))
+    loss = make_loss("continuous", actor_network=actor)
+    assert not any(name.endswith("low") for name in loss.state_dict())
+    state = saved(loss) | {"actor_network_params.module.1.low": torch.zeros(ACTION)}
+    loss.load_state_dict(state)
+    assert loss.actor_network[1].low[0] == -2.0
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda q: setattr(q, "in_keys", ["action", "observation"]), "in_keys"),
+        (lambda q: q.requires_grad_(False), "trainable parameters"),
+        (lambda q: q.module.layers.__setitem__(1, nn.Tanh()), "modules"),
+    ],
+)
+def test_critics_that_one_module_cannot_stand_for_are_refused(change: Callable[[Any], Any], what: str) -> None:
+    critics = [critic(OBSERVATION, ACTION, **HIDDEN) for _ in range(2)]
+    change(critics[1])
+    with pytest.raises(ValueError, match=f"all critics of qvalue_network must have the same {what}"):
+        make_loss("continuous", qvalue_network=critics)
