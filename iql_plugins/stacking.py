@@ -62,19 +62,19 @@ class Perceptron:
             count: N.
         """
         joined = inputs[0] if len(inputs) == 1 else torch.cat(list(inputs), -1)
-        # Stacked from the start, so that dropout draws for each critic.
-        x = joined.reshape(-1, joined.shape[-1]).expand(count, -1, -1)
+        # Stacked from the start, so that dropout draws for each critic. Features come before the batch: the
+        # gradient of a weight then has the weight's own layout, and needs no copy.
+        x = joined.reshape(-1, joined.shape[-1]).t().expand(count, -1, -1)
         for name in self.layers:
             weight = tensors.get(f"{name}.weight")
             x = critic.get_submodule(name)(x) if weight is None else _linear(x, weight, tensors.get(f"{name}.bias"))
-        return x.reshape(count, *joined.shape[:-1], -1)
+        return x.transpose(1, 2).reshape(count, *joined.shape[:-1], -1)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    weight = weight.expand(len(x), *weight.shape[-2:]).transpose(1, 2)
-    if bias is None:
-        return torch.bmm(x, weight)
-    return torch.baddbmm(bias if bias.ndim == 1 else bias.unsqueeze(1), x, weight)
+    """``[N, out, B]`` from ``[N, in, B]``; weight and bias are stacked, or one for all critics."""
+    weight = weight.expand(len(x), *weight.shape[-2:])
+    return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.unsqueeze(-1), weight, x)
 
 
 def _flattened(module: nn.Module, name: str) -> Iterator[str]:
