@@ -139,10 +139,7 @@ class Registry:
             TypeError: if none does.
             PluginError: in strict mode, if a plugin is broken.
         """
-        mapped: TensorDictBase | None = self._all().iql_map_batch(batch=batch)
-        if mapped is None:
-            raise TypeError(self._unknown("batch", batch))
-        return mapped
+        return self._answered(self._all().iql_map_batch(batch=batch), "batch", batch)
 
     def load_dataset(self, source: object) -> TensorDictBase:
         """A dataset in the key layout, by the first plugin that knows its source.
@@ -151,10 +148,7 @@ class Registry:
             TypeError: if none does.
             PluginError: in strict mode, if a plugin is broken.
         """
-        dataset: TensorDictBase | None = self._all().iql_load_dataset(source=source)
-        if dataset is None:
-            raise TypeError(self._unknown("dataset", source))
-        return dataset
+        return self._answered(self._all().iql_load_dataset(source=source), "dataset", source)
 
     def _all(self) -> pluggy.HookRelay:
         for name in self.available():
@@ -219,11 +213,14 @@ class Registry:
             f"adapter {name!r} needs a package that is not installed{reason}: pip install '{info.distribution}[{name}]'"
         )
 
-    def _unknown(self, what: str, thing: object) -> str:
+    def _answered(self, answer: TensorDictBase | None, what: str, thing: object) -> TensorDictBase:
+        if answer is not None:
+            return answer
         broken = [info.error for info in self.available().values() if info.error]
         hint = f"; not asked were: {'; '.join(broken)}" if broken else ""
         shown = repr(thing) if isinstance(thing, str | os.PathLike) else type(thing).__qualname__
-        return f"no adapter knows this {what}, {shown}; installed are {', '.join(self.available()) or 'none'}{hint}"
+        installed = ", ".join(self.available()) or "none"
+        raise TypeError(f"no adapter knows this {what}, {shown}; installed are {installed}{hint}")
 
 
 def _origin(entry: EntryPoint) -> str:
