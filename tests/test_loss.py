@@ -665,3 +665,18 @@ def test_gradient_steps_lower_the_losses(kind: str) -> None:
         total(loss(batch)).backward()
         optimiser.step()
     assert total(loss(batch)).item() < first - 0.5
+
+
+def test_a_functional_call_leaves_critics_that_share_a_module_with_value_as_they_were() -> None:
+    trunk = nn.Linear(OBSERVATION, 8)
+    features = TensorDictModule(trunk, in_keys=["observation"], out_keys=["features"])
+    value = TensorDictSequential(features, TensorDictModule(nn.Linear(8, 1), ["features"], ["state_value"]))
+    head = TensorDictModule(MLP(8 + ACTION, 1, (8,)), ["features", "action"], ["state_action_value"])
+    critics = TensorDictSequential(features, head)
+    loss = make_loss("continuous", qvalue_network=critics, value_network=value, num_qvalue_nets=1)
+    batch = keywords(make_batch("continuous"))
+    expected = loss(**batch)
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in loss.named_parameters()}
+    called = torch.func.functional_call(loss, zeros, kwargs=batch)
+    assert not torch.equal(called[1], expected[1])
+    torch.testing.assert_close(loss(**batch), expected)
