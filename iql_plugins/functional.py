@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
 
 __all__ = [
+    "Health",
     "IQLLosses",
     "LossFunction",
     "Reduction",
@@ -22,6 +23,7 @@ __all__ = [
     "distance",
     "entropy",
     "expectile_loss",
+    "health",
     "iql_losses",
     "losses_from_target",
     "minimum_over_critics",
@@ -533,3 +535,61 @@ def entropy(log_prob: Tensor, mask: Tensor | None = None) -> Tensor:
         mask: ``[*B]`` bool, True where the sample counts.
     """
     return reduce_loss(-log_prob.detach(), "mean", mask=mask)
+
+
+class Health(NamedTuple):
+    """What tells whether a training is well, beside its losses.
+
+    Attributes:
+        share_at_max_weight: ``[]``, share of the samples whose weight is clipped; above a few percent the temperature
+            is too high for the scale of the returns.
+        effective_sample_size: ``[]``, (Σw)² / (B Σw²) in (0, 1]: the share of the batch that teaches the policy.
+        share_value_above_q: ``[]``, share of the samples with V(s) above min Q̂(s, a): about 1 - expectile or less.
+        mean_value: ``[]``, in return units.
+        mean_qvalue: ``[]``, of min Q̂(s, a), in return units.
+    """
+
+    share_at_max_weight: Tensor
+    effective_sample_size: Tensor
+    share_value_above_q: Tensor
+    mean_value: Tensor
+    mean_qvalue: Tensor
+
+
+def health(
+    target_q: Tensor, value: Tensor, *, temperature: float = 3.0, max_weight: float = 100.0, mask: Tensor | None = None
+) -> Health:
+    """The health of a batch.
+
+    >>> batch = torch.tensor([[3.0, 0.0]]), torch.tensor([1.0, 1.0])
+    >>> health(*batch, temperature=0.0).effective_sample_size  # all weigh the same
+    tensor(1.)
+    >>> health(*batch, temperature=10.0).share_at_max_weight
+    tensor(0.5000)
+
+    Args:
+        target_q: ``[N, *B]`` of the target critics.
+        value: ``[*B]`` V(s).
+        temperature: see :func:`advantage_weight`.
+        max_weight: see :func:`advantage_weight`.
+        mask: ``[*B]`` bool, True where a sample counts.
+
+    Returns:
+        All detached.
+
+    Raises:
+        ValueError: as :func:`advantage` and :func:`advantage_weight`.
+    """
+    diff = advantage(target_q, value).detach()
+    weight = advantage_weight(diff, temperature, max_weight)
+
+    def mean(quantity: Tensor) -> Tensor:
+        return reduce_loss(quantity, "mean", mask=mask)
+
+    return Health(
+        mean((weight >= max_weight).to(weight.dtype)),
+        mean(weight).square() / mean(weight.square()),
+        mean((diff < 0).to(weight.dtype)),
+        mean(value.detach()),
+        mean(minimum_over_critics(target_q.detach())),
+    )

@@ -1,18 +1,48 @@
 """What a plugin can implement: few hooks, each with a caller in :mod:`iql_plugins.registry`."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pluggy
 from tensordict import TensorDictBase
 
-__all__ = ["PROJECT", "Adapter", "hookimpl", "hookspec"]
+from iql_plugins.agent import Agent
+
+__all__ = ["PROJECT", "Adapter", "Training", "hookimpl", "hookspec"]
 
 #: The pluggy project, and the group of entry points in which plugins are found.
 PROJECT = "iql_plugins"
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@dataclass(frozen=True)
+class Training:
+    """How the command line trains with an adapter, and moves agents in and out of its framework.
+
+    The framework's own object (below: the algorithm) holds the very loss, learner, normalisers and generator of the
+    agent that it was made from: nothing is copied, so that nothing has to be kept in step.
+
+    Attributes:
+        from_agent: the algorithm around an agent.
+        to_agent: the agent in an algorithm; may be called at any time, also from ``fit``'s callback.
+        fit: ``fit(algorithm, dataset, n_steps, callback)``: takes that many further gradient steps on a dataset by the
+            key layout in the environment's units, in batches of ``agent.config.batch_size`` that
+            ``agent.generator`` draws, and calls ``callback(agent.learner.step_count)`` after each.
+        save: ``save(algorithm, path)`` writes the framework's native file.
+        load: ``load(path)`` reads it.
+        suffix: of native files.
+    """
+
+    from_agent: Callable[[Agent], Any]
+    to_agent: Callable[[Any], Agent]
+    fit: Callable[[Any, TensorDictBase, int, Callable[[int], None]], object]
+    save: Callable[[Any, str | os.PathLike[str]], None]
+    load: Callable[[str | os.PathLike[str]], Any]
+    suffix: str
 
 
 @dataclass(frozen=True)
@@ -23,11 +53,13 @@ class Adapter:
         name: the adapter's name, which is that of its entry point and of the extra that installs its framework.
         framework: the framework's import name; None for an adapter that needs none.
         algorithms: the classes that users build, by name.
+        training: how the command line trains with it; None if it only maps batches or loads datasets.
     """
 
     name: str
     framework: str | None
     algorithms: Mapping[str, type] = field(default_factory=dict)
+    training: Training | None = None
 
 
 @hookspec

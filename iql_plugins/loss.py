@@ -1,7 +1,7 @@
 r"""The losses of Implicit Q-Learning over networks, for continuous and for discrete actions."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,6 +9,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor, nn
 from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from iql_plugins import evaluation, functional, parameters
 from iql_plugins.batch import Batch, BatchReader, dtype_kind, keyword_tensors, to_batch_shape
@@ -188,11 +189,17 @@ class IQLLoss(NetworkOwner):
             KeyError: for a ``value`` or ``state_action_value`` that the network does not write.
         """
         keys = self._tensor_keys.replaced(**kwargs)
-        for name, network in (("value", self.value_network), ("state_action_value", self.qvalue_network)):
-            if name in kwargs:
-                _check_written(name, getattr(keys, name), network)
+        self._check_keys(keys, kwargs.keys())
         self._tensor_keys = keys
-        self._estimator.tensor_keys = keys
+        self._follow_keys()
+
+    def _check_keys(self, keys: AcceptedKeys, changed: Collection[str]) -> None:
+        for name, network in (("value", self.value_network), ("state_action_value", self.qvalue_network)):
+            if name in changed:
+                _check_written(name, getattr(keys, name), network)
+
+    def _follow_keys(self) -> None:
+        self._estimator.tensor_keys = self._tensor_keys
 
     @property
     def loss_mask_key(self) -> NestedKey | None:
@@ -229,6 +236,11 @@ class IQLLoss(NetworkOwner):
         return [next_key(key) for key in _in_keys(self.value_network)]
 
     @property
+    def _target_keys(self) -> list[NestedKey]:
+        """What the target of Q is made from."""
+        return [*self._outcome_keys, *self._next_value_keys]
+
+    @property
     def in_keys(self) -> list[NestedKey]:
         """What every batch must have; as keyword tensors, with ``_`` between the parts of a key."""
         required = [
@@ -236,8 +248,7 @@ class IQLLoss(NetworkOwner):
             *_in_keys(self.qvalue_network),
             *_in_keys(self.value_network),
             self._tensor_keys.action,
-            *self._outcome_keys,
-            *self._next_value_keys,
+            *self._target_keys,
         ]
         return list(dict.fromkeys(required))
 
@@ -355,9 +366,7 @@ class IQLLoss(NetworkOwner):
             ValueError: for a wrong shape, device or value, or an empty batch.
             RuntimeError: if a network fails on the batch, or the TensorDict is locked.
         """
-        if not self._has_update_associated["qvalue_network"] and not torch.compiler.is_compiling():
-            # Past the two frames of torch.nn.Module's call.
-            warnings.warn(_NO_UPDATER, UserWarning, stacklevel=4)
+        self._check_updater()
         source = self._source(tensordict, tensors)
         batch = self._reader.read(source, self.in_keys)
         value = self._value(batch)
@@ -394,6 +403,11 @@ class IQLLoss(NetworkOwner):
                 result.set(key, outputs[key])
         return result
 
+    def _check_updater(self) -> None:
+        if not self._has_update_associated["qvalue_network"] and not torch.compiler.is_compiling():
+            # Past this method, forward, and the two frames of torch.nn.Module's call.
+            warnings.warn(_NO_UPDATER, UserWarning, stacklevel=5)
+
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_actor`` alone, and no metadata. Writes the log-probability into the input."""
         keys = [*_in_keys(self.actor_network), *_in_keys(self.qvalue_network), *_in_keys(self.value_network)]
@@ -417,7 +431,7 @@ class IQLLoss(NetworkOwner):
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_qvalue`` alone, and as metadata ``"td_error"``: each critic's squared errors, ``[N, *B]``."""
-        keys = [*_in_keys(self.qvalue_network), self._tensor_keys.action, *self._next_value_keys, *self._outcome_keys]
+        keys = [*_in_keys(self.qvalue_network), self._tensor_keys.action, *self._target_keys]
         batch = self._reader.read(self._source(tensordict, {}), keys)
         target = self._target(batch, None)
         q = self._q(batch, target.shape)
@@ -425,6 +439,25 @@ class IQLLoss(NetworkOwner):
         errors = (q.detach() - target).square()
         mask = self._mask(batch, target.shape)
         return self._reduced(loss, batch), {"td_error": errors if mask is None else errors.masked_fill(~mask, 0.0)}
+
+    @torch.no_grad()
+    def health(self, tensordict: TensorDictBase | None = None, **tensors: Tensor) -> functional.Health:
+        """What tells whether the training is well on a batch, at the current parameters; see :func:`functional.health`.
+
+        Args:
+            tensordict: a batch by the key layout; nothing is written into it.
+            **tensors: the batch as keyword tensors instead.
+        """
+        keys = [*_in_keys(self.qvalue_network), *_in_keys(self.value_network), self._tensor_keys.action]
+        batch = self._reader.read(self._source(tensordict, tensors), keys)
+        value = self._value(batch)
+        return functional.health(
+            self._target_q(batch, value.shape),
+            value,
+            temperature=self.temperature,
+            max_weight=self.max_weight,
+            mask=self._mask(batch, value.shape),
+        )
 
     def _reduced(self, loss: Tensor, batch: Batch) -> Tensor:
         weight, mask = self._weight(batch, loss.shape), self._mask(batch, loss.shape)
@@ -710,7 +743,8 @@ def _check_values(valid: Tensor, action: Tensor, expected: str) -> None:
     """Raises ``ValueError`` for an invalid action; on an accelerator, or compiled, asserts without a host sync."""
     if valid.is_meta:
         return
-    if torch.compiler.is_compiling() or valid.device.type != "cpu":
+    # A graph that is traced or captured cannot read a value on the host.
+    if torch.compiler.is_compiling() or get_proxy_mode() is not None or valid.device.type != "cpu":
         torch._assert_async(valid.all(), expected)
     elif torch._C._functorch.peek_interpreter_stack() is None and not valid.all():
         row = tuple(int(i) for i in (~valid).nonzero()[0])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from iql_plugins.distributions import Categorical, TanhMeanNormal, TanhNormal
+from iql_plugins.encoders import Encoded, ObservationEncoder
 
 __all__ = [
     "MLP",
@@ -116,6 +117,7 @@ def gaussian_actor(
     low: Tensor | float = -1.0,
     high: Tensor | float = 1.0,
     in_keys: Sequence[NestedKey] = ("observation",),
+    encoder: ObservationEncoder | None = None,
 ) -> ProbabilisticTensorDictSequential:
     """The paper's policy for continuous actions.
 
@@ -132,12 +134,14 @@ def gaussian_actor(
         low: ``[action_size]`` or scalar lower bound of the actions.
         high: ``[action_size]`` or scalar upper bound.
         in_keys: the observations that are concatenated.
+        encoder: what turns the observations into ``observation_size`` features; None concatenates them.
 
     >>> actor = gaussian_actor(3, 1)
     >>> actor(observation=torch.zeros(5, 3))[-1].shape
     torch.Size([5, 1])
     """
-    head = GaussianHead(MLP(observation_size, action_size, hidden_sizes, dropout), action_size, log_std_range)
+    body = _body(MLP(observation_size, action_size, hidden_sizes, dropout), encoder)
+    head = GaussianHead(body, action_size, log_std_range)
     return ProbabilisticTensorDictSequential(
         TensorDictModule(head, in_keys=list(in_keys), out_keys=["loc", "scale"]),
         _BoxPolicy(TanhNormal if squashed else TanhMeanNormal, low, high),
@@ -151,6 +155,7 @@ def categorical_actor(
     hidden_sizes: Sequence[int] = (256, 256),
     dropout: float = 0.0,
     in_keys: Sequence[NestedKey] = ("observation",),
+    encoder: ObservationEncoder | None = None,
 ) -> ProbabilisticTensorDictSequential:
     """A policy over ``action_count`` discrete actions; writes ``action`` of shape ``[*B]``.
 
@@ -160,11 +165,12 @@ def categorical_actor(
         hidden_sizes: width of each hidden layer.
         dropout: see :class:`MLP`.
         in_keys: the observations that are concatenated.
+        encoder: see :func:`gaussian_actor`.
 
     >>> categorical_actor(4, 2)(observation=torch.zeros(5, 4))[-1].shape
     torch.Size([5])
     """
-    body = MLP(observation_size, action_count, hidden_sizes, dropout)
+    body = _body(MLP(observation_size, action_count, hidden_sizes, dropout), encoder)
     return ProbabilisticTensorDictSequential(
         TensorDictModule(body, in_keys=list(in_keys), out_keys=["logits"]),
         ProbabilisticTensorDictModule(
@@ -207,6 +213,7 @@ def critic(
     hidden_sizes: Sequence[int] = (256, 256),
     in_keys: Sequence[NestedKey] = ("observation",),
     action_key: NestedKey = "action",
+    encoder: ObservationEncoder | None = None,
 ) -> TensorDictModule:
     """Q(s, a) for continuous actions: writes ``state_action_value`` of shape ``[*B, 1]``.
 
@@ -216,11 +223,12 @@ def critic(
         hidden_sizes: width of each hidden layer.
         in_keys: the observations that are concatenated.
         action_key: the action that is concatenated behind them.
+        encoder: see :func:`gaussian_actor`.
 
     >>> critic(3, 1)(observation=torch.zeros(5, 3), action=torch.zeros(5, 1)).shape
     torch.Size([5, 1])
     """
-    body = MLP(observation_size + action_size, 1, hidden_sizes)
+    body = _body(MLP(observation_size + action_size, 1, hidden_sizes), encoder)
     return TensorDictModule(body, in_keys=[*in_keys, action_key], out_keys=["state_action_value"])
 
 
@@ -230,6 +238,7 @@ def discrete_critic(
     *,
     hidden_sizes: Sequence[int] = (256, 256),
     in_keys: Sequence[NestedKey] = ("observation",),
+    encoder: ObservationEncoder | None = None,
 ) -> TensorDictModule:
     """Q(s, ·) of all discrete actions: writes ``state_action_value`` of shape ``[*B, n]``.
 
@@ -238,11 +247,12 @@ def discrete_critic(
         action_count: number of actions n.
         hidden_sizes: width of each hidden layer.
         in_keys: the observations that are concatenated.
+        encoder: see :func:`gaussian_actor`.
 
     >>> discrete_critic(4, 2)(observation=torch.zeros(5, 4)).shape
     torch.Size([5, 2])
     """
-    body = MLP(observation_size, action_count, hidden_sizes)
+    body = _body(MLP(observation_size, action_count, hidden_sizes), encoder)
     return TensorDictModule(body, in_keys=list(in_keys), out_keys=["state_action_value"])
 
 
@@ -251,6 +261,7 @@ def value_function(
     *,
     hidden_sizes: Sequence[int] = (256, 256),
     in_keys: Sequence[NestedKey] = ("observation",),
+    encoder: ObservationEncoder | None = None,
 ) -> TensorDictModule:
     """V(s): writes ``state_value`` of shape ``[*B, 1]``.
 
@@ -258,12 +269,17 @@ def value_function(
         observation_size: total size of the observations' last dimensions.
         hidden_sizes: width of each hidden layer.
         in_keys: the observations that are concatenated.
+        encoder: see :func:`gaussian_actor`.
 
     >>> value_function(3)(observation=torch.zeros(5, 3)).shape
     torch.Size([5, 1])
     """
-    body = MLP(observation_size, 1, hidden_sizes)
+    body = _body(MLP(observation_size, 1, hidden_sizes), encoder)
     return TensorDictModule(body, in_keys=list(in_keys), out_keys=["state_value"])
+
+
+def _body(perceptron: MLP, encoder: ObservationEncoder | None) -> nn.Module:
+    return perceptron if encoder is None else Encoded(encoder, perceptron)
 
 
 def default_value_function(actor: nn.Module) -> TensorDictModule:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams
 from torch import Tensor, nn
 
@@ -232,6 +232,10 @@ class NetworkParams(TensorDictParams):  # type: ignore[misc]
         for name, parameter in super().named_parameters(*args, **kwargs):
             if name not in self._untrained:
                 yield name, parameter
+
+    def _select(self, *args: Any, **kwargs: Any) -> TensorDictBase:
+        # The base class takes every selection for one in place; TorchRL's updaters select from views.
+        return self._param_td._select(*args, **kwargs)
 
     def _reset_params(self, params: dict[str, Any] | None = None, buffers: dict[str, Any] | None = None) -> None:
         if "_untrained" in self.__dict__:

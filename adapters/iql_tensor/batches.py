@@ -1,6 +1,6 @@
 """Mappings of tensors in the key layout."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from tensordict import TensorDict
@@ -13,18 +13,17 @@ from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
 __all__ = ["map_batch"]
 
 _KEYS = AcceptedKeys()
-#: The keys of the layout; more observations than these are a matter for a TensorDict.
-LAYOUT: tuple[NestedKey, ...] = (
-    "observation",
+#: The keys of the layout but for the observations'.
+_OTHERS: tuple[NestedKey, ...] = (
     _KEYS.action,
-    *(next_key(key) for key in (_KEYS.reward, _KEYS.done, _KEYS.terminated, "observation")),
+    *(next_key(key) for key in (_KEYS.reward, _KEYS.done, _KEYS.terminated)),
     STEPS_TO_NEXT_OBS,
     DISCOUNT,
     _KEYS.priority_weight,
 )
 
 
-def map_batch(batch: Mapping[str, Tensor]) -> TensorDict:
+def map_batch(batch: Mapping[str, Tensor], observations: Collection[NestedKey] = ("observation",)) -> TensorDict:
     """A mapping of keyword tensors as a TensorDict of the key layout, without a copy.
 
     >>> map_batch({"next_reward": torch.zeros(5, 1), "action": torch.zeros(5, 2)})["next", "reward"].shape
@@ -32,6 +31,7 @@ def map_batch(batch: Mapping[str, Tensor]) -> TensorDict:
 
     Args:
         batch: tensors by keyword name (``observation``, ``next_reward``, ...), all of the same length.
+        observations: the observations' keys; those of Dict observations are nested.
 
     Returns:
         A TensorDict of batch size ``[length]``.
@@ -40,7 +40,7 @@ def map_batch(batch: Mapping[str, Tensor]) -> TensorDict:
         TypeError: for a name that the layout does not have.
         ValueError: for tensors of different lengths, or none.
     """
-    tensors = keyword_tensors(dict(batch), LAYOUT)
+    tensors = keyword_tensors(dict(batch), [*observations, *map(next_key, observations), *_OTHERS])
     lengths = {tuple(tensor.shape[:1]) for tensor in tensors.values()}
     if len(lengths) != 1 or lengths == {()}:
         shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}

@@ -5,15 +5,18 @@ from collections.abc import Mapping
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iql_plugins import DiscreteIQLLoss, IQLLoss
-from iql_plugins.hookspecs import Adapter, hookimpl
+from iql_plugins.hookspecs import Adapter, Training, hookimpl
+from iql_tensor.algorithm import IQL
 from iql_tensor.batches import map_batch
 
 
 @hookimpl
 def iql_adapter() -> Adapter:
-    """Plain tensors need no framework; the losses take them as keyword arguments."""
-    return Adapter("tensor", framework=None, algorithms={"IQLLoss": IQLLoss, "DiscreteIQLLoss": DiscreteIQLLoss})
+    """Plain tensors need no framework, and their native file is the common checkpoint."""
+    training = Training(
+        from_agent=IQL, to_agent=lambda iql: iql.agent, fit=IQL.fit, save=IQL.save, load=IQL.load, suffix=".safetensors"
+    )
+    return Adapter("tensor", framework=None, algorithms={"IQL": IQL}, training=training)
 
 
 @hookimpl

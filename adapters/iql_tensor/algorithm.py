@@ -1,0 +1,194 @@
+"""IQL for people with a training loop of their own, or none."""
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+from iql_plugins.agent import Agent, Observation
+from iql_plugins.config import IQLConfig
+from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.data.packed import transitions
+from iql_plugins.learner import Learner
+from iql_plugins.loss import IQLLoss
+from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_tensor.batches import map_batch
+
+__all__ = ["IQL"]
+
+
+class IQL:
+    """Implicit Q-Learning on plain tensors, in the environment's units.
+
+    Args:
+        agent: the parts; :meth:`build` and :meth:`from_sizes` make them.
+
+    Attributes:
+        agent: the loss, its learner, the normalisers and the random state.
+
+    >>> iql = IQL.from_sizes(3, 1, action_low=-2.0, action_high=2.0, seed=0)
+    >>> iql.update(
+    ...     observation=torch.randn(5, 3), action=torch.rand(5, 1), next_observation=torch.randn(5, 3),
+    ...     next_reward=torch.randn(5, 1), next_done=torch.zeros(5, 1, dtype=torch.bool),
+    ...     next_terminated=torch.zeros(5, 1, dtype=torch.bool),
+    ... )
+    >>> iql.act(torch.zeros(5, 3)).shape
+    torch.Size([5, 1])
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+
+    @classmethod
+    def build(
+        cls,
+        observation_space: Any = None,
+        action_space: Any = None,
+        *,
+        dataset: TensorDictBase | None = None,
+        config: IQLConfig | None = None,
+        loss: IQLLoss | None = None,
+        learner: Learner | None = None,
+        seed: int | None = None,
+        device: torch.device | str = "cpu",
+        **hyperparameters: Any,
+    ) -> "IQL":
+        """An agent for gymnasium's spaces, or for those that a dataset tells.
+
+        Args:
+            observation_space: Box, Discrete or Dict of these; or a :class:`~iql_plugins.spaces.Spaces` of both.
+            action_space: Box of one dimension, or Discrete.
+            dataset: transitions by the key layout; its statistics make the normalisers.
+            config: the hyper-parameters; None takes the defaults.
+            loss: over networks of your own; None builds the paper's.
+            learner: of that loss, with optimisers of your own.
+            seed: of the weights and the batches.
+            device: where the networks are built.
+            **hyperparameters: changes of ``config``.
+
+        Raises:
+            ValueError: if there are neither spaces nor a dataset, if they disagree, or for a hyper-parameter out of
+                range.
+            TypeError: for a space that is not supported, or a name that is no hyper-parameter.
+        """
+        config = (config or IQLConfig()).replace(**hyperparameters)
+        if isinstance(observation_space, Spaces):
+            spaces = observation_space
+        elif observation_space is not None and action_space is not None:
+            spaces = Spaces.from_gymnasium(observation_space, action_space)
+        elif dataset is not None:
+            spaces = Spaces.from_dataset(dataset)
+        else:
+            raise ValueError("observation_space and action_space must be given, or a dataset to take them from")
+        normalizers = None
+        if dataset is not None:
+            spaces.check(dataset)
+            normalizers = Normalizers.fit(dataset, spaces, config)
+        elif config.normalize_observations or isinstance(config.reward_scale, str):
+            raise ValueError(
+                "normalize_observations and reward_scale='return_range' need the statistics of a dataset: pass dataset="
+            )
+        else:
+            normalizers = Normalizers(spaces, reward_scale=config.reward_scale, reward_shift=config.reward_shift)
+        return cls(Agent(spaces, config, normalizers=normalizers, loss=loss, learner=learner, seed=seed, device=device))
+
+    @classmethod
+    def from_sizes(
+        cls,
+        observation_size: int,
+        action_size: int | None = None,
+        *,
+        action_count: int | None = None,
+        action_low: float = -1.0,
+        action_high: float = 1.0,
+        **arguments: Any,
+    ) -> "IQL":
+        """An agent for vector observations.
+
+        Args:
+            observation_size: number of entries of an observation.
+            action_size: number of entries of a continuous action.
+            action_count: number of discrete actions, instead.
+            action_low: lower bound of every entry of a continuous action.
+            action_high: upper bound.
+            **arguments: of :meth:`build`.
+
+        Raises:
+            ValueError: unless exactly one of ``action_size`` and ``action_count`` is given.
+        """
+        if (action_size is None) == (action_count is None):
+            raise ValueError(
+                f"exactly one of action_size and action_count must be given, got {action_size} and {action_count}"
+            )
+        action: Box | Discrete
+        if action_size is None:
+            assert action_count is not None
+            action = Discrete(action_count)
+        else:
+            bounds = ((float(low),) * action_size for low in (action_low, action_high))
+            action = Box((action_size,), "float32", *bounds)
+        return cls.build(Spaces(Box((observation_size,)), action), **arguments)
+
+    def update(self, batch: TensorDictBase | Mapping[str, Tensor] | None = None, **tensors: Tensor) -> None:
+        """One gradient step on a batch in the environment's units.
+
+        Args:
+            batch: a TensorDict by the key layout, or a mapping of keyword tensors.
+            **tensors: the keyword tensors themselves instead.
+
+        Raises:
+            KeyError, TypeError, ValueError: for a batch that the loss refuses; nothing was trained.
+        """
+        if batch is None:
+            batch = tensors
+        elif tensors:
+            raise TypeError(f"give a batch or keyword tensors, not both; got both, with {sorted(tensors)}")
+        mapped = batch if isinstance(batch, TensorDictBase) else map_batch(batch, self.agent.spaces.observations)
+        self.agent.learner.step(self.agent.normalizers(mapped))
+
+    def fit(self, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None) -> "IQL":
+        """Trains on a dataset in the environment's units, transitions drawn uniformly with replacement.
+
+        Args:
+            dataset: transitions by the key layout, batch size ``[N]``; memory-mapped ones stay on disk.
+            n_steps: gradient steps, further ones if some were taken already.
+            callback: called with the number of all steps after each of them.
+
+        Returns:
+            The agent.
+
+        Raises:
+            ValueError: if the dataset does not fit the spaces; names the entry.
+        """
+        agent = self.agent
+        agent.spaces.check(dataset)
+        source = transitions(dataset, agent.normalizers, agent.device)
+        length, batch_size = len(source), agent.config.batch_size
+        for _ in range(n_steps):
+            index = torch.randint(length, (batch_size,), generator=agent.generator, device=agent.device)
+            agent.learner.step(source.batch(index))
+            if callback is not None:
+                callback(agent.learner.step_count)
+        return self
+
+    def act(self, observation: Observation, deterministic: bool = True) -> Any:
+        """The policy's action in the environment's units; see :meth:`iql_plugins.agent.Agent.act`."""
+        return self.agent.act(observation, deterministic)
+
+    def metrics(self) -> dict[str, float]:
+        """Means since the last call; see :meth:`iql_plugins.learner.Learner.metrics`."""
+        return self.agent.learner.metrics()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all of it into one file, atomically; see :meth:`iql_plugins.agent.Agent.save`."""
+        self.agent.save(path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", loss: IQLLoss | None = None
+    ) -> "IQL":
+        """What :meth:`save` wrote; see :meth:`iql_plugins.agent.Agent.load`."""
+        return cls(Agent.load(path, device=device, loss=loss))

@@ -1,0 +1,180 @@
+"""What lies between an environment's units and those that the networks see."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+
+from iql_plugins.config import IQLConfig
+from iql_plugins.data.episodes import episode_returns
+from iql_plugins.keys import AcceptedKeys, next_key
+from iql_plugins.spaces import Box, Discrete, Spaces
+
+__all__ = ["Normalizers"]
+
+_KEYS = AcceptedKeys()
+_REWARD = next_key(_KEYS.reward)
+#: The range of returns that the authors scale locomotion's rewards to.
+RETURN_RANGE = 1000.0
+#: The authors' bound of dataset actions: the log-density of a squashed policy is infinite at 1.
+ACTION_LIMIT = 1.0 - 1e-5
+#: A feature that varies less is taken as constant, and only centred.
+_SMALLEST_STD = 1e-6
+#: Rows of a dataset that are looked at together, so that a memory-mapped one stays mapped.
+CHUNK = 65_536
+
+
+class Normalizers(nn.Module):
+    r"""Standardises observations, brings actions to [-1, 1] and scales rewards; and the ways back.
+
+    .. math::
+        s \mapsto (s - \mu) / \sigma, \qquad
+        a \mapsto 2\,\frac{a - a_{low}}{a_{high} - a_{low}} - 1, \qquad
+        r \mapsto c\, r + d
+
+    All of it is in ``state_dict()``: a policy without its normalisers is another policy.
+
+    Args:
+        spaces: of the environment; bounds of Box actions must be finite.
+        observation_moments: mean and standard deviation, each of the observation's shape, by observation key;
+            keys that are missing are left as they are.
+        reward_scale: factor c of rewards.
+        reward_shift: d, added to the scaled rewards.
+
+    Raises:
+        ValueError: if a Box action space has no bounds.
+
+    >>> spaces = Spaces(Box((3,)), Box((1,), low=(-2.0,), high=(2.0,)))
+    >>> Normalizers(spaces).environment_action(torch.tensor([[0.5]]))
+    tensor([[1.]])
+    """
+
+    def __init__(
+        self,
+        spaces: Spaces,
+        *,
+        observation_moments: Mapping[NestedKey, tuple[Tensor, Tensor]] | None = None,
+        reward_scale: float = 1.0,
+        reward_shift: float = 0.0,
+    ) -> None:
+        super().__init__()
+        moments = observation_moments or {}
+        self.standardized = tuple(key for key in spaces.observations if key in moments)
+        for index, key in enumerate(self.standardized):
+            mean, std = moments[key]
+            self.register_buffer(f"mean_{index}", mean.detach().clone())
+            self.register_buffer(f"std_{index}", std.detach().clone())
+        action = spaces.action
+        self.action_start = action.start if isinstance(action, Discrete) else None
+        if isinstance(action, Box):
+            if action.low is None or action.high is None:
+                raise ValueError("the action space must have finite bounds: pass spaces with low and high")
+            self.register_buffer("action_low", torch.tensor(action.low))
+            self.register_buffer("action_high", torch.tensor(action.high))
+        self.register_buffer("reward_scale", torch.tensor(float(reward_scale)))
+        self.register_buffer("reward_shift", torch.tensor(float(reward_shift)))
+
+    @classmethod
+    def fit(cls, dataset: TensorDictBase, spaces: Spaces, config: IQLConfig) -> "Normalizers":
+        """The normalisers that a configuration asks for, with a dataset's statistics.
+
+        Args:
+            dataset: transitions by the key layout, batch size ``[N]``, in the environment's units.
+            spaces: of the environment.
+            config: ``normalize_observations``, ``reward_scale`` and ``reward_shift`` count.
+
+        Raises:
+            ValueError: if rewards are scaled by the range of returns and all returns are equal.
+        """
+        moments: dict[NestedKey, tuple[Tensor, Tensor]] = {}
+        if config.normalize_observations:
+            for key, space in spaces.observations.items():
+                if isinstance(space, Box) and space.dtype != "uint8":
+                    moments[key] = _moments(dataset.get(key))
+        scale = config.reward_scale
+        if isinstance(scale, str):
+            returns = episode_returns(dataset)
+            spread = float(returns.max() - returns.min())
+            if not spread > 0.0:
+                raise ValueError(
+                    f"reward_scale='return_range' needs episodes with different returns, the dataset's {len(returns)} "
+                    f"episodes have {float(returns[0])}: give reward_scale a number"
+                )
+            scale = RETURN_RANGE / spread
+        return cls(spaces, observation_moments=moments, reward_scale=scale, reward_shift=config.reward_shift)
+
+    def observation(self, key: NestedKey, value: Tensor) -> Tensor:
+        """``[*B, *obs]`` standardised from ``[*B, *obs]`` under an observation key of the layout."""
+        if key not in self.standardized:
+            return value
+        index = self.standardized.index(key)
+        mean, std = self.get_buffer(f"mean_{index}"), self.get_buffer(f"std_{index}")
+        return (value.to(mean.dtype) - mean) / std
+
+    def policy_action(self, action: Tensor) -> Tensor:
+        """The environment's action in the policy's units: in (-1, 1), whatever the dataset holds; indices from 0."""
+        if self.action_start is not None:
+            return action - self.action_start if self.action_start else action
+        low, high = self.get_buffer("action_low"), self.get_buffer("action_high")
+        return (2.0 * (action - low) / (high - low) - 1.0).clamp(-ACTION_LIMIT, ACTION_LIMIT)
+
+    def environment_action(self, action: Tensor) -> Tensor:
+        """The policy's action in the environment's units, within its bounds."""
+        if self.action_start is not None:
+            return action + self.action_start if self.action_start else action
+        low, high = self.get_buffer("action_low"), self.get_buffer("action_high")
+        return (low + 0.5 * (action + 1.0) * (high - low)).clamp(low, high)
+
+    def reward(self, reward: Tensor) -> Tensor:
+        """Rewards as the critics learn them."""
+        return self.get_buffer("reward_scale") * reward + self.get_buffer("reward_shift")
+
+    def forward(self, batch: TensorDictBase) -> TensorDictBase:
+        """A batch by the key layout in the networks' units; entries that are not normalised are shared.
+
+        Args:
+            batch: in the environment's units; it is not changed.
+        """
+        result = batch.copy()
+        for key in self.standardized:
+            for name in (key, next_key(key)):
+                result.set(name, self.observation(key, batch.get(name)))
+        result.set(_KEYS.action, self.policy_action(batch.get(_KEYS.action)))
+        result.set(_REWARD, self.reward(batch.get(_REWARD)))
+        return result
+
+    def extra_state(self) -> dict[str, Any]:
+        """Which observations are standardised, as JSON values; the numbers are in ``state_dict()``."""
+        return {"standardized": [key if isinstance(key, str) else list(key) for key in self.standardized]}
+
+    @classmethod
+    def restored(cls, spaces: Spaces, extra: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Normalizers":
+        """The normalisers of :meth:`extra_state` and ``state_dict()``.
+
+        Raises:
+            RuntimeError: if they do not fit together.
+        """
+        keys = [key if isinstance(key, str) else tuple(key) for key in extra["standardized"]]
+        moments = {key: (tensors[f"mean_{i}"], tensors[f"std_{i}"]) for i, key in enumerate(keys)}
+        normalizers = cls(spaces, observation_moments=moments)
+        normalizers.load_state_dict(dict(tensors))
+        return normalizers
+
+
+def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the first dimension, in one pass over pieces of it."""
+    count = len(values)
+    total = torch.zeros(values.shape[1:], dtype=torch.float64)
+    for piece in values.split(CHUNK):
+        total += piece.to("cpu", torch.float64).sum(0)
+    mean = total / count
+    squares = torch.zeros_like(total)
+    for piece in values.split(CHUNK):
+        squares += (piece.to("cpu", torch.float64) - mean).square().sum(0)
+    std = (squares / count).sqrt()
+    std = torch.where(std > _SMALLEST_STD, std, torch.ones_like(std))
+    dtype, device = torch.get_default_dtype(), values.device
+    return mean.to(device, dtype), std.to(device, dtype)

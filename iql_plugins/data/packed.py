@@ -1,0 +1,133 @@
+"""Where batches come from: a dataset as rows of few matrices, so that a batch is one gather."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from tensordict import MemoryMappedTensor, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from iql_plugins.data.normalizers import CHUNK
+from iql_plugins.keys import flat_name
+
+__all__ = ["MappedDataset", "PackedDataset", "Transitions", "transitions"]
+
+Transform = Callable[[TensorDictBase], TensorDictBase]
+
+
+class Transitions(Protocol):
+    """A dataset from which batches are drawn."""
+
+    def __len__(self) -> int:
+        """Number of transitions."""
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        """The transitions ``index`` (``[B]`` int64) by keyword name, each ``[B, ...]``."""
+
+
+def transitions(
+    dataset: TensorDictBase, transform: Transform | None = None, device: torch.device | str | None = None
+) -> Transitions:
+    """A dataset ready to be sampled: packed on ``device``, or left on disk if it is memory-mapped.
+
+    Args:
+        dataset: transitions by the key layout, batch size ``[N]``.
+        transform: applied to the transitions, :class:`~iql_plugins.data.normalizers.Normalizers` above all.
+        device: where batches are needed; None for the dataset's own.
+    """
+    device = torch.device(device) if device is not None else dataset.device
+    if any(isinstance(tensor, MemoryMappedTensor) for tensor in dataset.values(True, True)):
+        return MappedDataset(dataset, transform, device)
+    return PackedDataset(dataset, transform, device)
+
+
+class PackedDataset:
+    """All entries of one storage type side by side in one matrix; sampling gathers rows of it.
+
+    A million transitions of 17 observations and 6 actions take 172 MB, once: pieces of the dataset are transformed and
+    written one after the other.
+
+    Args:
+        dataset: transitions by the key layout, batch size ``[N]``. No reference to it is kept.
+        transform: applied to it, piece by piece.
+        device: where the matrices are.
+    """
+
+    def __init__(
+        self, dataset: TensorDictBase, transform: Transform | None = None, device: torch.device | None = None
+    ) -> None:
+        self._length = len(dataset)
+        first = _leaves(dataset[:1], transform)
+        self._matrices: dict[torch.dtype, Tensor] = {}
+        # name, matrix, first and last column, shape of one entry, dtype
+        self._columns: list[tuple[str, torch.dtype, int, int, torch.Size, torch.dtype]] = []
+        widths: dict[torch.dtype, int] = {}
+        for key, tensor in first.items():
+            storage = _storage(tensor)
+            start = widths.get(storage, 0)
+            widths[storage] = start + tensor[0].numel()
+            self._columns.append((flat_name(key), storage, start, widths[storage], tensor.shape[1:], tensor.dtype))
+        for storage, width in widths.items():
+            self._matrices[storage] = torch.empty(self._length, width, dtype=storage, device=device)
+        for start in range(0, self._length, CHUNK):
+            stop = min(start + CHUNK, self._length)
+            piece = _leaves(dataset[start:stop], transform)
+            for (_, storage, left, right, _, _), tensor in zip(self._columns, piece.values(), strict=True):
+                self._matrices[storage][start:stop, left:right] = tensor.reshape(stop - start, -1)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the matrices take."""
+        return sum(matrix.nbytes for matrix in self._matrices.values())
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        """The transitions ``index`` (``[B]`` int64) by keyword name, each ``[B, ...]``."""
+        rows = {storage: matrix.index_select(0, index) for storage, matrix in self._matrices.items()}
+        result = {}
+        for name, storage, left, right, shape, dtype in self._columns:
+            columns = rows[storage][:, left:right]
+            columns = columns if len(shape) == 1 else columns.reshape(len(index), *shape)
+            result[name] = columns if dtype == storage else columns.to(dtype)
+        return result
+
+
+class MappedDataset:
+    """A memory-mapped dataset that stays on disk; batches are read, then transformed.
+
+    Args:
+        dataset: transitions by the key layout, batch size ``[N]``, memory-mapped.
+        transform: applied to each batch.
+        device: where batches are needed.
+    """
+
+    def __init__(
+        self, dataset: TensorDictBase, transform: Transform | None = None, device: torch.device | None = None
+    ) -> None:
+        self._dataset = dataset
+        self._transform = transform
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def batch(self, index: Tensor) -> dict[str, Tensor]:
+        """The transitions ``index`` (``[B]`` int64) by keyword name, each ``[B, ...]``."""
+        rows = self._dataset[index.cpu()]
+        if self._device is not None:
+            rows = rows.to(self._device)
+        return {flat_name(key): tensor for key, tensor in _leaves(rows, self._transform).items()}
+
+
+def _leaves(piece: TensorDictBase, transform: Transform | None) -> dict[NestedKey, Tensor]:
+    piece = piece if transform is None else transform(piece)
+    return dict(sorted(piece.items(True, True), key=lambda item: flat_name(item[0])))
+
+
+def _storage(tensor: Tensor) -> torch.dtype:
+    # Flags go with the numbers: one gather more costs more than a comparison. Integers keep their own matrix, because
+    # a float32 holds them up to 2**24 only.
+    return torch.get_default_dtype() if tensor.dtype == torch.bool else tensor.dtype

@@ -1,0 +1,270 @@
+r"""One gradient step, the same for every adapter."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from iql_plugins.config import IQLConfig
+from iql_plugins.functional import Health
+from iql_plugins.gradients import OUTPUTS, LossGradients, compiler_available
+from iql_plugins.keys import flat_name
+from iql_plugins.loss import IQLLoss
+from iql_plugins.targets import SoftUpdate
+
+__all__ = ["Groups", "Learner", "adam", "cosine_decay", "resolve_compile"]
+
+NETWORKS = ("actor", "critic", "value")
+#: Compilation takes some ten seconds, and saves about a millisecond a step.
+LONG_ENOUGH_TO_COMPILE = 20_000
+
+#: Parameter groups for an optimiser, ``{"name": "actor", "params": [...], "lr": ...}``, one for each network.
+Groups = Sequence[dict[str, Any]]
+
+
+def cosine_decay(step: int, horizon: int) -> float:
+    r"""Factor of the actor's learning rate, held at its end where other schedules climb again.
+
+    .. math:: \tfrac12 \big(1 + \cos(\pi \min(t / T, 1))\big)
+
+    >>> [round(cosine_decay(step, 100), 3) for step in (0, 50, 100, 150)]
+    [1.0, 0.5, 0.0, 0.0]
+
+    Args:
+        step: t, steps already taken.
+        horizon: T >= 1.
+    """
+    return 0.5 * (1.0 + math.cos(math.pi * min(step / horizon, 1.0)))
+
+
+def resolve_compile(choice: Literal["auto", "yes", "no"], n_steps: int, device: torch.device) -> Literal["yes", "no"]:
+    """What ``"auto"`` comes to: compiled if there is a compiler and the training is long enough for it."""
+    if choice != "auto":
+        return choice
+    return "yes" if n_steps >= LONG_ENOUGH_TO_COMPILE and compiler_available(device) else "no"
+
+
+def adam(groups: Groups) -> list[Optimizer]:
+    """One Adam over all groups: fused where the device has it, with the authors' (and torch's) constants."""
+    tensors = [tensor for group in groups for tensor in group["params"]]
+    device = tensors[0].device.type
+    # On a GPU the step must not be read on the host, nor be a constant of a captured graph.
+    return [Adam(list(groups), fused=device in ("cpu", "cuda"), capturable=device == "cuda")]
+
+
+class Learner:
+    r"""Trains a loss: losses, one backward pass, optimisers, schedule, Polyak update; nothing is read on the host.
+
+    Args:
+        loss: what is trained. Its optimiser state belongs to the learner.
+        actor_learning_rate: of the policy.
+        critic_learning_rate: of the critics.
+        value_learning_rate: of V.
+        actor_schedule_steps: horizon of the actor's cosine decay, held at its end; None keeps the rate.
+        polyak: share of the critics in each update of their targets.
+        max_grad_norm: the largest norm of each network's gradient; None for no clipping.
+        compile: whether to compile losses and gradients, see :class:`~iql_plugins.gradients.LossGradients`.
+        make_optimizers: from parameter groups named ``"actor"``, ``"critic"`` and ``"value"`` to the optimisers that
+            train them; each group must be in one of them, by its name.
+
+    Attributes:
+        step_count: gradient steps taken.
+
+    Raises:
+        ValueError: if an optimiser leaves a group out.
+        RuntimeError: if ``compile`` is asked for where there is no compiler.
+
+    >>> from iql_plugins.networks import critic, gaussian_actor, value_function
+    >>> learner = Learner(IQLLoss(gaussian_actor(3, 1), critic(3, 1), value_function(3)))
+    >>> learner.step(dict(
+    ...     observation=torch.randn(5, 3), action=torch.rand(5, 1), next_observation=torch.randn(5, 3),
+    ...     next_reward=torch.randn(5, 1), next_done=torch.zeros(5, 1, dtype=torch.bool),
+    ...     next_terminated=torch.zeros(5, 1, dtype=torch.bool),
+    ... ))
+    >>> sorted(learner.metrics())[:3]
+    ['effective_sample_size', 'entropy', 'loss_actor']
+    """
+
+    def __init__(
+        self,
+        loss: IQLLoss,
+        *,
+        actor_learning_rate: float = 3e-4,
+        critic_learning_rate: float = 3e-4,
+        value_learning_rate: float = 3e-4,
+        actor_schedule_steps: int | None = None,
+        polyak: float = 0.005,
+        max_grad_norm: float | None = None,
+        compile: bool = False,
+        make_optimizers: Callable[[Groups], Sequence[Optimizer]] = adam,
+    ) -> None:
+        self.loss = loss
+        self.actor_schedule_steps = actor_schedule_steps
+        self.max_grad_norm = max_grad_norm
+        self.target_updater = SoftUpdate(loss, tau=polyak)
+        rates = {"actor": actor_learning_rate, "critic": critic_learning_rate, "value": value_learning_rate}
+        groups = [
+            {"name": name, "params": parameters, "lr": rates[name]} for name, parameters in _trained(loss).items()
+        ]
+        self.optimizers = list(make_optimizers(groups))
+        self._groups = {group.get("name"): group for o in self.optimizers for group in o.param_groups}
+        if missing := [group["name"] for group in groups if group["name"] not in self._groups]:
+            raise ValueError(f"make_optimizers must keep every group under its name, there is none of {missing}")
+        self._base_actor_rate = actor_learning_rate
+        self._gradients = LossGradients(loss, compile=compile)
+        self.step_count = 0
+        self._sums: Tensor | None = None
+        self._count = 0
+        self._last_batch: dict[str, Tensor] = {}
+
+    @classmethod
+    def from_config(cls, loss: IQLLoss, config: IQLConfig) -> "Learner":
+        """The learner of a configuration; ``"auto"`` compilation is resolved for the loss's device."""
+        device = next(loss.parameters()).device
+        return cls(
+            loss,
+            actor_learning_rate=config.actor_learning_rate,
+            critic_learning_rate=config.critic_learning_rate,
+            value_learning_rate=config.value_learning_rate,
+            actor_schedule_steps=config.n_steps if config.actor_schedule == "cosine" else None,
+            polyak=config.polyak,
+            max_grad_norm=config.max_grad_norm,
+            compile=resolve_compile(config.compile, config.n_steps, device) == "yes",
+        )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether losses and gradients are compiled."""
+        return self._gradients.compile
+
+    def learning_rate(self, network: str) -> float:
+        """The rate of ``"actor"``, ``"critic"`` or ``"value"`` in the next step, the actor's schedule included."""
+        rate = float(self._groups[network]["lr"]) if network != "actor" else self._base_actor_rate
+        if network == "actor" and self.actor_schedule_steps is not None:
+            rate *= cosine_decay(self.step_count, self.actor_schedule_steps)
+        return rate
+
+    def set_learning_rate(self, network: str, rate: float) -> None:
+        """Sets a rate, the actor's before its schedule.
+
+        Raises:
+            ValueError: for a network that is none of actor, critic and value.
+        """
+        if network not in NETWORKS:
+            raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
+        if network == "actor":
+            self._base_actor_rate = rate
+        elif network in self._groups:
+            _set_rate(self._groups[network], rate)
+
+    def step(self, batch: Mapping[str, Tensor] | TensorDictBase) -> None:
+        """One gradient step on a batch.
+
+        Args:
+            batch: keyword tensors, or a TensorDict, by the key layout, in the networks' units.
+
+        Raises:
+            KeyError, TypeError, ValueError: for a batch that the loss refuses; nothing was trained.
+        """
+        if isinstance(batch, TensorDictBase):
+            batch = {flat_name(key): tensor for key, tensor in batch.items(True, True)}
+        outputs = self._gradients(batch)
+        if self.max_grad_norm is not None:
+            for group in self._groups.values():
+                nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+        if "actor" in self._groups:
+            _set_rate(self._groups["actor"], self.learning_rate("actor"))
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.target_updater.step()
+        self.step_count += 1
+        losses = torch.stack(outputs)
+        self._sums = losses if self._sums is None else self._sums + losses
+        self._count += 1
+        self._last_batch = dict(batch)
+
+    def metrics(self) -> dict[str, float]:
+        """Means of the losses and the entropy since the last call, and the health of the last batch.
+
+        Reads the device: call it when someone looks, not at every step.
+
+        Returns:
+            ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy``, and the fields of
+            :class:`~iql_plugins.functional.Health`; empty if no step was taken since the last call.
+        """
+        if self._sums is None:
+            return {}
+        means = (self._sums / self._count).tolist()
+        self._sums, self._count = None, 0
+        health: Health = self.loss.health(**self._last_batch)
+        values = torch.stack([value.to(torch.float32) for value in health]).tolist()
+        return dict(zip(OUTPUTS, means, strict=True)) | dict(zip(Health._fields, values, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that continues a training and is not in the loss: optimisers, rates and the step."""
+        return {
+            "step_count": self.step_count,
+            "actor_learning_rate": self._base_actor_rate,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "target_updater": self.target_updater.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state_dict`; on an error nothing is changed.
+
+        Raises:
+            KeyError: for a missing entry.
+            ValueError: for a state of other optimisers or parameters.
+        """
+        states = state["optimizers"]
+        if len(states) != len(self.optimizers):
+            raise ValueError(f"the state has {len(states)} optimisers, the learner {len(self.optimizers)}")
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
+            _check_optimizer_state(optimizer, saved)
+        step_count, rate = int(state["step_count"]), float(state["actor_learning_rate"])
+        self.target_updater.load_state_dict(state["target_updater"])
+        for optimizer, saved in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(saved)
+        self._groups = {group.get("name"): group for o in self.optimizers for group in o.param_groups}
+        self.step_count, self._base_actor_rate = step_count, rate
+        self._sums, self._count = None, 0
+
+
+def _trained(loss: IQLLoss) -> dict[str, list[nn.Parameter]]:
+    """The trained parameters of each network; one that networks share is the first one's."""
+    networks = {"actor": loss.actor_network, "critic": loss.qvalue_network, "value": loss.value_network}
+    seen: set[int] = set()
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, network in networks.items():
+        own = [p for p in network.parameters() if p.requires_grad and id(p) not in seen]
+        seen.update(map(id, own))
+        if own:
+            groups[name] = own
+    return groups
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _check_optimizer_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    own = [group["params"] for group in optimizer.param_groups]
+    sizes, saved_sizes = [len(group) for group in own], [len(group["params"]) for group in saved["param_groups"]]
+    if sizes != saved_sizes:
+        raise ValueError(f"the optimiser's groups have {sizes} parameters, the state's {saved_sizes}")
+    for parameter, index in zip(
+        (p for group in own for p in group), (i for g in saved["param_groups"] for i in g["params"]), strict=True
+    ):
+        for name, value in saved["state"].get(index, {}).items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} of parameter {index} has shape {tuple(value.shape)}, the parameter has "
+                    f"{tuple(parameter.shape)}"
+                )
