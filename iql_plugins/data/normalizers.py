@@ -1,6 +1,7 @@
 """What lies between an environment's units and those that the networks see."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ _REWARD = next_key(_KEYS.reward)
 RETURN_RANGE = 1000.0
 #: The authors' bound of dataset actions: the log-density of a squashed policy is infinite at 1.
 ACTION_LIMIT = 1.0 - 1e-5
-#: A feature that varies less is taken as constant, and only centred.
+#: A feature that varies less than this, or than this share of its mean, is taken as constant and only centred.
 _SMALLEST_STD = 1e-6
 #: Rows of a dataset that are looked at together, so that a memory-mapped one stays mapped.
 CHUNK = 65_536
@@ -45,7 +46,7 @@ class Normalizers(nn.Module):
         reward_shift: d, added to the scaled rewards.
 
     Raises:
-        ValueError: if a Box action space has no bounds.
+        ValueError: if a Box action space has no bounds, or moments do not fit the observations.
 
     >>> spaces = Spaces(Box((3,)), Box((1,), low=(-2.0,), high=(2.0,)))
     >>> Normalizers(spaces).environment_action(torch.tensor([[0.5]]))
@@ -62,6 +63,15 @@ class Normalizers(nn.Module):
     ) -> None:
         super().__init__()
         moments = observation_moments or {}
+        for key, (mean, std) in moments.items():
+            space = spaces.observations.get(key)
+            if not isinstance(space, Box):
+                raise ValueError(f"observation_moments has {key!r}, which is none of the Box observations of {spaces}")
+            if mean.shape != space.shape or std.shape != space.shape:
+                raise ValueError(
+                    f"mean and standard deviation of {key!r} must have shape {space.shape}, "
+                    f"got {tuple(mean.shape)} and {tuple(std.shape)}"
+                )
         self.standardized = tuple(key for key in spaces.observations if key in moments)
         for index, key in enumerate(self.standardized):
             mean, std = moments[key]
@@ -92,7 +102,7 @@ class Normalizers(nn.Module):
         moments: dict[NestedKey, tuple[Tensor, Tensor]] = {}
         if config.normalize_observations:
             for key, space in spaces.observations.items():
-                if isinstance(space, Box) and space.dtype != "uint8":
+                if isinstance(space, Box) and not space.is_image:
                     moments[key] = _moments(dataset.get(key))
         scale = config.reward_scale
         if isinstance(scale, str):
@@ -139,11 +149,13 @@ class Normalizers(nn.Module):
             batch: in the environment's units; it is not changed.
         """
         result = batch.copy()
+        ways: dict[NestedKey, Callable[[Tensor], Tensor]] = {_KEYS.action: self.policy_action, _REWARD: self.reward}
         for key in self.standardized:
-            for name in (key, next_key(key)):
-                result.set(name, self.observation(key, batch.get(name)))
-        result.set(_KEYS.action, self.policy_action(batch.get(_KEYS.action)))
-        result.set(_REWARD, self.reward(batch.get(_REWARD)))
+            ways[key] = ways[next_key(key)] = partial(self.observation, key)
+        for key, way in ways.items():
+            # What is missing, the loss names.
+            if (value := batch.get(key, None)) is not None:
+                result.set(key, way(value))
         return result
 
     def extra_state(self) -> dict[str, Any]:
@@ -167,7 +179,7 @@ class Normalizers(nn.Module):
 def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over the first dimension, in one pass over pieces of it."""
     count = len(values)
-    total = torch.zeros(values.shape[1:], dtype=torch.float64)
+    total = torch.zeros(values.shape[1:], dtype=torch.float64, device="cpu")
     for piece in values.split(CHUNK):
         total += piece.to("cpu", torch.float64).sum(0)
     mean = total / count
@@ -175,6 +187,8 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
     for piece in values.split(CHUNK):
         squares += (piece.to("cpu", torch.float64) - mean).square().sum(0)
     std = (squares / count).sqrt()
-    std = torch.where(std > _SMALLEST_STD, std, torch.ones_like(std))
+    # Relative to the mean where that is large: float32 cannot tell numbers that are closer.
+    constant = std <= _SMALLEST_STD * mean.abs().clamp(min=1.0)
+    std = std.masked_fill(constant, 1.0)
     dtype, device = torch.get_default_dtype(), values.device
     return mean.to(device, dtype), std.to(device, dtype)

@@ -51,14 +51,19 @@ class PackedDataset:
     Args:
         dataset: transitions by the key layout, batch size ``[N]``. No reference to it is kept.
         transform: applied to it, piece by piece.
-        device: where the matrices are.
+        device: where the matrices are; None for the dataset's own.
+
+    Raises:
+        ValueError: for an empty dataset.
     """
 
     def __init__(
         self, dataset: TensorDictBase, transform: Transform | None = None, device: torch.device | None = None
     ) -> None:
         self._length = len(dataset)
-        first = _leaves(dataset[:1], transform)
+        if self._length == 0:
+            raise ValueError("the dataset is empty: it has no transition to draw")
+        first = _leaves(dataset[:1], transform, device)
         self._matrices: dict[torch.dtype, Tensor] = {}
         # name, matrix, first and last column, shape of one entry, dtype
         self._columns: list[tuple[str, torch.dtype, int, int, torch.Size, torch.dtype]] = []
@@ -68,11 +73,12 @@ class PackedDataset:
             start = widths.get(storage, 0)
             widths[storage] = start + tensor[0].numel()
             self._columns.append((flat_name(key), storage, start, widths[storage], tensor.shape[1:], tensor.dtype))
+        device = next(iter(first.values())).device
         for storage, width in widths.items():
             self._matrices[storage] = torch.empty(self._length, width, dtype=storage, device=device)
         for start in range(0, self._length, CHUNK):
             stop = min(start + CHUNK, self._length)
-            piece = _leaves(dataset[start:stop], transform)
+            piece = _leaves(dataset[start:stop], transform, device)
             for (_, storage, left, right, _, _), tensor in zip(self._columns, piece.values(), strict=True):
                 self._matrices[storage][start:stop, left:right] = tensor.reshape(stop - start, -1)
 
@@ -117,12 +123,12 @@ class MappedDataset:
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """The transitions ``index`` (``[B]`` int64) by keyword name, each ``[B, ...]``."""
         rows = self._dataset[index.cpu()]
-        if self._device is not None:
-            rows = rows.to(self._device)
-        return {flat_name(key): tensor for key, tensor in _leaves(rows, self._transform).items()}
+        return {flat_name(key): tensor for key, tensor in _leaves(rows, self._transform, self._device).items()}
 
 
-def _leaves(piece: TensorDictBase, transform: Transform | None) -> dict[NestedKey, Tensor]:
+def _leaves(piece: TensorDictBase, transform: Transform | None, device: torch.device | None) -> dict[NestedKey, Tensor]:
+    # First there, then transformed: the normalisers' numbers are where the networks are.
+    piece = piece if device is None else piece.to(device)
     piece = piece if transform is None else transform(piece)
     return dict(sorted(piece.items(True, True), key=lambda item: flat_name(item[0])))
 

@@ -1,0 +1,433 @@
+"""From arrays, as files and buffers have them, to the key layout: the only place that knows both."""
+
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from iql_plugins.data.dataset import (
+    DONE,
+    REWARD,
+    TERMINATED,
+    DatasetError,
+    Loaded,
+    Options,
+    check_dataset,
+    chunks,
+    require_space,
+    row_bytes,
+)
+from iql_plugins.keys import shown
+from iql_plugins.spaces import Spaces
+
+__all__ = ["Column", "Concatenated", "Transitions", "assemble"]
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Block = dict[NestedKey, Tensor]
+Names = tuple[str, ...]
+
+#: Whole numbers from 0 to this in a single float column are taken for discrete actions.
+MOST_ACTIONS = 1024
+
+
+class Column(Protocol):
+    """One value a transition, read by slices of rows: an array, a memory-mapped one, an HDF5 dataset."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(N, ...)``."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy's."""
+
+    def __getitem__(self, rows: slice, /) -> Array: ...
+
+
+class Concatenated:
+    """Columns one after another, as one column; nothing is copied until it is read.
+
+    Args:
+        parts: at least one, of equal dtypes and shapes but for the first dimension.
+        name: of the dataset, for the message.
+        key: of the column, for the message.
+
+    Raises:
+        DatasetError: if they differ.
+    """
+
+    def __init__(self, parts: Sequence[Column], name: str, key: str) -> None:
+        for number, part in enumerate(parts):
+            if len(part.shape) == 0 or part.shape[1:] != parts[0].shape[1:] or part.dtype != parts[0].dtype:
+                raise DatasetError(
+                    f"{name}: {key!r} is {part.dtype} of shape {list(part.shape)} in episode {number}, "
+                    f"and {parts[0].dtype} of {list(parts[0].shape)} in the first"
+                )
+        self._parts = parts
+        self._ends = np.cumsum([part.shape[0] for part in parts])
+        self.shape = (int(self._ends[-1]), *parts[0].shape[1:])
+        self.dtype = parts[0].dtype
+
+    def __getitem__(self, rows: slice, /) -> Array:
+        start, stop, _ = rows.indices(self.shape[0])
+        pieces = []
+        part = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            offset = int(self._ends[part]) - self._parts[part].shape[0]
+            end = min(stop, int(self._ends[part]))
+            pieces.append(self._parts[part][start - offset : end - offset])
+            start, part = end, part + 1
+        return np.concatenate(pieces) if pieces else np.empty((0, *self.shape[1:]), self.dtype)
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Columns of N transitions in time order, episode after episode, named as in D4RL.
+
+    Without ``next_observations`` they are the following row's. The last step of an episode that was cut has no
+    following row: its final observation is missing, and that transition is left out; the one before it then ends
+    the episode, as a time-out. Terminal steps are kept with their own observation as the next one, which nothing
+    reads: a terminal state has no future. At the end of the data an episode that is neither terminated nor cut
+    loses its last transition, too. A step marked both as terminal and as time-out is terminal.
+
+    Attributes:
+        name: of the source, for messages.
+        observations: ``[N, *obs]`` under the path ``()``, or one for each entry of a Dict observation.
+        actions: ``[N, act]``, or discrete ``[N]``, ``[N, 1]`` or one-hot ``[N, n]``.
+        rewards: ``[N]`` or ``[N, 1]``.
+        terminals: ``[N]`` or ``[N, 1]``, 0 or 1: the step reached a terminal state.
+        timeouts: likewise: the step was the last before a cut. None where no step was.
+        next_observations: as ``observations``; None to take the following row's.
+        spaces: the environment's, where they are known.
+    """
+
+    name: str
+    observations: Mapping[Names, Column]
+    actions: Column
+    rewards: Column
+    terminals: Column
+    timeouts: Column | None = None
+    next_observations: Mapping[Names, Column] | None = None
+    spaces: Spaces | None = None
+
+    @classmethod
+    def from_columns(cls, name: str, columns: Mapping[str, Column]) -> "Transitions":
+        """The transitions of named columns: ``observations``, or ``observations/NAME`` for Dict observations, etc.
+
+        Raises:
+            DatasetError: for a missing column; names it.
+        """
+        for key in ("actions", "rewards", "terminals"):
+            if key not in columns:
+                raise DatasetError(f"{name} has no {key!r}; it has {', '.join(sorted(columns)) or 'nothing'}")
+        observations = _by_path(name, "observations", columns)
+        if not observations:
+            raise DatasetError(f"{name} has no 'observations'; it has {', '.join(sorted(columns))}")
+        return cls(
+            name,
+            observations,
+            columns["actions"],
+            columns["rewards"],
+            columns["terminals"],
+            columns.get("timeouts"),
+            _by_path(name, "next_observations", columns) or None,
+        )
+
+    def load(self, options: Options) -> Loaded:
+        """The dataset.
+
+        Raises:
+            DatasetError: for anything that does not fit together; names the column.
+        """
+        rows = self._rows()
+        # Flags and row numbers are in memory even if nothing else is.
+        require_space(16 * rows, self.name, replace(options, memmap_dir=None))
+        terminals = _flags(self.name, "terminals", self.terminals)
+        timeouts = np.zeros(rows, bool) if self.timeouts is None else _flags(self.name, "timeouts", self.timeouts)
+        both = np.flatnonzero(terminals & timeouts)
+        timeouts &= ~terminals
+        lost = np.zeros(rows, bool)
+        if self.next_observations is None:
+            lost |= timeouts
+            lost[-1] |= not terminals[-1]
+        kept = np.flatnonzero(~lost)
+        if len(kept) == 0:
+            raise DatasetError(
+                f"{self.name} has no transition left: it has no 'next_observations', "
+                "and each of its episodes is one step that was cut"
+            )
+        cut = timeouts.copy()
+        cut[:-1] |= lost[1:] & timeouts[1:]
+        discrete = self._discrete(options)
+        dataset = assemble(self._blocks(kept, terminals, cut & ~terminals, discrete), len(kept), self.name, options)
+        return Loaded(
+            dataset,
+            self.name,
+            dropped=int(lost.sum()),
+            both=len(both),
+            both_row=int(both[0]) if len(both) else None,
+            spaces=self.spaces,
+        )
+
+    def _columns(self) -> dict[str, Column]:
+        named = {"actions": self.actions, "rewards": self.rewards, "terminals": self.terminals}
+        named |= {} if self.timeouts is None else {"timeouts": self.timeouts}
+        for key, group in (("observations", self.observations), ("next_observations", self.next_observations or {})):
+            named |= {"/".join((key, *path)): column for path, column in group.items()}
+        return named
+
+    def _rows(self) -> int:
+        columns = self._columns()
+        for key, column in columns.items():
+            if not column.shape:
+                raise DatasetError(f"{self.name}: {key!r} must have a row for each transition, got a single value")
+        rows = self.terminals.shape[0]
+        for key, column in columns.items():
+            if column.shape[0] != rows:
+                raise DatasetError(f"{self.name}: {key!r} has {column.shape[0]} rows, 'terminals' has {rows}")
+        if rows == 0:
+            raise DatasetError(f"{self.name} is empty: it has no transition")
+        if self.next_observations is not None and set(self.next_observations) != set(self.observations):
+            entries = sorted("/".join(path) for path in set(self.next_observations) ^ set(self.observations))
+            raise DatasetError(
+                f"{self.name}: 'observations' and 'next_observations' must have the same entries; "
+                f"not in both is {entries[0]!r}"
+            )
+        return rows
+
+    def _discrete(self, options: Options) -> bool:
+        if options.discrete is not None:
+            return options.discrete
+        if self.spaces is not None:
+            return self.spaces.discrete
+        if self.actions.dtype.kind != "f":
+            return True
+        if len(self.actions.shape) > 1 and self.actions.shape[1:] != (1,):
+            return False
+        # Discrete actions are often stored in a column of floats, as everything else is.
+        for rows in chunks(self.actions.shape[0], self.actions.dtype.itemsize):
+            values = self.actions[rows]
+            if not ((values >= 0) & (values < MOST_ACTIONS) & (values == np.floor(values))).all():
+                return False
+        return True
+
+    def _blocks(self, kept: Array, terminals: Array, cut: Array, discrete: bool) -> Iterator[Block]:
+        size = sum(_row_bytes(column) for column in self._columns().values())
+        for part in chunks(len(kept), size):
+            rows = kept[part]
+            done = torch.from_numpy((terminals | cut)[rows])
+            yield {
+                **{
+                    entry("observation", *path): self._observation("", path, column, rows)
+                    for path, column in self.observations.items()
+                },
+                "action": action(self._tensor("actions", self.actions, rows), discrete, self.name),
+                REWARD: reward(self._tensor("rewards", self.rewards, rows), self.name),
+                DONE: done.unsqueeze(-1),
+                TERMINATED: torch.from_numpy(terminals[rows]).unsqueeze(-1),
+                **self._next_observations(rows, terminals),
+            }
+
+    def _next_observations(self, rows: Array, terminals: Array) -> Block:
+        if self.next_observations is not None:
+            return {
+                ("next", "observation", *path): self._observation("next_", path, column, rows)
+                for path, column in self.next_observations.items()
+            }
+        following = rows + ~terminals[rows]
+        return {
+            ("next", "observation", *path): self._observation("", path, column, following)
+            for path, column in self.observations.items()
+        }
+
+    def _observation(self, prefix: str, path: Names, column: Column, rows: Array) -> Tensor:
+        return observation(self._tensor("/".join((f"{prefix}observations", *path)), column, rows))
+
+    def _tensor(self, key: str, column: Column, rows: Array) -> Tensor:
+        low, high = int(rows[0]), int(rows[-1]) + 1
+        window = column[low:high]
+        if len(window) != len(rows) or not np.array_equal(rows, np.arange(low, high)):
+            window = window[rows - low]
+        return tensor(window, self.name, key)
+
+
+def entry(*names: str) -> NestedKey:
+    """A nested key; a string if there is one name."""
+    return names if len(names) > 1 else names[0]
+
+
+def _by_path(name: str, group: str, columns: Mapping[str, Column]) -> dict[Names, Column]:
+    paths = {tuple(key.split("/"))[1:]: column for key, column in columns.items() if key.split("/")[0] == group}
+    for path in paths:
+        if path and (() in paths or not all(path)):
+            raise DatasetError(f"{name}: {'/'.join((group, *path))!r} must be an entry of {group!r}, and the only kind")
+    return paths
+
+
+def _row_bytes(column: Column) -> int:
+    return int(np.prod(column.shape[1:], dtype=np.int64)) * column.dtype.itemsize
+
+
+def _flags(name: str, key: str, column: Column) -> Array:
+    if len(column.shape) > 2 or (len(column.shape) == 2 and column.shape[1] != 1):
+        raise DatasetError(f"{name}: {key!r} must have shape [N] or [N, 1], got {list(column.shape)}")
+    if column.dtype.kind not in "biuf":
+        raise DatasetError(f"{name}: {key!r} must be 0 or 1, got dtype {column.dtype}")
+    values = np.asarray(column[0 : column.shape[0]]).reshape(-1)
+    wrong = np.flatnonzero((values != 0) & (values != 1))
+    if len(wrong):
+        raise DatasetError(f"{name}: {key!r} must be 0 or 1, got {values[wrong[0]]} in row {wrong[0]}")
+    flags: Array = values != 0
+    return flags
+
+
+def tensor(array: Array, name: str, key: str) -> Tensor:
+    """An array of numbers as a tensor: floats as float32, integers as int64 or uint8, bool.
+
+    Raises:
+        DatasetError: if it holds anything else.
+    """
+    kind = array.dtype.kind
+    if kind not in "fiub":
+        raise DatasetError(f"{name}: {key!r} must be numbers, got dtype {array.dtype}")
+    dtype = {"f": np.float32, "b": np.bool_}.get(kind, np.uint8 if array.dtype == np.uint8 else np.int64)
+    # What float32 cannot hold becomes infinite, and is then reported with its row.
+    with np.errstate(over="ignore", invalid="ignore"):
+        # A copy where none was needed: the source may be read-only, which torch has no notion of.
+        return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
+
+
+def observation(values: Tensor) -> Tensor:
+    """Observations by the key layout: float32 ``[N, *obs]``, uint8 images, discrete ones int64 ``[N, 1]``.
+
+    Args:
+        values: ``[N, *obs]``; ``[N]`` is taken for ``[N, 1]``.
+    """
+    if values.ndim == 1:
+        values = values.unsqueeze(-1)
+    single = values.ndim == 2 and values.shape[1] == 1
+    if values.is_floating_point() or values.dtype == torch.bool:
+        return values.float()
+    if single:
+        return values.long()
+    return values if values.dtype == torch.uint8 else values.float()
+
+
+def action(values: Tensor, discrete: bool, name: str) -> Tensor:
+    """Actions by the key layout: float32 ``[N, act]``, or int64 ``[N, 1]``.
+
+    Args:
+        values: ``[N]`` is taken for ``[N, 1]``; discrete ones may be one-hot, ``[N, n]``.
+        discrete: whether they are discrete.
+        name: of the dataset, for the message.
+
+    Raises:
+        DatasetError: for any other shape, and for discrete actions that are no whole numbers.
+    """
+    if values.ndim == 1:
+        values = values.unsqueeze(-1)
+    if values.ndim != 2 or values.shape[1] == 0:
+        raise DatasetError(f"{name}: actions must have shape [N, act], or [N] if discrete, got {list(values.shape)}")
+    if not discrete:
+        return values.float()
+    if values.shape[1] == 1:
+        indices = values.long()
+        if values.is_floating_point() and not bool((indices == values).all()):
+            wrong = float(values[indices != values][0])
+            raise DatasetError(f"{name}: discrete actions must be whole numbers, got {wrong}")
+        return indices
+    if bool((((values == 0) | (values == 1)).all(1) & (values != 0).sum(1).eq(1)).all()):
+        return values.long().argmax(1, keepdim=True)
+    raise DatasetError(
+        f"{name}: discrete actions must be one number of shape [N] or [N, 1], or one-hot, "
+        f"got {values.dtype} of {list(values.shape)}"
+    )
+
+
+def reward(values: Tensor, name: str) -> Tensor:
+    """Rewards by the key layout: float32 ``[N, 1]``, from ``[N]`` or ``[N, 1]``.
+
+    Raises:
+        DatasetError: for any other shape.
+    """
+    if values.ndim == 2 and values.shape[1] == 1:
+        return values.float()
+    if values.ndim == 1:
+        return values.float().unsqueeze(-1)
+    raise DatasetError(f"{name}: rewards must have shape [N] or [N, 1], got {list(values.shape)}")
+
+
+def assemble(blocks: Iterable[Block], rows: int, name: str, options: Options) -> TensorDict:
+    """Blocks of consecutive transitions as one checked dataset, in memory or memory-mapped.
+
+    Args:
+        blocks: tensors by the key layout, in order.
+        rows: transitions in all blocks together.
+        name: of the dataset, for messages.
+        options: with ``memmap_dir``, the dataset is written there block by block, and appears there only once it is
+            complete and checked.
+
+    Raises:
+        DatasetError: if blocks do not fit together, or the dataset does not pass its check.
+    """
+    if options.memmap_dir is None:
+        dataset = _filled(blocks, rows, name, options, None)
+        check_dataset(dataset, name, finite=options.finite)
+        return dataset
+    target = Path(options.memmap_dir)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise DatasetError(f"memmap_dir must be a new or an empty folder, {target} is not")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+        written = Path(folder) / "dataset"
+        check_dataset(_filled(blocks, rows, name, options, written), name, finite=options.finite)
+        if target.exists():
+            target.rmdir()
+        os.replace(written, target)
+    return TensorDict.load_memmap(target, allow_pickle=False)
+
+
+def _filled(blocks: Iterable[Block], rows: int, name: str, options: Options, folder: Path | None) -> TensorDict:
+    dataset: TensorDict | None = None
+    start = 0
+    for block in blocks:
+        if dataset is None:
+            dataset = _allocated(block, rows, name, options, folder)
+        stop = start + len(block[REWARD])
+        if stop > rows:
+            raise DatasetError(f"{name} has more transitions than the {rows} that it says it has")
+        for key, values in block.items():
+            into = dataset.get(key, None)
+            if into is None or values.shape[1:] != into.shape[1:] or values.dtype != into.dtype:
+                was = "missing" if into is None else f"{into.dtype} of {list(into.shape[1:])}"
+                raise DatasetError(
+                    f"{name}: {shown(key)} is {values.dtype} of {list(values.shape[1:])} a row from row {start} on, "
+                    f"and {was} before"
+                )
+            if len(values) != stop - start:
+                raise DatasetError(f"{name}: {shown(key)} has {len(values)} rows, the rewards {stop - start}")
+            into[start:stop] = values
+        start = stop
+    if dataset is None or start != rows:
+        raise DatasetError(f"{name} has {start} transitions, {rows} were expected")
+    return dataset
+
+
+def _allocated(block: Block, rows: int, name: str, options: Options, folder: Path | None) -> TensorDict:
+    require_space(rows * sum(map(row_bytes, block.values())), name, options)
+    if folder is None:
+        return TensorDict(
+            {key: torch.empty((rows, *t.shape[1:]), dtype=t.dtype, device="cpu") for key, t in block.items()},
+            batch_size=[rows],
+        )
+    # One row that stands for all of them: only the files get the real size.
+    shapes = TensorDict({key: t[:1].expand(rows, *t.shape[1:]) for key, t in block.items()}, batch_size=[rows])
+    return shapes.memmap_like(folder)

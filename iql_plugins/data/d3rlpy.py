@@ -1,0 +1,96 @@
+"""Replay buffers and datasets of d3rlpy: its ``.h5`` files, read without d3rlpy, and its objects."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iql_plugins.data import hdf5
+from iql_plugins.data.arrays import Column, Concatenated, Transitions
+from iql_plugins.data.dataset import DatasetError, Loaded, Options, reading
+
+__all__ = ["load", "load_file"]
+
+
+def load_file(path: Path, options: Options) -> Loaded:
+    """The dataset of a file that ``ReplayBuffer.dump()`` wrote, or ``MDPDataset.dump()``.
+
+    An episode of T steps has T observations. So one that was cut gives T - 1 transitions, as d3rlpy itself samples
+    it: the observation after its last step was never stored. One that terminated gives T. Tuple observations get
+    the entries ``"0"``, ``"1"``, ...
+
+    Raises:
+        DatasetError: if it is no such file.
+    """
+    with hdf5.opened(path) as file:
+        number = int(hdf5.member(file, "num_episodes", path)[()])
+        columns: list[dict[str, Column]] = []
+        terminated = []
+        for episode in range(number):
+            entries: dict[str, Column] = {}
+            for key in ("observations", "actions", "rewards"):
+                entries |= _entries(file, key, episode, path)
+            columns.append(entries)
+            terminated.append(bool(hdf5.member(file, f"terminated_{episode}", path)[()]))
+        return _transitions(str(path), columns, terminated).load(options)
+
+
+def load(buffer: Any, options: Options) -> Loaded:
+    """The dataset in a d3rlpy ``ReplayBuffer`` or ``MDPDataset``, as :func:`load_file` reads its file.
+
+    Raises:
+        DatasetError: if its episodes do not fit together.
+    """
+    name = f"the d3rlpy {type(buffer).__name__}"
+    with reading(name):
+        columns: list[dict[str, Column]] = []
+        terminated = []
+        for episode in buffer.episodes:
+            observations = episode.observations
+            parts = (
+                {f"observations/{index}": np.asarray(part) for index, part in enumerate(observations)}
+                if isinstance(observations, list | tuple)
+                else {"observations": np.asarray(observations)}
+            )
+            columns.append({**parts, "actions": np.asarray(episode.actions), "rewards": np.asarray(episode.rewards)})
+            terminated.append(bool(episode.terminated))
+        if options.discrete is None:
+            options = replace(options, discrete=buffer.dataset_info.action_space.name == "DISCRETE")
+        return _transitions(name, columns, terminated).load(options)
+
+
+def _entries(file: Any, key: str, episode: int, path: Path) -> dict[str, Column]:
+    if f"{key}_{episode}" in file or key != "observations":
+        return {key: hdf5.member(file, f"{key}_{episode}", path)}
+    entries: dict[str, Column] = {}
+    for index in count():
+        if f"{key}_{episode}_{index}" not in file:
+            break
+        entries[f"{key}/{index}"] = hdf5.member(file, f"{key}_{episode}_{index}", path)
+    if not entries:
+        raise DatasetError(f"{path} has no '{key}_{episode}'")
+    return entries
+
+
+def _transitions(name: str, episodes: Sequence[dict[str, Column]], terminated: Sequence[bool]) -> Transitions:
+    if not episodes:
+        raise DatasetError(f"{name} is empty: it has no episode")
+    for number, episode in enumerate(episodes):
+        if set(episode) != set(episodes[0]):
+            raise DatasetError(f"{name}: episode {number} must have the entries of the first, {sorted(episodes[0])}")
+        for key, column in episode.items():
+            if not column.shape or column.shape[0] == 0 or column.shape[0] != episode["rewards"].shape[0]:
+                raise DatasetError(
+                    f"{name}: {key!r} and 'rewards' must be as long in episode {number}, "
+                    f"got shapes {list(column.shape)} and {list(episode['rewards'].shape)}"
+                )
+    joined = {key: Concatenated([episode[key] for episode in episodes], name, key) for key in episodes[0]}
+    ends = np.cumsum([episode["rewards"].shape[0] for episode in episodes]) - 1
+    terminals = np.zeros(joined["rewards"].shape[0], bool)
+    terminals[ends] = terminated
+    timeouts = np.zeros_like(terminals)
+    timeouts[ends] = ~terminals[ends]
+    return Transitions.from_columns(name, {**joined, "terminals": terminals, "timeouts": timeouts})

@@ -1,0 +1,175 @@
+"""TensorDicts that have the key layout already, and their memory-mapped folders."""
+
+import json
+from pathlib import Path
+from urllib.parse import unquote
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from iql_plugins.data.arrays import Block, action, assemble, observation, reward
+from iql_plugins.data.dataset import (
+    DONE,
+    REWARD,
+    TERMINATED,
+    DatasetError,
+    Loaded,
+    Options,
+    check_dataset,
+    chunks,
+    leaves,
+    reading,
+    require_space,
+    row_bytes,
+)
+from iql_plugins.keys import AUTO_MASK_KEYS, DISCOUNT, STEPS_TO_NEXT_OBS, shown
+
+__all__ = ["is_folder", "load", "load_folder"]
+
+_METADATA = "meta.json"
+_TRAJECTORY: NestedKey = ("collector", "traj_ids")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is the folder of a memory-mapped TensorDict."""
+    return (path / _METADATA).is_file()
+
+
+def load_folder(path: Path, options: Options) -> Loaded:
+    """The dataset in the folder of a memory-mapped TensorDict, which stays memory-mapped: see :func:`load`.
+
+    Raises:
+        DatasetError: if it is no such folder, or a file in it is missing or has not the size that it must have.
+    """
+    name = str(path)
+    with reading(name):
+        shapes = TensorDict.load_memmap(path, device=torch.device("meta"), allow_pickle=False)
+        # Opening a file that is too short would make it longer, and fill up with zeros.
+        _check_files(path, shapes, name)
+        mapped = TensorDict.load_memmap(path, allow_pickle=False)
+    return load(mapped, options, name)
+
+
+def load(dataset: TensorDictBase, options: Options, name: str = "the TensorDict") -> Loaded:
+    """The dataset in a TensorDict with TorchRL's keys, of batch size ``[N]``, or ``[*B, T]`` with time last.
+
+    Its tensors are shared as far as they have the layout's shapes and dtypes; whatever else is in it, is left out,
+    but for the keys of n-step transitions. Masked steps (padding) are left out. The end of each of the ``B`` rows
+    ends an episode, and so does, where there are ``("collector", "traj_ids")``, the end of each trajectory, which
+    are brought together: there ``("next", "done")`` becomes True, without a terminal state.
+
+    Raises:
+        DatasetError: for a missing key (``("next", "terminated")`` in particular is never taken from ``done``), and
+            for a dataset that does not pass :func:`~iql_plugins.data.dataset.check_dataset`.
+    """
+    with reading(name):
+        if dataset.ndim == 0:
+            raise DatasetError(f"{name} must have batch size [N] or [*B, T], got []")
+        if dataset.numel() == 0:
+            raise DatasetError(f"{name} is empty: it has no transition")
+        flat = _selected(dataset, name)
+        length = dataset.batch_size[-1]
+        rows = torch.arange(len(flat), device=flat.get(DONE).device)
+        ends = (rows % length == length - 1) & (rows < len(flat) - 1)
+        rows, ends = _without_padding(dataset, rows, ends)
+        rows, ends = _by_trajectory(dataset, rows, ends)
+        if len(rows) == 0:
+            raise DatasetError(f"{name} is empty: its mask leaves no transition")
+        if len(rows) < len(flat) or not bool((rows[1:] > rows[:-1]).all()):
+            require_space(sum(len(rows) * row_bytes(tensor) for tensor in flat.values(True, True)), name, options)
+            flat = flat[rows]
+        if bool(ends.any()):
+            flat.set(DONE, flat.get(DONE) | ends.reshape(-1, *[1] * (flat.get(DONE).ndim - 1)))
+        return Loaded(_converted(flat, options, name), name)
+
+
+def _check_files(folder: Path, shapes: TensorDictBase, name: str) -> None:
+    metadata = json.loads((folder / _METADATA).read_text())
+    files = {unquote(file.name.removesuffix(".memmap")): file for file in folder.glob("*.memmap")}
+    folders = {unquote(inner.name): inner for inner in folder.iterdir() if inner.is_dir()}
+    for key, entry in metadata.items():
+        if not isinstance(entry, dict):
+            continue
+        value = shapes.get(key, None)
+        if isinstance(value, TensorDictBase) and key in folders and is_folder(folders[key]):
+            _check_files(folders[key], value, name)
+        elif isinstance(value, Tensor) and key in files:
+            expected, size = value.numel() * value.element_size(), files[key].stat().st_size
+            if size != expected:
+                raise DatasetError(f"{name}: {files[key].name} of {key!r} must have {expected} bytes, it has {size}")
+        elif "type" in entry or "shape" in entry:
+            raise DatasetError(f"{name}: the file of {key!r} is missing")
+
+
+def _selected(dataset: TensorDictBase, name: str) -> TensorDict:
+    entries: dict[NestedKey, Tensor] = {}
+    for key in ("observation", "action", REWARD, DONE, TERMINATED, ("next", "observation")):
+        if dataset.get(key, None) is None:
+            hint = "; done is no substitute: it is also set at time-outs" if key == TERMINATED else ""
+            raise DatasetError(f"{name} has no {shown(key)}{hint}")
+        entries |= leaves(dataset, key)
+    for key in (STEPS_TO_NEXT_OBS, DISCOUNT):
+        if dataset.get(key, None) is not None:
+            entries[key] = dataset.get(key)
+    for key, tensor in entries.items():
+        if not isinstance(tensor, Tensor):
+            raise DatasetError(f"{name}: {shown(key)} must be a tensor, got {type(tensor).__name__}")
+        if tensor.is_complex() or tensor.is_quantized:
+            raise DatasetError(f"{name}: {shown(key)} must be real numbers, got {tensor.dtype}")
+    if dataset.ndim == 1:
+        return TensorDict(entries, batch_size=dataset.batch_size, device=dataset.device)
+    rows = dataset.numel()
+    flat = {key: tensor.reshape(rows, *tensor.shape[dataset.ndim :]) for key, tensor in entries.items()}
+    return TensorDict(flat, batch_size=[rows], device=dataset.device)
+
+
+def _without_padding(dataset: TensorDictBase, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    valid = torch.ones_like(ends)
+    for key in AUTO_MASK_KEYS:
+        mask = dataset.get(key, None)
+        if mask is not None:
+            valid &= mask.reshape(len(rows), -1).all(1)
+    if bool(valid.all()):
+        return rows, ends
+    # Where padding follows, a row's last valid step is its end.
+    ends = ends | torch.cat([~valid[1:] & valid[:-1], valid.new_zeros(1)])
+    return rows[valid], ends[valid]
+
+
+def _by_trajectory(dataset: TensorDictBase, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    identifiers = dataset.get(_TRAJECTORY, None)
+    if identifiers is None or identifiers.numel() != dataset.numel():
+        return rows, ends
+    trajectory = identifiers.reshape(-1)[rows]
+    order = trajectory.argsort(stable=True)
+    trajectory = trajectory[order]
+    changes = torch.cat([trajectory[1:] != trajectory[:-1], torch.zeros_like(ends[:1])])
+    return rows[order], changes
+
+
+def _converted(flat: TensorDict, options: Options, name: str) -> TensorDict:
+    given = flat.get("action")
+    discrete = options.discrete if options.discrete is not None else not given.is_floating_point()
+
+    def block(rows: slice) -> Block:
+        part: Block = {}
+        for key, tensor in flat.items(True, True):
+            values = tensor[rows] if rows != slice(0, len(flat)) else tensor
+            if key == "action":
+                part[key] = action(values, discrete, name)
+            elif key == REWARD:
+                part[key] = reward(values, name)
+            elif key in (DONE, TERMINATED, STEPS_TO_NEXT_OBS, DISCOUNT):
+                part[key] = values.unsqueeze(-1) if values.ndim == 1 else values
+            else:
+                part[key] = observation(values)
+        return part
+
+    if options.memmap_dir is not None:
+        size = sum(map(row_bytes, flat.values(True, True)))
+        return assemble((block(rows) for rows in chunks(len(flat), size)), len(flat), name, options)
+    converted = TensorDict(block(slice(0, len(flat))), batch_size=[len(flat)], device=flat.device)
+    check_dataset(converted, name, finite=options.finite)
+    return converted

@@ -1,0 +1,316 @@
+"""The doctor finds what is wrong with a dataset, and nothing where nothing is; episodes and their returns."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensordict import TensorDict
+
+from iql_plugins.data import DatasetError, dataset, load_dataset
+from iql_plugins.data.doctor import Finding, examine
+from iql_plugins.data.episodes import episode_ends, episode_lengths, episode_numbers, episode_returns
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def healthy(lengths: tuple[int, ...] = (5, 9, 20, 20), ends: str = "TTcc", seed: int = 0) -> TensorDict:
+    """Episodes that end terminated (T) or cut (c), of which nothing is to be said."""
+    random = torch.Generator("cpu").manual_seed(seed)
+    rows = sum(lengths)
+    last = torch.tensor(lengths, device="cpu").cumsum(0) - 1
+    done = torch.zeros(rows, 1, dtype=torch.bool, device="cpu")
+    done[last] = True
+    terminated = done.clone()
+    terminated[last] = torch.tensor([end == "T" for end in ends], device="cpu").unsqueeze(-1)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random, device="cpu")
+
+    observation, following = normal(rows, 3), normal(rows, 3)
+    inside = (~done[:-1, 0]).nonzero().squeeze(-1)
+    following[inside] = observation[inside + 1]
+    return TensorDict(
+        {
+            "observation": observation,
+            "action": normal(rows, 2).tanh() * 0.9,
+            "next": {
+                "observation": following,
+                "reward": normal(rows, 1) + 50,
+                "done": done,
+                "terminated": terminated,
+            },
+        },
+        [rows],
+    )
+
+
+def findings(source: Any, **options: Any) -> dict[str, Finding]:
+    report = examine(source, **options)
+    for finding in report.findings:
+        assert finding.message
+        assert finding.suggestion
+        assert "\n" not in finding.message + finding.suggestion
+    return {finding.code: finding for finding in report.findings}
+
+
+def test_nothing_is_found_in_a_healthy_dataset() -> None:
+    assert findings(healthy()) == {}
+
+
+def test_the_report_counts_and_is_json() -> None:
+    data = healthy()
+    report = examine(data)
+    assert (report.transitions, report.episodes) == (54, 4)
+    assert (report.lengths.mean, report.lengths.min, report.lengths.max) == (13.5, 5, 20)
+    sums = [float(part.sum()) for part in data["next", "reward"].double().split([5, 9, 20, 20])]
+    assert report.returns.mean == pytest.approx(np.mean(sums))
+    assert (report.returns.min, report.returns.max) == pytest.approx((min(sums), max(sums)))
+    assert report.shapes["next.observation"] == (3,)
+    assert report.dtypes["next.done"] == "bool"
+    document = report.as_dict()
+    assert json.loads(json.dumps(document, allow_nan=False)) == document | {"shapes": document["shapes"]}
+    assert document["episodes"] == 4
+
+
+def test_values_that_are_not_finite() -> None:
+    data = healthy()
+    data["observation"][7, 1] = torch.nan
+    data["observation"][30] = torch.inf
+    data["next", "reward"][3] = torch.nan
+    report = examine(data)
+    found = [finding for finding in report.findings if finding.code == "non-finite"]
+    assert [(finding.row, finding.count) for finding in found] == [(7, 2), (3, 1)]
+    assert "('next', 'reward')" in found[1].message
+    assert json.dumps(report.as_dict(), allow_nan=False)
+    with pytest.raises(DatasetError, match="row 7"):
+        load_dataset(data)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "ends", "found"),
+    [
+        ((5, 20, 20, 20), "TTTT", True),
+        ((20, 20, 20), "TTT", True),
+        ((5, 9, 20), "TTT", False),
+        ((5, 20, 20, 20), "TTcc", False),
+        ((18, 18, 19, 19, 20, 20), "TTTTTT", False),
+        ((1, 1, 1, 1), "TTTT", False),
+    ],
+)
+def test_timeouts_that_are_marked_as_terminals(lengths: tuple[int, ...], ends: str, found: bool) -> None:
+    finding = findings(healthy(lengths, ends)).get("timeouts-as-terminals")
+    assert (finding is not None) == found
+    if finding is not None:
+        assert finding.count == 3
+        assert finding.row == (24 if lengths[0] == 5 else 19)
+
+
+def test_terminals_that_are_never_set() -> None:
+    assert "no-terminals" in findings(healthy(ends="cccc"))
+
+
+def test_timeouts_before_the_time_limit() -> None:
+    found = findings(healthy((5, 9, 20, 20), "Tccc"))["early-timeouts"]
+    assert (found.row, found.count) == (13, 1)
+
+
+def test_steps_that_are_terminal_and_timed_out(tmp_path: Path) -> None:
+    data = healthy()
+    arrays = {
+        "observations": data["observation"].numpy(),
+        "next_observations": data["next", "observation"].numpy(),
+        "actions": data["action"].numpy(),
+        "rewards": data["next", "reward"].numpy(),
+        "terminals": data["next", "terminated"].numpy(),
+        "timeouts": (data["next", "done"] & ~data["next", "terminated"]).numpy(),
+    }
+    np.savez(tmp_path / "d.npz", **arrays)
+    assert findings(tmp_path / "d.npz") == {}
+    arrays["timeouts"][13] = True
+    np.savez(tmp_path / "d.npz", **arrays)
+    found = findings(tmp_path / "d.npz")
+    assert set(found) == {"terminal-and-timeout"}
+    assert (found["terminal-and-timeout"].row, found["terminal-and-timeout"].count) == (13, 1)
+    arrays["timeouts"][13] = False
+    del arrays["next_observations"]
+    np.savez(tmp_path / "d.npz", **arrays)
+    assert findings(tmp_path / "d.npz")["missing-final-observations"].count == 2
+
+
+def test_actions_outside_and_on_the_bounds() -> None:
+    data = healthy()
+    data["action"][4, 0] = 1.5
+    data["action"][6, 1] = -1.25
+    data["action"][11, 0] = 1.0
+    found = findings(data)
+    outside, on = found["actions-outside-bounds"], found["actions-on-bounds"]
+    assert (outside.row, outside.count) == (4, 2)
+    assert "by up to 0.5" in outside.message
+    assert "assumed" in outside.message
+    assert (on.row, on.count) == (11, 1)
+    assert findings(data, action_low=-2, action_high=[2.0, 2.0]) == {}
+    assert "assumed" not in findings(data, action_low=-1, action_high=1)["actions-on-bounds"].message
+
+
+def test_bounds_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="both or neither"):
+        examine(healthy(), action_low=-1)
+    with pytest.raises(ValueError, match=r"action_low must be a number or of shape \[2\]"):
+        examine(healthy(), action_low=[-1, -1, -1], action_high=1)
+    with pytest.raises(ValueError, match="below"):
+        examine(healthy(), action_low=1, action_high=-1)
+
+
+def test_bounds_say_nothing_of_discrete_actions() -> None:
+    data = healthy()
+    data["action"] = torch.full((54, 1), 7, device="cpu")
+    assert findings(data) == {}
+
+
+def test_features_that_never_change() -> None:
+    data = healthy()
+    data["observation"][:, 1] = data["next", "observation"][:, 1] = 3.0
+    found = findings(data)
+    assert set(found) == {"constant-features"}
+    assert found["constant-features"].count == 1
+    assert found["constant-features"].message.endswith("never change: 1")
+
+
+@pytest.mark.parametrize(("scale", "found"), [(1.0, False), (100.0, True), (0.01, True), (0.0, True)])
+def test_rewards_on_another_scale(scale: float, found: bool) -> None:
+    data = healthy()
+    data["next", "reward"] *= scale
+    finding = findings(data).get("reward-scale")
+    assert (finding is not None) == found
+    if finding is not None and scale:
+        returns = episode_returns(data)
+        factor = float(finding.suggestion.split()[3])
+        assert factor * float(returns.max() - returns.min()) == pytest.approx(1000, rel=1e-4)
+
+
+@pytest.mark.parametrize("substitute", ["own", "zeros", "reset"])
+def test_final_observations_that_are_missing(substitute: str) -> None:
+    data = healthy((5, 20, 20, 9), "TccT")
+    cut = [24, 44]
+    values = {"own": data["observation"][cut], "zeros": 0.0, "reset": data["observation"][[25, 45]]}
+    data["next", "observation"][cut] = values[substitute]
+    found = findings(data)
+    assert set(found) == {"missing-final-observations"}
+    assert (found["missing-final-observations"].row, found["missing-final-observations"].count) == (24, 2)
+
+
+def test_terminal_states_need_no_final_observation() -> None:
+    data = healthy()
+    data["next", "observation"][[4, 13]] = 0.0
+    assert findings(data) == {}
+
+
+def test_next_observations_that_are_not_the_next() -> None:
+    data = healthy()
+    data["next", "observation"][[2, 40]] += 1
+    found = findings(data)
+    assert set(found) == {"inconsistent-observations"}
+    assert (found["inconsistent-observations"].row, found["inconsistent-observations"].count) == (2, 2)
+
+
+def test_episodes_that_are_there_twice() -> None:
+    data = healthy()
+    again = torch.cat([data, data[5:14], data[:5], healthy((20,), "c", seed=1)])
+    found = findings(again)
+    assert set(found) == {"duplicate-episodes"}
+    assert (found["duplicate-episodes"].row, found["duplicate-episodes"].count) == (54, 2)
+    again["action"][54, 0] += 0.01
+    assert findings(again)["duplicate-episodes"].row == 63
+    reversed_steps = torch.cat([data, data[:5].clone()])
+    reversed_steps["observation"][54:] = data["observation"][:5].flip(0)
+    assert "duplicate-episodes" not in findings(reversed_steps)
+
+
+def test_dict_and_image_observations() -> None:
+    data = healthy()
+    image = torch.zeros(54, 3, 4, 4, dtype=torch.uint8, device="cpu")
+    data["observation"] = TensorDict({"place": data["observation"], "image": image}, [54])
+    data["next", "observation"] = TensorDict({"place": data["next", "observation"], "image": image.clone()}, [54])
+    assert findings(data) == {}
+    data["next", "observation", "image"][7] = 1
+    assert findings(data)["inconsistent-observations"].row == 7
+
+
+def test_a_chunk_at_a_time_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = torch.cat([healthy((5, 20, 20, 9), "TccT"), healthy((5, 20, 20, 9), "TccT")])
+    data["observation"][70] = torch.nan
+    data["action"][50] = 2.0
+    data["next", "observation"][[24, 44]] = 0.0
+    expected = examine(data)
+    monkeypatch.setattr(dataset, "CHUNK_BYTES", 30)
+    assert examine(data).findings == expected.findings
+    assert len(expected.findings) >= 4
+
+
+def test_a_buffer_that_does_not_record_timeouts() -> None:
+    buffers = pytest.importorskip("stable_baselines3.common.buffers")
+    spaces = pytest.importorskip("gymnasium").spaces
+    box = spaces.Box(-1, 1, (1,), np.float32)
+    for records in (True, False):
+        buffer = buffers.ReplayBuffer(10, box, box, "cpu", handle_timeout_termination=records)
+        for step in range(6):
+            observation = np.full((1, 1), step / 10)
+            infos = [{"TimeLimit.truncated": step == 3}]
+            done = np.array([step == 3])
+            buffer.add(observation, observation + 0.1, np.zeros((1, 1)), np.ones(1), done, infos)
+        found = findings(buffer)
+        assert ("timeouts-as-terminals" in found) == (not records)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_dataset_of_hardly_a_step(rows: int) -> None:
+    assert examine(healthy()[:rows]).episodes == 1
+
+
+def test_unknown_sources_are_named() -> None:
+    with pytest.raises(DatasetError, match="there is no dataset, file or folder 'nothing'"):
+        examine("nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("reagent_pendulum_mixed", {"action_low": -2, "action_high": 2}, {"no-terminals", "actions-outside-bounds"}),
+        ("reagent_cartpole_mixed", {}, set()),
+        ("tianshou_cartpole_qrdqn", {}, {"early-timeouts"}),
+        ("d4rl_regen_door-human-v1", {}, {"no-terminals", "early-timeouts", "actions-on-bounds"}),
+    ],
+)
+def test_what_is_known_to_be_wrong_with_real_datasets(name: str, options: Any, expected: set[str]) -> None:
+    path = SHARED / f"{name}.npz"
+    if not path.exists():
+        pytest.skip("needs the datasets of others beside the repository")
+    found = findings(path, **options)
+    assert set(found) == expected
+    if name == "reagent_pendulum_mixed":
+        assert found["actions-outside-bounds"].count == 5933
+        assert "by up to 1.39" in found["actions-outside-bounds"].message
+
+
+def test_the_dataset_that_ships_is_healthy() -> None:
+    assert set(findings("pendulum-v1-sac")) == {"no-terminals"}
+
+
+def test_episodes_end_where_done_is_set_and_at_the_end() -> None:
+    data = healthy((2, 3, 1), "TcT")
+    data["next", "done"][5] = data["next", "terminated"][5] = False
+    data["next", "reward"][:] = torch.tensor([1.0, 2, 3, 4, 5, 6], device="cpu").unsqueeze(-1)
+    assert episode_ends(data).tolist() == [1, 4, 5]
+    assert episode_lengths(data).tolist() == [2, 3, 1]
+    assert episode_numbers(data).tolist() == [0, 0, 1, 1, 1, 2]
+    assert episode_returns(data).tolist() == [3.0, 12.0, 6.0]
+    assert not data["next", "done"][5]
+
+
+def test_one_bad_reward_spoils_one_return() -> None:
+    data = healthy((2, 3), "Tc")
+    data["next", "reward"][1] = torch.nan
+    assert episode_returns(data).isfinite().tolist() == [False, True]
