@@ -1,7 +1,9 @@
 """An agent: a loss, how it is trained, and what its policy needs to act. What is saved, and moved among adapters."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from typing import Any, overload
 
 import numpy as np
@@ -10,20 +12,23 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.data.packed import transitions
 from iql_plugins.encoders import ObservationEncoder, is_plain
+from iql_plugins.gradients import compiler_available
 from iql_plugins.keys import flat_name
-from iql_plugins.learner import Learner, resolve_compile
+from iql_plugins.learner import Groups, Learner, adam, resolve_compile
 from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
 from iql_plugins.value_estimators import ValueEstimators
 
-__all__ = ["Agent", "Observation", "build_loss"]
+__all__ = ["Agent", "Observation", "assemble_loss", "build_loss"]
 
 #: One observation or a batch of them: an array, or one for each name of a Dict space.
 Observation = Tensor | np.ndarray[Any, Any] | int | Mapping[str, "Tensor | np.ndarray[Any, Any] | int"]
@@ -51,31 +56,50 @@ def build_loss(spaces: Spaces, config: IQLConfig) -> IQLLoss:
         given = {"observation_size": size, "hidden_sizes": config.hidden_sizes, "in_keys": keys, "encoder": encoder}
         return given | ({"dropout": config.actor_dropout} if dropout else {})
 
+    if isinstance(spaces.action, Discrete):
+        count = spaces.action.n
+        actor = categorical_actor(action_count=count, **options(dropout=True))
+        qvalue = discrete_critic(action_count=count, **options())
+    else:
+        size = spaces.action.size
+        actor = gaussian_actor(action_size=size, squashed=config.squashed, **options(dropout=True))
+        qvalue = critic(action_size=size, **options())
+    return assemble_loss(config, actor, qvalue, value_function(**options()), discrete=spaces.discrete)
+
+
+def assemble_loss(
+    config: IQLConfig,
+    actor: nn.Module,
+    qvalue: nn.Module | Sequence[nn.Module],
+    value: nn.Module,
+    *,
+    discrete: bool,
+    separate_losses: bool = False,
+) -> IQLLoss:
+    """The loss of a configuration over networks of your own.
+
+    Args:
+        config: the hyper-parameters.
+        actor: the policy.
+        qvalue: one critic, or a list of ``config.n_critics``.
+        value: V.
+        discrete: whether actions are discrete, and written as integers.
+        separate_losses: whether parameters that networks share are trained by one loss only, see
+            :class:`~iql_plugins.IQLLoss`.
+    """
     shared: dict[str, Any] = {
+        "separate_losses": separate_losses,
         "num_qvalue_nets": config.n_critics,
         "loss_function": config.loss_function,
         "temperature": config.temperature,
         "expectile": config.expectile,
         "max_weight": config.max_weight,
     }
-    loss: IQLLoss
-    if isinstance(spaces.action, Discrete):
-        count = spaces.action.n
-        loss = DiscreteIQLLoss(
-            categorical_actor(action_count=count, **options(dropout=True)),
-            discrete_critic(action_count=count, **options()),
-            value_function(**options()),
-            action_space="categorical",
-            **shared,
-        )
-    else:
-        size = spaces.action.size
-        loss = IQLLoss(
-            gaussian_actor(action_size=size, squashed=config.squashed, **options(dropout=True)),
-            critic(action_size=size, **options()),
-            value_function(**options()),
-            **shared,
-        )
+    loss = (
+        DiscreteIQLLoss(actor, qvalue, value, action_space="categorical", **shared)
+        if discrete
+        else IQLLoss(actor, qvalue, value, **shared)
+    )
     return loss.make_value_estimator(ValueEstimators.TD0, gamma=config.discount)
 
 
@@ -88,8 +112,11 @@ class Agent:
         normalizers: between the environment's units and the networks'; None brings actions to [-1, 1] only.
         loss: owns the networks; None builds the paper's, from ``seed``.
         learner: trains the loss; None makes it from the configuration.
-        seed: of the weights that are built, and of :attr:`generator`; None draws one.
+        seed: of the weights that are built, of :attr:`generator` and of the learner; None draws one.
         device: where the networks are built.
+
+    Raises:
+        ValueError: if a loss was built with other hyper-parameters than the configuration's; names the first.
 
     Attributes:
         learner: trains the loss, and counts its steps.
@@ -112,15 +139,22 @@ class Agent:
         seed: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        device = torch.device(device)
         if loss is None:
-            loss = _seeded_loss(spaces, config, seed).to(device)
+            loss = _seeded_loss(spaces, config, seed).to(torch.device(device))
+        for name, value in _hyperparameters(loss).items():
+            if not _equal(value, getattr(config, name)):
+                raise ValueError(
+                    f"the loss was built with {name}={value!r}, the configuration has {getattr(config, name)!r}: "
+                    "both must be the same"
+                )
         parameter = next(loss.parameters())
         self.spaces = spaces
         self.config = config.replace(compile=resolve_compile(config.compile, config.n_steps, parameter.device))
         self.loss = loss
         self.normalizers = (Normalizers(spaces) if normalizers is None else normalizers).to(parameter.device)
-        self.learner = Learner.from_config(loss, self.config) if learner is None else learner
+        self.learner = Learner.from_config(loss, self.config, seed=seed) if learner is None else learner
+        if self.learner.loss is not loss:
+            raise ValueError("the learner must train the agent's loss, it was made for another one")
         self.generator = torch.Generator(parameter.device)
         if seed is None:
             self.generator.seed()
@@ -133,6 +167,28 @@ class Agent:
         """Where the networks are."""
         device: torch.device = next(self.loss.parameters()).device
         return device
+
+    def fit(self, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None) -> None:
+        """Trains on a dataset in the environment's units, transitions drawn uniformly with replacement.
+
+        Args:
+            dataset: transitions by the key layout, batch size ``[N]``; memory-mapped ones stay on disk. What the loss
+                does not read is left out.
+            n_steps: gradient steps, further ones if some were taken already.
+            callback: called with the number of all steps after each of them.
+
+        Raises:
+            ValueError: if the dataset is empty or does not fit the spaces; names the entry.
+        """
+        self.spaces.check(dataset)
+        read = dataset.select(*self.loss.accepted_keys, strict=False)
+        source = transitions(read, self.normalizers, self.device)
+        size, generator = (self.config.batch_size,), self.generator
+        for _ in range(n_steps):
+            index = torch.randint(len(source), size, generator=generator, device=self.device)
+            self.learner.step(source.batch(index))
+            if callback is not None:
+                callback(self.learner.step_count)
 
     @overload
     def act(self, observation: Tensor | Mapping[str, Tensor], deterministic: bool = True) -> Tensor: ...
@@ -158,13 +214,14 @@ class Agent:
         inputs, batched, numpy = self._inputs(observation)
         count = len(next(iter(inputs.values())))
         actor = self.loss.actor_network
-        training = actor.training
+        training = [module for module in actor.modules() if module.training]
         actor.eval()
         try:
             with set_interaction_type(InteractionType.DETERMINISTIC if deterministic else InteractionType.RANDOM):
                 action = actor(TensorDict(dict(inputs), batch_size=[count])).get("action")
         finally:
-            actor.train(training)
+            for module in training:
+                module.training = True
         action = self.normalizers.environment_action(action)
         action = action if batched else action[0]
         if not numpy:
@@ -185,94 +242,209 @@ class Agent:
             given = {"observation": observation}
         numpy = not any(isinstance(value, Tensor) for value in given.values())
         inputs: dict[NestedKey, Tensor] = {}
-        depths = set()
+        depths: set[bool | None] = set()
+        dtype = next(self.loss.actor_network.parameters()).dtype
         for key, value in given.items():
-            tensor, is_batch = _batched(key, spaces[key], torch.as_tensor(value, device=self.device))
+            # A copy of NumPy's: views of it may be read-only, or run backwards, which tensors cannot.
+            value = np.array(value, order="C") if isinstance(value, np.ndarray) else value
+            tensor, is_batch = _batched(key, spaces[key], torch.as_tensor(value, device=self.device), dtype)
             inputs[key] = self.normalizers.observation(key, tensor)
             depths.add(is_batch)
+        depths.discard(None)
         if len(depths) > 1:
             raise ValueError("the entries of a Dict observation must all have a batch dimension, or none")
-        return inputs, depths.pop(), numpy
+        return inputs, depths != {False}, numpy
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all of it into one file, atomically: networks, targets, optimisers, normalisers, random state, step.
 
         Networks of your own are saved, too, but whoever loads them must bring the modules.
         """
+        checkpoint.write(path, *self.state())
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What :meth:`save` writes: JSON values, and tensors by name; ``loss.NAME`` are those of the loss."""
         learner, learner_tensors = checkpoint.flatten(self.learner.state_dict(), "learner")
         document = {
             "spaces": self.spaces.to_json(),
-            "config": self.config.to_json(),
+            "config": self._config_in_force().to_json(),
             "normalizers": self.normalizers.extra_state(),
             "learner": learner,
-            "custom": self.custom_networks(),
+            "custom": self.custom_parts(),
             "generator": self.generator.device.type,
             "extra": self.extra,
         }
         tensors = {f"loss.{name}": tensor for name, tensor in self.loss.state_dict().items()}
         tensors |= {f"normalizers.{name}": tensor for name, tensor in self.normalizers.state_dict().items()}
         tensors |= learner_tensors | {"generator": self.generator.get_state()}
-        checkpoint.write(path, document, tensors)
+        return document, tensors
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", loss: IQLLoss | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: torch.device | str = "cpu",
+        loss: IQLLoss | None = None,
+        make_optimizers: Callable[[Groups], Sequence[Optimizer]] = adam,
     ) -> "Agent":
         """The agent that :meth:`save` wrote, ready to act and to go on training.
+
+        A training that was compiled goes on uncompiled where there is no compiler.
 
         Args:
             path: the file.
             device: where the networks go.
-            loss: receives the weights; needed only if the networks are not those that :func:`build_loss` makes.
+            loss: receives the weights; needed only if it is not one that :func:`build_loss` makes. It must have the
+                hyper-parameters of the one that was saved.
+            make_optimizers: makes the optimisers if those that were saved are not :func:`~iql_plugins.learner.adam`.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            CheckpointError: if it is no checkpoint, or its networks are custom and ``loss`` is not given.
+            CheckpointError: if it is no checkpoint, or holds no agent that fits ``loss`` and ``make_optimizers``;
+                a loss that was given is as it was.
         """
+        # An unknown device is no fault of the file.
+        device = torch.empty(0, device=device).device
         document, tensors = checkpoint.read(path)
+        return cls.from_state(
+            document, tensors, name=os.fspath(path), device=device, loss=loss, make_optimizers=make_optimizers
+        )
+
+    @classmethod
+    def from_state(
+        cls,
+        document: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        *,
+        name: str,
+        device: torch.device | str = "cpu",
+        loss: IQLLoss | None = None,
+        make_optimizers: Callable[[Groups], Sequence[Optimizer]] = adam,
+    ) -> "Agent":
+        """The agent of :meth:`state`; see :meth:`load`.
+
+        Args:
+            document: the JSON values.
+            tensors: by name.
+            name: of where they came from, for errors.
+            device: as in :meth:`load`.
+            loss: as in :meth:`load`.
+            make_optimizers: as in :meth:`load`.
+
+        Raises:
+            CheckpointError: as :meth:`load`.
+        """
+        device = torch.device(device)
         try:
             spaces = Spaces.from_json(document["spaces"])
             config = IQLConfig.from_json(document["config"])
             custom = document["custom"]
             if custom and loss is None:
                 raise CheckpointError(
-                    f"{', '.join(custom)} of {os.fspath(path)!r} are not the default networks: pass loss=, "
-                    "with networks like those that were saved"
+                    f"{', '.join(custom)} of {name!r} are not the default ones: pass loss=, "
+                    "built like the one that was saved"
                 )
-            parts = {name: _part(tensors, name) for name in ("loss", "normalizers")}
+            if config.compile == "yes" and not compiler_available(device):
+                config = config.replace(compile="no")
+            parts = {part: _part(tensors, part) for part in ("loss", "normalizers")}
             normalizers = Normalizers.restored(spaces, document["normalizers"], parts["normalizers"])
-            agent = cls(spaces, config, normalizers=normalizers, loss=loss, seed=0, device=device)
-            agent.loss.load_state_dict(parts["loss"])
-            agent.learner.load_state_dict(checkpoint.unflatten(document["learner"], tensors))
+            loss = _seeded_loss(spaces, config, seed=0).to(device) if loss is None else loss
+            learner = Learner.from_config(loss, config, seed=0, make_optimizers=make_optimizers)
+            agent = cls(spaces, config, normalizers=normalizers, loss=loss, learner=learner, seed=0)
+            learner.load_state_dict(checkpoint.unflatten(document["learner"], tensors))
             # The state of another kind of device's generator means nothing to this one's.
             if document["generator"] == agent.generator.device.type:
                 agent.generator.set_state(tensors["generator"])
+            if (parts_of_loss := agent.custom_parts()) != custom:
+                raise CheckpointError(
+                    f"{name!r} has other networks than the default ones in {custom}, the loss in {parts_of_loss}"
+                )
             agent.extra = dict(document["extra"])
+            # Last, because it is the one part that may be the caller's: all of it is loaded, or nothing.
+            loss.load_state_dict(parts["loss"])
         except CheckpointError:
             raise
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{os.fspath(path)!r} does not hold a whole agent: {error}") from error
+            raise CheckpointError(f"{name!r} does not hold a whole agent: {error}") from error
         return agent
 
-    def custom_networks(self) -> list[str]:
-        """The networks that are not those that :func:`build_loss` makes for these spaces and hyper-parameters."""
+    def custom_parts(self) -> list[str]:
+        """What of the loss is not as :func:`build_loss` makes it for these spaces and hyper-parameters."""
         with torch.device("meta"):
             default = build_loss(self.spaces, self.config)
-        names = ("actor_network", "value_network", "qvalue_network")
-        return [name for name in names if _structure(getattr(self.loss, name)) != _structure(getattr(default, name))]
+        custom = [
+            name for name in _NETWORKS if _structure(getattr(self.loss, name)) != _structure(getattr(default, name))
+        ]
+        return custom + [name for name in _OPTIONS if _option(self.loss, name) != _option(default, name)]
+
+    def _config_in_force(self) -> IQLConfig:
+        """The configuration with what was changed in the loss or the learner since."""
+        learner = self.learner
+        values = _hyperparameters(self.loss) | {
+            "max_grad_norm": learner.max_grad_norm,
+            "polyak": learner.target_updater.tau,
+            **{f"{name}_learning_rate": rate for name, rate in learner.base_rates().items()},
+        }
+        return self.config.replace(
+            **{name: value for name, value in values.items() if not _equal(value, getattr(self.config, name))}
+        )
+
+
+_NETWORKS = ("actor_network", "value_network", "qvalue_network")
+#: Settings of a loss that are not hyper-parameters.
+_OPTIONS = (
+    "value_type",
+    "reduction",
+    "separate_losses",
+    "tensor_keys",
+    "loss_mask_key",
+    "use_prioritized_weights",
+    "action_space",
+)
+
+
+def _option(loss: IQLLoss, name: str) -> Any:
+    value = getattr(loss, name, None)
+    # A framework's enumeration of estimators has the same names.
+    return value.name if isinstance(value, Enum) else value
+
+
+def _hyperparameters(loss: IQLLoss) -> dict[str, Any]:
+    """The hyper-parameters that a loss has, by their names in :class:`IQLConfig`."""
+    return {
+        "expectile": loss.expectile,
+        "temperature": loss.temperature,
+        "max_weight": loss.max_weight,
+        "loss_function": loss.loss_function,
+        "n_critics": loss.num_qvalue_nets,
+        "discount": float(loss.value_estimator.gamma),
+    }
+
+
+def _equal(value: Any, other: Any) -> bool:
+    # The discount is kept in float32.
+    numbers = isinstance(value, float) and isinstance(other, float)
+    return math.isclose(value, other, rel_tol=1e-6) if numbers else value == other
 
 
 def _seeded_loss(spaces: Spaces, config: IQLConfig, seed: int | None) -> IQLLoss:
     if seed is None:
         return build_loss(spaces, config)
     # The caller's random state is his own. Weights are drawn on the CPU, the same ones for every device.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
         return build_loss(spaces, config)
 
 
-def _structure(network: nn.Module) -> tuple[str, dict[str, torch.Size]]:
-    return repr(network), {name: tensor.shape for name, tensor in network.state_dict().items()}
+def _structure(network: nn.Module) -> tuple[object, ...]:
+    """What two networks have in common that differ in their weights alone."""
+    numbers = [
+        {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | tuple)}
+        | {"training": None}
+        for module in network.modules()
+    ]
+    return repr(network), numbers, {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
 def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -280,17 +452,19 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def _batched(key: NestedKey, space: Space, value: Tensor) -> tuple[Tensor, bool]:
-    """An observation with a batch dimension, and whether it had one."""
-    shape = space.shape if isinstance(space, Box) else ()
+def _batched(key: NestedKey, space: Space, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool | None]:
+    """An observation with a batch dimension, and whether it had one: None for ``[1]`` of a Discrete space."""
+    shape, given = space.shape if isinstance(space, Box) else (), tuple(value.shape)
     if isinstance(space, Discrete):
         if value.is_floating_point():
             raise ValueError(f"{flat_name(key)} must be integers, got {value.dtype}")
         value = value.squeeze(-1) if value.ndim == 2 else value
-    elif not value.is_floating_point() and space.dtype != "uint8":
-        value = value.to(torch.get_default_dtype())
+        if not ((value >= space.start) & (value < space.start + space.n)).all():
+            raise ValueError(f"{flat_name(key)} must be from {space.start} to {space.start + space.n - 1}, got {value}")
+    elif value.is_floating_point() or space.dtype != "uint8":
+        value = value.to(dtype)
     if tuple(value.shape) == shape:
         return (value.unsqueeze(0) if isinstance(space, Box) else value.reshape(1, 1)), False
     if tuple(value.shape[1:]) == shape and value.ndim == len(shape) + 1:
-        return (value if isinstance(space, Box) else value.unsqueeze(-1)), True
+        return (value, True) if isinstance(space, Box) else (value.unsqueeze(-1), None if given == (1,) else True)
     raise ValueError(f"{flat_name(key)} must have shape {shape}, or that behind a batch's, got {tuple(value.shape)}")

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 
 import torch
 from tensordict import TensorDictBase
-from tensordict.utils import NestedKey
+from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor
 
 from iql_plugins.keys import AUTO_MASK_KEYS, DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, flat_name, next_key, shown
@@ -152,7 +152,12 @@ class BatchReader:
                 )
         return common
 
-    def _check(self, key: NestedKey, tensor: Tensor, shape: Size) -> None:
+    def _check(self, key: NestedKey, tensor: Tensor | TensorDictBase, shape: Size) -> None:
+        if isinstance(tensor, TensorDictBase) and key == self.keys.action:
+            # Several parts, as a composite distribution takes them.
+            for leaf, part in tensor.items(True, True):
+                self._check(unravel_key((key, leaf)), part, shape)
+            return
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{shown(key)} must be a tensor, got {type(tensor).__name__}")
         if tensor.numel() == 0:
@@ -226,6 +231,9 @@ def mask_rows(tensor: Tensor, mask: Tensor) -> Tensor:
         tensor: ``[*shape, ...]``.
         mask: ``[*shape]`` bool, True where an entry is valid.
     """
+    if isinstance(tensor, TensorDictBase):
+        parts: Tensor = tensor.apply(lambda part: mask_rows(part, mask))
+        return parts
     event = tensor.shape[mask.ndim :]
     rows = tensor.reshape(-1, *event)
     flat_mask = mask.reshape(-1)
@@ -236,6 +244,10 @@ def mask_rows(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def check_finite(key: NestedKey, tensor: Tensor) -> None:
     """Raises ``ValueError`` with the first row of ``tensor`` that is not finite. Reads it on the host."""
+    if isinstance(tensor, TensorDictBase):
+        for leaf, part in tensor.items(True, True):
+            check_finite(unravel_key((key, leaf)), part)
+        return
     if tensor.is_floating_point() and not tensor.is_meta:
         bad = (~tensor.isfinite()).nonzero()
         if len(bad):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["CheckpointError", "flatten", "read", "unflatten", "write", "write_bytes"]
+__all__ = ["CheckpointError", "flatten", "read", "seal", "unflatten", "unseal", "write", "write_bytes"]
 
 FORMAT = "iql-plugins"
 VERSION = "1"
@@ -32,10 +32,20 @@ def write(path: str | os.PathLike[str], document: Mapping[str, Any], tensors: Ma
         document: JSON values.
         tensors: by name; brought to the CPU.
     """
+    metadata, copies = seal(document, tensors)
+    write_bytes(path, _with_sorted_metadata(save(copies, metadata)))
+
+
+def seal(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a checkpoint holds, in whatever container: format, version, document and checksum; and the tensors.
+
+    Args:
+        document: JSON values.
+        tensors: by name; copied, and brought to the CPU.
+    """
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(document, allow_nan=False, sort_keys=True)
-    metadata = {"format": FORMAT, "version": VERSION, "document": text, "checksum": _checksum(text, copies)}
-    write_bytes(path, save(copies, metadata))
+    return {"format": FORMAT, "version": VERSION, "document": text, "checksum": _checksum(text, copies)}, copies
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -45,19 +55,17 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         FileNotFoundError: if the folder does not exist.
     """
     target = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {os.fspath(target.parent)!r} to write {target.name!r} to")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files for their owner alone; others get what the umask leaves them, as with open().
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -73,23 +81,41 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         with safe_open(os.fspath(path), "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CheckpointError(f"{os.fspath(path)!r} is a safetensors file, but no checkpoint of {FORMAT}")
-            if metadata.get("version") != VERSION:
-                raise CheckpointError(
-                    f"{os.fspath(path)!r} has version {metadata.get('version')!r} of the format, known is "
-                    f"{VERSION!r}: it was written by another release of {FORMAT}"
-                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{os.fspath(path)!r} is no checkpoint, or damaged: {error}") from error
+    return unseal(metadata, tensors, os.fspath(path), "safetensors file"), tensors
+
+
+def unseal(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, container: str) -> dict[str, Any]:
+    """The document of what :func:`seal` made.
+
+    Args:
+        metadata: format, version, document and checksum.
+        tensors: by name, on the CPU.
+        name: of the file, for errors.
+        container: what kind of file it is, likewise.
+
+    Raises:
+        CheckpointError: if it is no checkpoint, of another version, or altered.
+    """
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{name!r} is a {container}, but no checkpoint of {FORMAT}")
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"{name!r} has version {metadata.get('version')!r} of the format, known is {VERSION!r}: it was written by "
+            f"another release of {FORMAT}"
+        )
     text = metadata.get("document", "")
     if metadata.get("checksum") != _checksum(text, tensors):
-        raise CheckpointError(f"{os.fspath(path)!r} is not as it was written: its checksum is another one")
-    document = json.loads(text)
+        raise CheckpointError(f"{name!r} is not as it was written: its checksum is another one")
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"the document of {name!r} is no JSON: {error}") from error
     if not isinstance(document, dict):
-        raise CheckpointError(f"{os.fspath(path)!r} has no document, but a {type(document).__name__}")
-    return document, tensors
+        raise CheckpointError(f"{name!r} has no document, but a {type(document).__name__}")
+    return document
 
 
 def flatten(tree: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
@@ -102,6 +128,8 @@ def flatten(tree: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
 
     def visit(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
+            if name in tensors:
+                raise ValueError(f"two tensors have the name {name!r}")
             tensors[name] = value
             return {_TENSOR: name}
         if isinstance(value, Mapping):
@@ -132,6 +160,16 @@ def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if tree.keys() == {_ITEMS}:
         return {key: unflatten(item, tensors) for key, item in tree[_ITEMS]}
     return {key: unflatten(item, tensors) for key, item in tree.items()}
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file whose bytes depend on its content alone: the library shuffles the metadata in each process."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

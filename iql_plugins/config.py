@@ -82,9 +82,13 @@ class IQLConfig:
         check_choice("actor_schedule", self.actor_schedule, ActorSchedule)
         check_choice("compile", self.compile, Compile)
         for name in ("n_steps", "batch_size", "n_critics"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for size in self.hidden_sizes:
-            _check("hidden_sizes", self.hidden_sizes, size >= 1, "at least 1 each")
+            _check(name, getattr(self, name), _is_count(getattr(self, name)), "an integer >= 1")
+        sizes: Any = self.hidden_sizes
+        valid = isinstance(sizes, list | tuple) and all(map(_is_count, sizes))
+        _check("hidden_sizes", sizes, valid, "a tuple of integers >= 1")
+        object.__setattr__(self, "hidden_sizes", tuple(sizes))
+        for name in ("squashed", "normalize_observations"):
+            _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         for name in ("discount", "polyak"):
             _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")
         _check("actor_dropout", self.actor_dropout, 0.0 <= self.actor_dropout < 1.0, "in [0, 1)")
@@ -169,6 +173,10 @@ def preset(name: str, **changes: Any) -> IQLConfig:
 def _check(name: str, value: object, valid: bool, expected: str) -> None:
     if not valid:
         raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_names(changes: Mapping[str, Any]) -> None:

@@ -83,7 +83,8 @@ class ObservationEncoder(nn.Module):
             elif space.is_image:
                 parts.append(self.images[str(index)](observation))
             else:
-                parts.append(observation.flatten(observation.ndim - len(space.shape)).to(torch.get_default_dtype()))
+                batch_shape = observation.shape[: observation.ndim - len(space.shape)]
+                parts.append(observation.reshape(*batch_shape, space.size).to(torch.get_default_dtype()))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 

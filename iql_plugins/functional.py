@@ -544,7 +544,8 @@ class Health(NamedTuple):
         share_at_max_weight: ``[]``, share of the samples whose weight is clipped; above a few percent the temperature
             is too high for the scale of the returns.
         effective_sample_size: ``[]``, (Σw)² / (B Σw²) in (0, 1]: the share of the batch that teaches the policy.
-        share_value_above_q: ``[]``, share of the samples with V(s) above min Q̂(s, a): about 1 - expectile or less.
+        share_value_above_q: ``[]``, share of the samples with V(s) above min Q̂(s, a): more than half of them for an
+            expectile above 1/2, the more the higher it is.
         mean_value: ``[]``, in return units.
         mean_qvalue: ``[]``, of min Q̂(s, a), in return units.
     """
@@ -583,12 +584,17 @@ def health(
     diff = advantage(target_q, value).detach()
     weight = advantage_weight(diff, temperature, max_weight)
 
+    # Relative to the largest weight: all of them may be too small for their squares to be numbers.
+    log_weight = torch.zeros_like(diff) if temperature == 0.0 else (temperature * diff).clamp(max=math.log(max_weight))
+    largest = (log_weight if mask is None else log_weight.masked_fill(~mask, -math.inf)).amax()
+    relative = (log_weight - largest).exp()
+
     def mean(quantity: Tensor) -> Tensor:
         return reduce_loss(quantity, "mean", mask=mask)
 
     return Health(
         mean((weight >= max_weight).to(weight.dtype)),
-        mean(weight).square() / mean(weight.square()),
+        mean(relative).square() / mean(relative.square()).clamp(min=torch.finfo(diff.dtype).tiny),
         mean((diff < 0).to(weight.dtype)),
         mean(value.detach()),
         mean(minimum_over_critics(target_q.detach())),

@@ -1,13 +1,14 @@
 """Losses and gradients of a batch in one call: by autograd, or compiled into one graph."""
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._triton import has_triton
 
 from iql_plugins.loss import IQLLoss
 
@@ -23,7 +24,7 @@ def compiler_available(device: torch.device) -> bool:
         from torch._inductor import config
 
         return any(name is not None and shutil.which(name) for name in (*config.cpp.cxx, "clang++"))
-    return device.type == "cuda" and bool(torch.utils._triton.has_triton())
+    return device.type == "cuda" and has_triton()
 
 
 class LossGradients:
@@ -32,9 +33,9 @@ class LossGradients:
     The gradient is that of ``loss_actor + loss_qvalue + loss_value``; each loss reaches its own network.
 
     Compiled, losses and gradients become *one* graph of plain tensors, traced once for each signature of a batch
-    (names, shapes, dtypes) and of the loss's hyper-parameters: neither a backward pass nor autograd's bookkeeping is
-    left at run time. What the loss checks on shapes and dtypes it checks while it is traced; networks must not hide
-    state from torch, such as a Python counter.
+    (names, shapes, dtypes, devices) and of what is set on the loss: neither a backward pass nor autograd's bookkeeping
+    is left at run time. What the loss checks on shapes and dtypes it checks while it is traced; networks must not
+    hide state from torch, such as a Python counter.
 
     Args:
         loss: with ``reduction="mean"`` or ``"sum"`` and all of its outputs selected.
@@ -55,8 +56,7 @@ class LossGradients:
         self.loss = loss
         self.compile = compile
         self.mode = mode
-        self.trained: list[nn.Parameter] = [p for p in loss.parameters() if p.requires_grad]
-        device = self.trained[0].device
+        device = next(loss.parameters()).device
         if compile and not compiler_available(device):
             raise RuntimeError(f"there is no compiler for {device.type}: install one (g++), or do not compile")
         self._graphs: dict[Any, Any] = {}
@@ -74,47 +74,56 @@ class LossGradients:
 
     def _eager(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.loss(**batch)
-        for parameter in self.trained:
+        for parameter in self.loss.parameters():
             parameter.grad = None
         (outputs[0] + outputs[1] + outputs[2]).backward()
         return tuple(output.detach() for output in outputs)
 
     def _compiled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        loss = self.loss
+        parameters = dict(self.loss.named_parameters())
+        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        state = parameters | dict(self.loss.named_buffers())
         signature = (
-            tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items()),
-            (loss.expectile, loss.temperature, loss.max_weight, loss.loss_function, loss.reduction),
-            tuple(module.training for module in loss.modules()),
+            tuple((name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in batch.items()),
+            tuple(trained),
+            self._settings(),
         )
-        state = self._state()
         graph = self._graphs.get(signature)
         if graph is None:
-            graph = self._graphs[signature] = self._traced(state, batch)
+            graph = self._graphs[signature] = self._traced(state, trained, batch)
         with torch.no_grad():
             results = graph(*state.values(), *batch.values())
-        count = len(self.trained)
-        for parameter, gradient in zip(self.trained, results[:count], strict=True):
-            parameter.grad = gradient
-        return tuple(results[count:])
+        gradients = dict(zip(trained, results, strict=False))
+        for name, parameter in parameters.items():
+            parameter.grad = gradients.get(name)
+        return tuple(results[len(trained) :])
 
-    def _state(self) -> dict[str, Tensor]:
-        # The trained ones first, so that the gradients are the first results.
-        named = dict(self.loss.named_parameters())
-        trained = {name: p for name, p in named.items() if p.requires_grad}
-        return {**trained, **named, **dict(self.loss.named_buffers())}
+    def _settings(self) -> tuple[Any, ...]:
+        """What a graph has as constants."""
+        loss = self.loss
+        return (
+            (loss.expectile, loss.temperature, loss.max_weight, loss.loss_function, loss.reduction),
+            (loss.use_prioritized_weights, loss.loss_mask_key, *vars(loss.tensor_keys).values()),
+            (loss.value_estimator, loss.vmap_randomness, loss.deactivate_vmap),
+            tuple(module.training for module in loss.modules()),
+        )
 
-    def _traced(self, state: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Any:
-        names, keys, count = list(state), list(batch), len(self.trained)
+    def _traced(self, state: Mapping[str, Tensor], trained: Sequence[str], batch: Mapping[str, Tensor]) -> Any:
+        names, keys = list(state), list(batch)
 
-        def losses_and_gradients(*tensors: Tensor) -> list[Tensor]:
+        def losses_and_gradients(*tensors: Tensor) -> list[Tensor | None]:
             values = dict(zip(names, tensors[: len(names)], strict=True))
-            leaves = [values[name].detach().requires_grad_() for name in names[:count]]
-            values.update(zip(names, leaves, strict=False))
+            leaves = {name: values[name].detach().requires_grad_() for name in trained}
             inputs = dict(zip(keys, tensors[len(names) :], strict=True))
-            outputs = functional_call(self.loss, values, kwargs=inputs)
-            gradients = torch.autograd.grad(outputs[0] + outputs[1] + outputs[2], leaves)
+            outputs = functional_call(self.loss, values | leaves, kwargs=inputs)
+            total = outputs[0] + outputs[1] + outputs[2]
+            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
             return [*gradients, *(output.detach() for output in outputs)]
 
-        detached = [tensor.detach() for tensor in (*state.values(), *batch.values())]
-        graph = make_fx(losses_and_gradients)(*detached)
-        return torch.compile(graph, fullgraph=True, dynamic=False, mode=self.mode)
+        # Tracing computes: on copies, and with the random state put back, it changes no running statistics and no draw.
+        copies = [tensor.detach().clone() for tensor in state.values()]
+        devices = [copies[0].device] if copies[0].is_cuda else []
+        with torch.random.fork_rng(devices):
+            graph = make_fx(losses_and_gradients)(*copies, *(tensor.detach() for tensor in batch.values()))
+        # Not the module: its wrapper hides what a check of the graph has to say.
+        return torch.compile(graph.forward, fullgraph=True, dynamic=False, mode=self.mode)

@@ -1,7 +1,8 @@
 r"""One gradient step, the same for every adapter."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -68,14 +69,19 @@ class Learner:
         polyak: share of the critics in each update of their targets.
         max_grad_norm: the largest norm of each network's gradient; None for no clipping.
         compile: whether to compile losses and gradients, see :class:`~iql_plugins.gradients.LossGradients`.
+        seed: of what the networks draw while they train (dropout), which depends on it and the step alone: a resumed
+            training repeats it, and torch's random state stays as it is. None draws one from torch's random state.
         make_optimizers: from parameter groups named ``"actor"``, ``"critic"`` and ``"value"`` to the optimisers that
             train them; each group must be in one of them, by its name.
 
     Attributes:
         step_count: gradient steps taken.
+        last_losses: ``[4]`` losses and entropy of the last step, on the device; None before the first.
+        synchronize: called when the gradients of a step are there and nothing has read them: processes that train
+            together average them here. None does nothing.
 
     Raises:
-        ValueError: if an optimiser leaves a group out.
+        ValueError: unless each group is in one optimiser, under its name.
         RuntimeError: if ``compile`` is asked for where there is no compiler.
 
     >>> from iql_plugins.networks import critic, gaussian_actor, value_function
@@ -100,9 +106,11 @@ class Learner:
         polyak: float = 0.005,
         max_grad_norm: float | None = None,
         compile: bool = False,
+        seed: int | None = None,
         make_optimizers: Callable[[Groups], Sequence[Optimizer]] = adam,
     ) -> None:
         self.loss = loss
+        self.seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
         self.actor_schedule_steps = actor_schedule_steps
         self.max_grad_norm = max_grad_norm
         self.target_updater = SoftUpdate(loss, tau=polyak)
@@ -111,18 +119,32 @@ class Learner:
             {"name": name, "params": parameters, "lr": rates[name]} for name, parameters in _trained(loss).items()
         ]
         self.optimizers = list(make_optimizers(groups))
-        self._groups = {group.get("name"): group for o in self.optimizers for group in o.param_groups}
-        if missing := [group["name"] for group in groups if group["name"] not in self._groups]:
-            raise ValueError(f"make_optimizers must keep every group under its name, there is none of {missing}")
+        names = sorted(_trained(loss))
+        made = sorted(str(group.get("name")) for optimizer in self.optimizers for group in optimizer.param_groups)
+        if made != names:
+            raise ValueError(
+                f"make_optimizers must keep every group once and under its name: it was given {names}, "
+                f"its optimisers have {made}"
+            )
+        self._groups = self._named_groups()
         self._base_actor_rate = actor_learning_rate
         self._gradients = LossGradients(loss, compile=compile)
         self.step_count = 0
+        self.last_losses: Tensor | None = None
+        self.synchronize: Callable[[], None] | None = None
         self._sums: Tensor | None = None
         self._count = 0
         self._last_batch: dict[str, Tensor] = {}
 
     @classmethod
-    def from_config(cls, loss: IQLLoss, config: IQLConfig) -> "Learner":
+    def from_config(
+        cls,
+        loss: IQLLoss,
+        config: IQLConfig,
+        *,
+        seed: int | None = None,
+        make_optimizers: Callable[[Groups], Sequence[Optimizer]] = adam,
+    ) -> "Learner":
         """The learner of a configuration; ``"auto"`` compilation is resolved for the loss's device."""
         device = next(loss.parameters()).device
         return cls(
@@ -134,6 +156,8 @@ class Learner:
             polyak=config.polyak,
             max_grad_norm=config.max_grad_norm,
             compile=resolve_compile(config.compile, config.n_steps, device) == "yes",
+            seed=seed,
+            make_optimizers=make_optimizers,
         )
 
     @property
@@ -141,21 +165,28 @@ class Learner:
         """Whether losses and gradients are compiled."""
         return self._gradients.compile
 
+    def base_rates(self) -> dict[str, float]:
+        """The rate of each network that is trained, the actor's before its schedule."""
+        rates = {name: group["lr"] for name, group in self._groups.items()}
+        return {name: self._base_actor_rate if name == "actor" else float(rate) for name, rate in rates.items()}
+
     def learning_rate(self, network: str) -> float:
         """The rate of ``"actor"``, ``"critic"`` or ``"value"`` in the next step, the actor's schedule included."""
-        rate = float(self._groups[network]["lr"]) if network != "actor" else self._base_actor_rate
-        if network == "actor" and self.actor_schedule_steps is not None:
-            rate *= cosine_decay(self.step_count, self.actor_schedule_steps)
-        return rate
+        if network != "actor":
+            return float(self._groups[network]["lr"])
+        horizon = self.actor_schedule_steps
+        return self._base_actor_rate * (1.0 if horizon is None else cosine_decay(self.step_count, horizon))
 
     def set_learning_rate(self, network: str, rate: float) -> None:
         """Sets a rate, the actor's before its schedule.
 
         Raises:
-            ValueError: for a network that is none of actor, critic and value.
+            ValueError: for a network that is none of actor, critic and value, or a rate out of range.
         """
         if network not in NETWORKS:
             raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
+        if not 0.0 <= rate < math.inf:
+            raise ValueError(f"the learning rate must be a finite number >= 0, got {rate}")
         if network == "actor":
             self._base_actor_rate = rate
         elif network in self._groups:
@@ -165,14 +196,19 @@ class Learner:
         """One gradient step on a batch.
 
         Args:
-            batch: keyword tensors, or a TensorDict, by the key layout, in the networks' units.
+            batch: keyword tensors, or a TensorDict, by the key layout, in the networks' units. What else a TensorDict
+                has is ignored.
 
         Raises:
             KeyError, TypeError, ValueError: for a batch that the loss refuses; nothing was trained.
         """
         if isinstance(batch, TensorDictBase):
+            batch = batch.select(*self.loss.accepted_keys, strict=False)
             batch = {flat_name(key): tensor for key, tensor in batch.items(True, True)}
-        outputs = self._gradients(batch)
+        with _drawing_from(self.seed, self.step_count, next(self.loss.parameters()).device):
+            outputs = self._gradients(batch)
+        if self.synchronize is not None:
+            self.synchronize()
         if self.max_grad_norm is not None:
             for group in self._groups.values():
                 nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
@@ -182,7 +218,7 @@ class Learner:
             optimizer.step()
         self.target_updater.step()
         self.step_count += 1
-        losses = torch.stack(outputs)
+        self.last_losses = losses = torch.stack(outputs)
         self._sums = losses if self._sums is None else self._sums + losses
         self._count += 1
         self._last_batch = dict(batch)
@@ -208,8 +244,9 @@ class Learner:
         """All that continues a training and is not in the loss: optimisers, rates and the step."""
         return {
             "step_count": self.step_count,
+            "seed": self.seed,
             "actor_learning_rate": self._base_actor_rate,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [{"type": type(o).__name__, **o.state_dict()} for o in self.optimizers],
             "target_updater": self.target_updater.state_dict(),
         }
 
@@ -223,15 +260,17 @@ class Learner:
         states = state["optimizers"]
         if len(states) != len(self.optimizers):
             raise ValueError(f"the state has {len(states)} optimisers, the learner {len(self.optimizers)}")
-        for optimizer, saved in zip(self.optimizers, states, strict=True):
-            _check_optimizer_state(optimizer, saved)
-        step_count, rate = int(state["step_count"]), float(state["actor_learning_rate"])
+        fitted = [_fitted(optimizer, saved) for optimizer, saved in zip(self.optimizers, states, strict=True)]
+        step_count, seed, rate = int(state["step_count"]), int(state["seed"]), float(state["actor_learning_rate"])
         self.target_updater.load_state_dict(state["target_updater"])
-        for optimizer, saved in zip(self.optimizers, states, strict=True):
+        for optimizer, saved in zip(self.optimizers, fitted, strict=True):
             optimizer.load_state_dict(saved)
-        self._groups = {group.get("name"): group for o in self.optimizers for group in o.param_groups}
-        self.step_count, self._base_actor_rate = step_count, rate
+        self._groups = self._named_groups()
+        self.step_count, self.seed, self._base_actor_rate = step_count, seed, rate
         self._sums, self._count = None, 0
+
+    def _named_groups(self) -> dict[str, dict[str, Any]]:
+        return {group["name"]: group for optimizer in self.optimizers for group in optimizer.param_groups}
 
 
 def _trained(loss: IQLLoss) -> dict[str, list[nn.Parameter]]:
@@ -254,17 +293,42 @@ def _set_rate(group: dict[str, Any], rate: float) -> None:
         group["lr"] = rate
 
 
-def _check_optimizer_state(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    own = [group["params"] for group in optimizer.param_groups]
-    sizes, saved_sizes = [len(group) for group in own], [len(group["params"]) for group in saved["param_groups"]]
-    if sizes != saved_sizes:
+@contextmanager
+def _drawing_from(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of a step meanwhile, the caller's after it. Nothing is read on the host."""
+    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    # Of a CPU's seed 32 bits count: the odd factor spreads the seeds over them.
+    generator.manual_seed((seed * 0x9E3779B1 + step) % 2**32)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
+
+
+#: How an optimiser computes, which depends on the device and not on the training.
+_IMPLEMENTATION = ("capturable", "foreach", "fused")
+
+
+def _fitted(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's saved state as this one loads it; ``ValueError`` if it is that of another."""
+    if saved["type"] != type(optimizer).__name__:
+        raise ValueError(f"the state is that of {saved['type']}, the optimiser is {type(optimizer).__name__}")
+    own, given = optimizer.param_groups, saved["param_groups"]
+    sizes, saved_sizes = ({group["name"]: len(group["params"]) for group in groups} for groups in (own, given))
+    if list(sizes.items()) != list(saved_sizes.items()):
         raise ValueError(f"the optimiser's groups have {sizes} parameters, the state's {saved_sizes}")
-    for parameter, index in zip(
-        (p for group in own for p in group), (i for g in saved["param_groups"] for i in g["params"]), strict=True
-    ):
+    parameters = [parameter for group in own for parameter in group["params"]]
+    indices = [index for group in given for index in group["params"]]
+    for parameter, index in zip(parameters, indices, strict=True):
         for name, value in saved["state"].get(index, {}).items():
             if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
                 raise ValueError(
                     f"{name} of parameter {index} has shape {tuple(value.shape)}, the parameter has "
                     f"{tuple(parameter.shape)}"
                 )
+    groups = [
+        mine | theirs | {name: mine[name] for name in _IMPLEMENTATION if name in mine}
+        for mine, theirs in zip(own, given, strict=True)
+    ]
+    return {name: value for name, value in saved.items() if name != "type"} | {"param_groups": groups}

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from tensordict.nn import TensorDictSequential
 from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor, nn
 from torch.func import functional_call
@@ -253,6 +254,11 @@ class IQLLoss(NetworkOwner):
         return list(dict.fromkeys(required))
 
     @property
+    def accepted_keys(self) -> list[NestedKey]:
+        """What a batch may have: :attr:`in_keys`, and the optional ones."""
+        return [*self.in_keys, *self._reader.optional]
+
+    @property
     def out_keys(self) -> list[str]:
         """What a call returns, in the order of the tuple; narrowed by :meth:`select_out_keys`."""
         return self.out_keys_source if self._selected_out_keys is None else list(self._selected_out_keys)
@@ -439,6 +445,17 @@ class IQLLoss(NetworkOwner):
         errors = (q.detach() - target).square()
         mask = self._mask(batch, target.shape)
         return self._reduced(loss, batch), {"td_error": errors if mask is None else errors.masked_fill(~mask, 0.0)}
+
+    @torch.no_grad()
+    def qvalues(self, tensordict: TensorDictBase) -> Tensor:
+        """``[N, *B]`` Q(s, a) of each critic, in eval or training mode as the loss is, without gradient.
+
+        Args:
+            tensordict: observations and actions by the key layout; nothing is written into it.
+        """
+        keys = [*_in_keys(self.qvalue_network), self._tensor_keys.action]
+        batch = self._reader.read(self._source(tensordict, {}), keys)
+        return self._q(batch, batch.shape)
 
     @torch.no_grad()
     def health(self, tensordict: TensorDictBase | None = None, **tensors: Tensor) -> functional.Health:
@@ -655,7 +672,8 @@ class DiscreteIQLLoss(IQLLoss):
         qvalue_network: Q(s, ·), writes ``[*B, n]``; otherwise as in :class:`IQLLoss`.
         value_network: as in :class:`IQLLoss`.
         action_space: how the dataset writes actions: ``"categorical"`` (integers, ``[*B]`` or ``[*B, 1]``) or
-            ``"one-hot"`` (``[*B, n]``), or TorchRL's ``Categorical`` or ``OneHot`` spec. None warns and means one-hot.
+            ``"one-hot"`` (``[*B, n]``), or TorchRL's ``Categorical`` or ``OneHot`` spec, also as the ``"action"``
+            of a ``Composite``. None warns and means one-hot.
         expectile: in (0, 1): 1 is refused, as in TorchRL.
         **kwargs: the other arguments of :class:`IQLLoss`.
 
@@ -753,7 +771,12 @@ def _check_values(valid: Tensor, action: Tensor, expected: str) -> None:
 
 def _in_keys(network: nn.Module) -> list[NestedKey]:
     keys: list[NestedKey] = network.in_keys  # type: ignore[assignment]
-    return keys
+    if not isinstance(network, TensorDictSequential):
+        return keys
+    # What one module writes as ("params", "loc"), and another takes as "params", is no input.
+    out_keys: Any = network.out_keys
+    written = {key[:length] for key in out_keys if isinstance(key, tuple) for length in range(1, len(key))}
+    return [key for key in keys if (key if isinstance(key, tuple) else (key,)) not in written]
 
 
 def _check_written(name: str, key: NestedKey, network: nn.Module) -> None:
@@ -797,8 +820,11 @@ def _action_space(action_space: Any) -> str:
     if isinstance(action_space, str) and action_space in names:
         return names[action_space]
     for base in type(action_space).__mro__:
-        if base.__module__.split(".")[0] == "torchrl" and base.__name__ in ("Categorical", "OneHot"):
-            return "categorical" if base.__name__ == "Categorical" else "one_hot"
+        name = base.__name__ if base.__module__.split(".")[0] == "torchrl" else ""
+        if name == "Composite":
+            return _action_space(action_space["action"])
+        if name in ("Categorical", "OneHot"):
+            return "categorical" if name == "Categorical" else "one_hot"
     raise ValueError(
         f"action_space must be 'categorical', 'one-hot', or TorchRL's Categorical or OneHot spec, got {action_space!r}"
     )

@@ -5,7 +5,9 @@ reported with the distribution it came from, and all others work.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
@@ -18,7 +20,7 @@ from tensordict import TensorDictBase
 from iql_plugins import hookspecs
 from iql_plugins.hookspecs import PROJECT, Adapter
 
-__all__ = ["AdapterNotFoundError", "PluginError", "PluginInfo", "Registry"]
+__all__ = ["AdapterNotFoundError", "NotRecognizedError", "PluginError", "PluginInfo", "Registry", "framework_later"]
 
 #: Comma-separated names; only these plugins are looked at.
 ALLOW_VARIABLE = "IQL_PLUGINS_ALLOW"
@@ -28,6 +30,10 @@ STRICT_VARIABLE = "IQL_PLUGINS_STRICT"
 
 class PluginError(RuntimeError):
     """A plugin that cannot be loaded; the message names it and its distribution."""
+
+
+class NotRecognizedError(TypeError):
+    """A batch or the source of a dataset that no plugin knows."""
 
 
 class AdapterNotFoundError(LookupError):
@@ -105,6 +111,20 @@ class Registry:
             infos[name] = PluginInfo(name, distinct[0].value, _origin(distinct[0]), version, error)
         return infos
 
+    def check(self) -> dict[str, PluginInfo]:
+        """As :meth:`available`, after importing every plugin: those that cannot be say why. No hook is called.
+
+        Raises:
+            PluginError: in strict mode, for a plugin that is broken.
+        """
+        for name in self.available():
+            try:
+                self._plugin(name)
+            except PluginError:
+                if self.strict:
+                    raise
+        return self.available()
+
     def load(self, name: str) -> Adapter:
         """The adapter of that name; imports its plugin and, with it, its framework.
 
@@ -136,7 +156,7 @@ class Registry:
         """A batch of any framework in the key layout, by the first plugin that knows it.
 
         Raises:
-            TypeError: if none does.
+            NotRecognizedError: if none does.
             PluginError: in strict mode, if a plugin is broken.
         """
         return self._answered(self._all().iql_map_batch(batch=batch), "batch", batch)
@@ -145,18 +165,13 @@ class Registry:
         """A dataset in the key layout, by the first plugin that knows its source.
 
         Raises:
-            TypeError: if none does.
+            NotRecognizedError: if none does.
             PluginError: in strict mode, if a plugin is broken.
         """
         return self._answered(self._all().iql_load_dataset(source=source), "dataset", source)
 
     def _all(self) -> pluggy.HookRelay:
-        for name in self.available():
-            try:
-                self._plugin(name)
-            except PluginError:
-                if self.strict:
-                    raise
+        self.check()
         return self._manager.hook
 
     def _plugin(self, name: str) -> object:
@@ -175,7 +190,8 @@ class Registry:
             raise PluginError(error)
         entry = next(entry for entry in self._find() if entry.name == name)
         try:
-            plugin = entry.load()
+            with _framework_later():
+                plugin = entry.load()
         # A plugin is a stranger's code: whatever it raises, SystemExit included, must not take the host down.
         except (Exception, SystemExit) as error:
             raise self._broken(name, f"cannot be imported: {type(error).__name__}: {error}") from error
@@ -220,7 +236,24 @@ class Registry:
         hint = f"; not asked were: {'; '.join(broken)}" if broken else ""
         shown = repr(thing) if isinstance(thing, str | os.PathLike) else type(thing).__qualname__
         installed = ", ".join(self.available()) or "none"
-        raise TypeError(f"no adapter knows this {what}, {shown}; installed are {installed}{hint}")
+        raise NotRecognizedError(f"no adapter knows this {what}, {shown}; installed are {installed}{hint}")
+
+
+_later = ContextVar("_later", default=False)
+
+
+def framework_later() -> bool:
+    """Whether a package is imported for its hooks alone, which need no framework: importing one takes seconds."""
+    return _later.get()
+
+
+@contextmanager
+def _framework_later() -> Iterator[None]:
+    token = _later.set(True)
+    try:
+        yield
+    finally:
+        _later.reset(token)
 
 
 def _origin(entry: EntryPoint) -> str:

@@ -1,6 +1,7 @@
 """What an environment's observations and actions look like, without a dependency on gymnasium."""
 
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +35,15 @@ class Box:
 
     def __post_init__(self) -> None:
         for name, bound in (("low", self.low), ("high", self.high)):
-            if bound is not None and len(bound) != self.size:
+            if bound is None:
+                continue
+            if len(bound) != self.size:
                 raise ValueError(f"{name} must have {self.size} entries for shape {self.shape}, got {len(bound)}")
-        if self.low is not None and self.high is not None and not all(map(float.__lt__, self.low, self.high)):
-            raise ValueError(f"low must be below high in every entry, got low={self.low} and high={self.high}")
+            if not all(map(math.isfinite, bound)):
+                raise ValueError(f"{name} must be finite, or None where there is no bound, got {bound}")
+        # Observations have entries that never change; actions are checked by Spaces.
+        if self.low is not None and self.high is not None and not all(map(operator.le, self.low, self.high)):
+            raise ValueError(f"low must not be above high in any entry, got low={self.low} and high={self.high}")
 
     @property
     def size(self) -> int:
@@ -83,8 +89,15 @@ class Spaces:
     action: Space
 
     def __post_init__(self) -> None:
-        if isinstance(self.action, Box) and len(self.action.shape) != 1:
+        if isinstance(self.observation, Mapping) and not self.observation:
+            raise ValueError("a Dict observation must have at least one entry")
+        if not isinstance(self.action, Box):
+            return
+        if len(self.action.shape) != 1:
             raise ValueError(f"the action space must have one dimension, got shape {self.action.shape}")
+        low, high = self.action.low, self.action.high
+        if low is not None and high is not None and not all(map(operator.lt, low, high)):
+            raise ValueError(f"low must be below high in every entry of an action, got low={low} and high={high}")
 
     @property
     def discrete(self) -> bool:
@@ -125,17 +138,20 @@ class Spaces:
 
         Args:
             dataset: transitions by the key layout, batch size ``[N]``.
+
+        Raises:
+            TypeError: for an observation that is neither a Box nor Discrete; names it.
         """
-        observation = dataset.get("observation")
+        observation, next_observation = dataset["observation"], dataset["next", "observation"]
         spaces: Space | dict[str, Space]
         if isinstance(observation, TensorDictBase):
-            next_observation = dataset.get(("next", "observation"))
             spaces = {
-                str(name): _observed(observation.get(name), next_observation.get(name)) for name in observation.keys()
+                str(name): _observed(str(name), observation[name], next_observation[name])
+                for name in observation.keys()
             }
         else:
-            spaces = _observed(observation, dataset.get(("next", "observation")))
-        action = dataset.get("action")
+            spaces = _observed("observation", observation, next_observation)
+        action = dataset["action"]
         if not action.is_floating_point():
             return cls(spaces, Discrete(int(action.max()) + 1))
         low, high = action.amin(0), action.amax(0)
@@ -196,9 +212,18 @@ def _space(space: Any, name: str) -> Space:
     raise TypeError(f"the space of {name!r} must be Box or Discrete (observations also Dict of these), got {space}")
 
 
-def _observed(observation: Tensor, next_observation: Tensor) -> Space:
+def _observed(name: str, observation: Any, next_observation: Any) -> Space:
+    if not isinstance(observation, Tensor):
+        raise TypeError(
+            f"{name!r} must be a tensor: Dict observations have one level, got {type(observation).__name__}"
+        )
     if observation.is_floating_point() or observation.dtype == torch.uint8:
         return Box(tuple(observation.shape[1:]), str(observation.dtype).removeprefix("torch."))
+    if observation.shape[1:].numel() != 1:
+        raise TypeError(
+            f"{name!r} has {observation.dtype} of shape {tuple(observation.shape[1:])}: integers must be single "
+            "(Discrete); convert several to float, or give each a name of its own in a Dict"
+        )
     return Discrete(int(torch.maximum(observation.max(), next_observation.max())) + 1)
 
 
@@ -224,11 +249,15 @@ def _check(key: NestedKey, space: Space, tensor: Tensor | None) -> None:
     if isinstance(space, Box):
         if tuple(tensor.shape[1:]) != space.shape:
             raise ValueError(f"{key!r} of the dataset has shape {tuple(tensor.shape[1:])}, the space {space.shape}")
-        if (space.dtype == "uint8") != (tensor.dtype == torch.uint8):
+        if (space.dtype == "uint8") != (tensor.dtype == torch.uint8) or (
+            space.dtype != "uint8" and not tensor.is_floating_point()
+        ):
             raise ValueError(f"{key!r} of the dataset has dtype {tensor.dtype}, the space {space.dtype}")
         return
     if tensor.is_floating_point():
         raise ValueError(f"{key!r} of the dataset has dtype {tensor.dtype}; the space is Discrete({space.n})")
+    if tensor.shape[1:].numel() != 1:
+        raise ValueError(f"{key!r} of the dataset has shape {tuple(tensor.shape)}; that of a Discrete space is [N, 1]")
     smallest, largest = int(tensor.min()), int(tensor.max())
     if smallest < space.start or largest >= space.start + space.n:
         raise ValueError(

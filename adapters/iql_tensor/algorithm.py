@@ -11,7 +11,6 @@ from torch import Tensor
 from iql_plugins.agent import Agent, Observation
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.data.packed import transitions
 from iql_plugins.learner import Learner
 from iql_plugins.loss import IQLLoss
 from iql_plugins.spaces import Box, Discrete, Spaces
@@ -132,6 +131,15 @@ class IQL:
             action = Box((action_size,), "float32", *bounds)
         return cls.build(Spaces(Box((observation_size,)), action), **arguments)
 
+    @classmethod
+    def from_agent(cls, agent: Agent) -> "IQL":
+        """The algorithm around an agent of any adapter."""
+        return cls(agent)
+
+    def to_agent(self) -> Agent:
+        """The agent in it."""
+        return self.agent
+
     def update(self, batch: TensorDictBase | Mapping[str, Tensor] | None = None, **tensors: Tensor) -> None:
         """One gradient step on a batch in the environment's units.
 
@@ -150,28 +158,12 @@ class IQL:
         self.agent.learner.step(self.agent.normalizers(mapped))
 
     def fit(self, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None) -> "IQL":
-        """Trains on a dataset in the environment's units, transitions drawn uniformly with replacement.
-
-        Args:
-            dataset: transitions by the key layout, batch size ``[N]``; memory-mapped ones stay on disk.
-            n_steps: gradient steps, further ones if some were taken already.
-            callback: called with the number of all steps after each of them.
+        """Trains on a dataset in the environment's units; see :meth:`iql_plugins.agent.Agent.fit`.
 
         Returns:
-            The agent.
-
-        Raises:
-            ValueError: if the dataset does not fit the spaces; names the entry.
+            Itself.
         """
-        agent = self.agent
-        agent.spaces.check(dataset)
-        source = transitions(dataset, agent.normalizers, agent.device)
-        length, batch_size = len(source), agent.config.batch_size
-        for _ in range(n_steps):
-            index = torch.randint(length, (batch_size,), generator=agent.generator, device=agent.device)
-            agent.learner.step(source.batch(index))
-            if callback is not None:
-                callback(agent.learner.step_count)
+        self.agent.fit(dataset, n_steps, callback)
         return self
 
     def act(self, observation: Observation, deterministic: bool = True) -> Any:
@@ -187,8 +179,6 @@ class IQL:
         self.agent.save(path)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu", loss: IQLLoss | None = None
-    ) -> "IQL":
-        """What :meth:`save` wrote; see :meth:`iql_plugins.agent.Agent.load`."""
-        return cls(Agent.load(path, device=device, loss=loss))
+    def load(cls, path: str | os.PathLike[str], **arguments: Any) -> "IQL":
+        """What :meth:`save` wrote; arguments as those of :meth:`iql_plugins.agent.Agent.load`."""
+        return cls(Agent.load(path, **arguments))

@@ -14,7 +14,12 @@ from iql_tensor.batches import map_batch
 def iql_adapter() -> Adapter:
     """Plain tensors need no framework, and their native file is the common checkpoint."""
     training = Training(
-        from_agent=IQL, to_agent=lambda iql: iql.agent, fit=IQL.fit, save=IQL.save, load=IQL.load, suffix=".safetensors"
+        from_agent=IQL.from_agent,
+        to_agent=IQL.to_agent,
+        fit=IQL.fit,
+        save=IQL.save,
+        load=IQL.load,
+        suffix=".safetensors",
     )
     return Adapter("tensor", framework=None, algorithms={"IQL": IQL}, training=training)
 

@@ -4,6 +4,7 @@ The losses are the core's. What is here is TorchRL's: its base class, its names,
 warnings.
 """
 
+import copy
 import warnings
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
@@ -104,6 +105,27 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
                 UserWarning,
                 stacklevel=3 if isinstance(self, DiscreteIQLLoss) else 2,
             )
+
+    @classmethod
+    def from_core(cls, loss: iql_plugins.IQLLoss) -> "IQLLoss":
+        """A loss of the core's as a ``LossModule``: over the very same networks, with the same settings.
+
+        Training the one trains the other. Settings are copied: what is set on the one later, the other does not have.
+
+        Args:
+            loss: any; one that is a ``LossModule`` is returned itself.
+        """
+        if isinstance(loss, IQLLoss):
+            return loss
+        kind = DiscreteIQLLoss if isinstance(loss, iql_plugins.DiscreteIQLLoss) else IQLLoss
+        module: IQLLoss = kind.__new__(kind)
+        module.__dict__["_shown_estimator"] = None
+        LossModule.__init__(module)
+        torchs = vars(nn.Module()).keys() - {"training"}
+        vars(module).update({name: copy.copy(value) for name, value in vars(loss).items() if name not in torchs})
+        module._modules.update(loss._modules)
+        module._register_estimator(copy.deepcopy(loss._estimator))
+        return module
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # TorchRL's updaters hold on to the targets that they found: a cast must not put others in their place.

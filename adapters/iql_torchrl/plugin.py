@@ -2,16 +2,21 @@
 
 from tensordict import TensorDictBase
 
-from iql_plugins.hookspecs import Adapter, hookimpl
+from iql_plugins.hookspecs import Adapter, Training, hookimpl
 from iql_torchrl.batches import map_batch
 
 
 @hookimpl
 def iql_adapter() -> Adapter:
-    """The losses are what TorchRL's users build; its trainers take them."""
+    """The losses, which TorchRL's users build and its trainers take, and an algorithm that holds a whole agent."""
     from iql_torchrl.losses import DiscreteIQLLoss, IQLLoss
+    from iql_torchrl.training import IQL
 
-    return Adapter("torchrl", framework="torchrl", algorithms={"IQLLoss": IQLLoss, "DiscreteIQLLoss": DiscreteIQLLoss})
+    algorithms = {"IQL": IQL, "IQLLoss": IQLLoss, "DiscreteIQLLoss": DiscreteIQLLoss}
+    training = Training(
+        from_agent=IQL.from_agent, to_agent=IQL.to_agent, fit=IQL.fit, save=IQL.save, load=IQL.load, suffix=".pt"
+    )
+    return Adapter("torchrl", framework="torchrl", algorithms=algorithms, training=training)
 
 
 @hookimpl

@@ -1,24 +1,104 @@
 """The command line. Importing it imports no framework."""
 
-import argparse
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from iql_plugins.cli.output import Result
 
 __all__ = ["main"]
+
+PROGRAM = "iql-plugins"
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+Write = Callable[[Mapping[str, Any]], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
+    With ``--json`` there is one JSON document on stdout and nothing else, whatever a library prints; that of an error
+    is ``{"error": "..."}``.
+
     Args:
         arguments: without the program's name; None takes those of the process.
 
     Returns:
-        The exit status: 2 when no command was given.
+        The exit status: 0 when the command is done, 2 for a user's mistake, 130 after Ctrl-C, 1 if anything else went
+        wrong.
     """
-    parser = argparse.ArgumentParser(prog="iql-plugins", description="Implicit Q-Learning for RL frameworks.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('iql-plugins')}")
-    parser.parse_args(arguments)
-    parser.print_help(sys.stderr)
-    return 2
+    from iql_plugins.cli.output import captured_stdout, json_text
+
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if "--json" not in given:
+        return _status(given, None)
+    with captured_stdout(restore=arguments is not None) as write:
+        return _status(given, lambda document: write(json_text(document) + "\n"))
+
+
+def _status(given: Sequence[str], write: Write | None) -> int:
+    """Runs the command, and prints its result or its error.
+
+    Args:
+        given: the arguments.
+        write: writes a JSON document to stdout; None prints for people.
+    """
+    from iql_plugins.cli.errors import UserError
+    from iql_plugins.cli.output import show
+
+    try:
+        result = _run(given)
+        if write is None:
+            show(result)
+        else:
+            write(result.document)
+        return DONE
+    except UserError as error:
+        return _failed(str(error), MISTAKE, write)
+    except KeyboardInterrupt as interrupt:
+        hint = f": go on with {PROGRAM} train --resume {interrupt}" if str(interrupt) else ""
+        return _failed(f"interrupted{hint}", INTERRUPTED, write)
+    except Exception as error:
+        traceback.print_exc()
+        return _failed(f"{type(error).__name__}: {error}", FAILED, write)
+
+
+def _run(given: Sequence[str]) -> "Result":
+    from iql_plugins.cli.errors import UserError
+    from iql_plugins.cli.output import Result
+
+    if "--version" in given:
+        return Result({"version": version(PROGRAM)}, [f"{PROGRAM} {version(PROGRAM)}"])
+    # These take seconds to import.
+    from iql_plugins.cli import arguments as options
+    from iql_plugins.cli import listings, policies, train
+
+    if not set(given) - {"--json"}:
+        raise UserError(f"which command? See {PROGRAM} --help")
+    try:
+        arguments = options.parse(given)
+    except options.HelpRequest as text:
+        return Result({"help": str(text)}, [str(text)])
+    match arguments:
+        case options.Train():
+            return train.run(arguments, given)
+        case options.Evaluate():
+            return policies.evaluate(arguments)
+        case options.Export():
+            return policies.export(arguments)
+        case options.Convert():
+            return policies.convert(arguments)
+        case options.Inspect():
+            return listings.inspect(arguments)
+        case options.Adapters():
+            return listings.adapters(arguments)
+
+
+def _failed(text: str, status: int, write: Write | None) -> int:
+    print(f"{PROGRAM}: {text}", file=sys.stderr)
+    if write is not None:
+        write({"error": text})
+    return status

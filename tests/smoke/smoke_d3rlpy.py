@@ -1,11 +1,14 @@
-"""A gradient step on a mini-batch of a d3rlpy dataset."""
+"""A gradient step on a mini-batch of a d3rlpy dataset; our IQL trained, saved and loaded by d3rlpy."""
+
+import tempfile
+from pathlib import Path
 
 import d3rlpy
 import gymnasium
 import numpy as np
-import torch
+from d3rlpy.logging import NoopAdapterFactory
 from gradient_step import check_gradient_step
-from tensordict import TensorDict
+from iql_d3rlpy import IQLConfig, as_fast_buffer, plugin
 
 MAX_TORQUE = 2.0
 
@@ -28,17 +31,16 @@ def random_dataset(steps: int) -> d3rlpy.dataset.MDPDataset:
 
 
 if __name__ == "__main__":
-    samples = random_dataset(400).sample_transition_batch(64)
-    terminated = torch.as_tensor(samples.terminals).bool()
-    batch = {
-        "observation": torch.as_tensor(samples.observations),
-        "action": torch.as_tensor(samples.actions).float(),
-        "steps_to_next_obs": torch.as_tensor(samples.intervals).long(),
-        "next": {
-            "observation": torch.as_tensor(samples.next_observations),
-            "reward": torch.as_tensor(samples.rewards).float(),
-            "done": terminated,
-            "terminated": terminated,
-        },
-    }
-    check_gradient_step(TensorDict(batch, [64]))
+    dataset = random_dataset(400)
+    batch = plugin.iql_map_batch(as_fast_buffer(dataset).sample_transition_batch(64))
+    assert batch is not None
+    check_gradient_step(batch)
+
+    algorithm = IQLConfig(batch_size=64).create()
+    algorithm.fit(dataset, n_steps=20, n_steps_per_epoch=20, logger_adapter=NoopAdapterFactory(), show_progress=False)
+    observations = dataset.episodes[0].observations[:5]
+    with tempfile.TemporaryDirectory() as folder:
+        algorithm.save(Path(folder) / "iql.d3")
+        loaded = d3rlpy.load_learnable(str(Path(folder) / "iql.d3"))
+    assert (loaded.predict(observations) == algorithm.predict(observations)).all()
+    print(f"20 steps of fit, saved and loaded: actions {loaded.predict(observations).reshape(-1).round(3).tolist()}")

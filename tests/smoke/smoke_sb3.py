@@ -1,27 +1,32 @@
-"""A gradient step on a batch of Stable-Baselines3's replay buffer, filled by its own SAC."""
+"""A gradient step on a batch of Stable-Baselines3's replay buffer, filled by its own SAC; then the adapter."""
+
+import tempfile
 
 from gradient_step import check_gradient_step
 from stable_baselines3 import SAC
-from tensordict import TensorDict
+
+import iql_plugins
+from iql_sb3 import IQL
 
 STEPS = 300
 
 if __name__ == "__main__":
     # No update happens before learning_starts: this collects, and no more.
-    model = SAC("MlpPolicy", "Pendulum-v1", buffer_size=STEPS, learning_starts=STEPS, seed=0, device="cpu")
-    model.learn(STEPS)
-    assert model.replay_buffer is not None
-    samples = model.replay_buffer.sample(64)
-    # The buffer takes timeouts out of its dones, and keeps actions scaled to [-1, 1].
-    terminated = samples.dones.bool()
-    batch = {
-        "observation": samples.observations,
-        "action": samples.actions,
-        "next": {
-            "observation": samples.next_observations,
-            "reward": samples.rewards,
-            "done": terminated,
-            "terminated": terminated,
-        },
-    }
-    check_gradient_step(TensorDict(batch, [64]))
+    sac = SAC("MlpPolicy", "Pendulum-v1", buffer_size=STEPS, learning_starts=STEPS, seed=0, device="cpu")
+    sac.learn(STEPS)
+    assert sac.replay_buffer is not None
+    check_gradient_step(iql_plugins.map_batch(sac.replay_buffer.sample(64)))
+
+    model = IQL("MlpPolicy", "Pendulum-v1", dataset=sac.replay_buffer, learning_starts=0, seed=0, device="cpu")
+    model.learn_offline(20).learn(20)
+    assert model.learner.step_count == 40, model.learner.step_count
+    observation = model.observation_space.sample()
+    action, _ = model.predict(observation, deterministic=True)
+    assert model.action_space.contains(action), action
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/model")
+        loaded = IQL.load(f"{folder}/model", device="cpu")
+    assert (loaded.predict(observation, deterministic=True)[0] == action).all()
+    adapter = iql_plugins.load("sb3")
+    assert adapter.training is not None
+    print(f"20 steps offline, 20 online, action {action}, step {adapter.training.to_agent(loaded).learner.step_count}")

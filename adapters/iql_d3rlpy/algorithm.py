@@ -1,0 +1,406 @@
+"""IQL as d3rlpy's algorithms: configurations that are registered by name, and the algorithms that they create."""
+
+import dataclasses
+import io
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+from d3rlpy.algos.qlearning import QLearningAlgoBase
+from d3rlpy.base import LearnableConfig, register_learnable
+from d3rlpy.constants import IMPL_NOT_INITIALIZED_ERROR, ActionSpace
+from d3rlpy.models.encoders import EncoderFactory, VectorEncoderFactory, make_encoder_field
+from d3rlpy.optimizers import AdamFactory, OptimizerFactory
+from d3rlpy.optimizers.optimizers import make_optimizer_field
+from tensordict.utils import NestedKey
+
+from iql_d3rlpy import ddp, networks
+from iql_d3rlpy.batches import observation_keys
+from iql_d3rlpy.buffer import UnsupportedBufferError, as_fast_buffer
+from iql_d3rlpy.export import export_policy
+from iql_d3rlpy.impl import IQLImpl
+from iql_d3rlpy.optimizers import clip_grad_norm, makers
+from iql_d3rlpy.scalers import action_bounds, normalizers_of, scalers_of
+from iql_plugins import checkpoint
+from iql_plugins.agent import Agent
+from iql_plugins.config import IQLConfig as Hyperparameters
+from iql_plugins.learner import Learner
+from iql_plugins.spaces import Box, Discrete, Space, Spaces
+
+__all__ = ["IQL", "BaseIQL", "BaseIQLConfig", "DiscreteIQL", "DiscreteIQLConfig", "IQLConfig", "from_agent", "to_agent"]
+
+
+@dataclasses.dataclass()
+class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
+    r"""What both of our IQLs have: the fields of d3rlpy's ``IQLConfig``, and those that the core adds.
+
+    Factories of plain ReLU perceptrons (d3rlpy's default, ``VectorEncoderFactory``) give the paper's networks, with
+    orthogonal weights; any other factory makes the encoders, and a linear layer comes behind each. Adam without more
+    than clipping is the core's one Adam over all networks; any other optimiser factory makes an optimiser for each.
+
+    Args:
+        batch_size: transitions a step.
+        gamma: discount :math:`\gamma`.
+        observation_scaler: d3rlpy's, of any kind.
+        action_scaler: d3rlpy's, continuous actions only; without one they are in [-1, 1].
+        reward_scaler: d3rlpy's, of any kind.
+        compile_graph: whether to compile losses and gradients into one graph, on the CPU as well.
+        actor_learning_rate: of the policy.
+        critic_learning_rate: of the critics.
+        value_learning_rate: of V, which d3rlpy's IQL trains at the critics' rate.
+        actor_optim_factory: of the policy.
+        critic_optim_factory: of the critics, and of V. ``clip_grad_norm`` clips each network's gradient.
+        actor_encoder_factory: of the policy.
+        critic_encoder_factory: of each critic.
+        value_encoder_factory: of V.
+        tau: share of the critics in each update of their targets.
+        n_critics: number of critics.
+        expectile: of V.
+        weight_temp: inverse temperature :math:`\beta`.
+        max_weight: the largest weight of an action in the policy's loss.
+        loss_function: distance of Q to its target: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
+        actor_schedule_steps: steps in which the policy's rate falls to 0 along half a cosine, and stays there; None
+            keeps the rate, as d3rlpy's IQL does.
+        origin: what an agent from elsewhere has that no other field says; see :func:`from_agent`.
+
+    Raises:
+        ValueError: for a value out of range; names it.
+    """
+
+    actor_learning_rate: float = 3e-4
+    critic_learning_rate: float = 3e-4
+    value_learning_rate: float = 3e-4
+    actor_optim_factory: OptimizerFactory = make_optimizer_field()  # noqa: RUF009
+    critic_optim_factory: OptimizerFactory = make_optimizer_field()  # noqa: RUF009
+    actor_encoder_factory: EncoderFactory = make_encoder_field()  # noqa: RUF009
+    critic_encoder_factory: EncoderFactory = make_encoder_field()  # noqa: RUF009
+    value_encoder_factory: EncoderFactory = make_encoder_field()  # noqa: RUF009
+    tau: float = 0.005
+    n_critics: int = 2
+    expectile: float = 0.7
+    weight_temp: float = 3.0
+    max_weight: float = 100.0
+    loss_function: str = "l2"
+    actor_schedule_steps: Optional[int] = None  # noqa: UP045 - d3rlpy's JSON reads this spelling alone
+    origin: Optional[dict[str, Any]] = None  # noqa: UP045
+
+    def __post_init__(self) -> None:
+        self.hyperparameters()
+        if self.actor_schedule_steps is not None and self.actor_optim_factory.lr_scheduler_factory is not None:
+            raise ValueError("the policy's rate has two schedules: actor_schedule_steps, and actor_optim_factory's own")
+
+    def hyperparameters(self) -> Hyperparameters:
+        """The core's, of these fields.
+
+        Raises:
+            ValueError: for a value out of range; names it by the core's name.
+        """
+        base = Hyperparameters.from_json(self.origin["config"]) if self.origin else Hyperparameters()
+        plain = networks.perceptrons(self)
+        sizes, dropout = (base.hidden_sizes, base.actor_dropout) if plain is None else plain
+        return base.replace(
+            n_steps=base.n_steps if self.actor_schedule_steps is None else self.actor_schedule_steps,
+            batch_size=self.batch_size,
+            discount=self.gamma,
+            expectile=self.expectile,
+            temperature=self.weight_temp,
+            max_weight=self.max_weight,
+            loss_function=self.loss_function,
+            n_critics=self.n_critics,
+            hidden_sizes=sizes,
+            actor_dropout=dropout,
+            actor_learning_rate=self.actor_learning_rate,
+            critic_learning_rate=self.critic_learning_rate,
+            value_learning_rate=self.value_learning_rate,
+            actor_schedule="constant" if self.actor_schedule_steps is None else "cosine",
+            polyak=self.tau,
+            max_grad_norm=clip_grad_norm(self),
+            compile="yes" if self.compile_graph else "no",
+        )
+
+
+@dataclasses.dataclass()
+class IQLConfig(BaseIQLConfig):
+    """Implicit Q-Learning for continuous actions, by the core's loss; see :class:`BaseIQLConfig` for the fields.
+
+    Args:
+        squashed: whether the policy squashes its samples, and not its mean alone as the paper's does.
+
+    >>> IQLConfig(expectile=0.9).create(device="cpu").config.expectile
+    0.9
+    """
+
+    squashed: bool = False
+
+    def hyperparameters(self) -> Hyperparameters:
+        """See :meth:`BaseIQLConfig.hyperparameters`."""
+        return super().hyperparameters().replace(squashed=self.squashed)
+
+    def create(self, device: Any = False, enable_ddp: bool = False) -> "IQL":
+        """The algorithm.
+
+        Args:
+            device: as in d3rlpy: ``"cuda:0"``, a GPU's number, True for the first GPU, False for the CPU.
+            enable_ddp: whether to train with the other processes of the process group.
+        """
+        return IQL(self, device, enable_ddp)
+
+    @staticmethod
+    def get_type() -> str:
+        """The name in d3rlpy's files; ``"iql"`` is d3rlpy's own."""
+        return "iql_plugins_iql"
+
+
+@dataclasses.dataclass()
+class DiscreteIQLConfig(BaseIQLConfig):
+    """Implicit Q-Learning for discrete actions, which d3rlpy lacks; see :class:`BaseIQLConfig` for the fields.
+
+    The expectile must be below 1.
+
+    >>> DiscreteIQLConfig().create().get_action_type()
+    <ActionSpace.DISCRETE: 2>
+    """
+
+    def hyperparameters(self) -> Hyperparameters:
+        """See :meth:`BaseIQLConfig.hyperparameters`."""
+        if self.expectile >= 1.0:
+            raise ValueError(f"expectile must be in (0, 1) for discrete actions, got {self.expectile}")
+        return super().hyperparameters()
+
+    def create(self, device: Any = False, enable_ddp: bool = False) -> "DiscreteIQL":
+        """The algorithm; see :meth:`IQLConfig.create`."""
+        return DiscreteIQL(self, device, enable_ddp)
+
+    @staticmethod
+    def get_type() -> str:
+        """The name in d3rlpy's files."""
+        return "iql_plugins_discrete_iql"
+
+
+class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
+    """What both of our IQLs have. All that d3rlpy's algorithms do, they do.
+
+    ``predict_value`` is the mean over critics, as in d3rlpy. ``fit`` samples from contiguous arrays wherever they give
+    the very mini-batches of the dataset that it was given (:func:`~iql_d3rlpy.buffer.as_fast_buffer`).
+    """
+
+    def inner_create_impl(self, observation_shape: Any, action_size: int) -> None:
+        """Builds networks and optimisers; d3rlpy calls it when it knows the shapes."""
+        config = self._config
+        hyperparameters = config.hyperparameters()
+        if config.origin is None:
+            keys = observation_keys(observation_shape)
+            spaces = _spaces(observation_shape, action_size, keys, self.get_action_type())
+            normalizers = None
+        else:
+            spaces = Spaces.from_json(config.origin["spaces"])
+            keys = list(spaces.observations)
+            normalizers = normalizers_of(config, spaces, keys)
+        loss = networks.build(config, hyperparameters, spaces, observation_shape, keys).to(self._device)
+        learner = Learner.from_config(loss, hyperparameters, make_optimizers=makers(config))
+        learner.step_count = self._grad_step
+        seed = int(torch.randint(2**31, (), device="cpu"))
+        agent = Agent(spaces, hyperparameters, normalizers=normalizers, loss=loss, learner=learner, seed=seed)
+        if self._enable_ddp:
+            ddp.synchronize(learner)
+        self._impl = IQLImpl(observation_shape, action_size, agent, keys, self._device)
+
+    def fitter(self, dataset: Any, *args: Any, **options: Any) -> Any:
+        """As d3rlpy's, but that mini-batches come from contiguous arrays if they are the same ones.
+
+        With ``enable_ddp``, each process then draws from its own share of the transitions.
+        """
+        try:
+            dataset = as_fast_buffer(dataset)
+        except UnsupportedBufferError:
+            # It samples in a way of its own, and goes on doing so.
+            return super().fitter(dataset, *args, **options)
+        if self._enable_ddp:
+            dataset.draw = ddp.draw_share
+        return super().fitter(dataset, *args, **options)
+
+    @classmethod
+    def from_agent(cls, agent: Agent) -> "BaseIQL":
+        """See :func:`from_agent`: an :class:`IQL` or a :class:`DiscreteIQL`, as the agent's actions are."""
+        return from_agent(agent)
+
+    def to_agent(self) -> Agent:
+        """See :func:`to_agent`."""
+        return to_agent(self)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether losses and gradients are compiled."""
+        return bool(self._config.compile_graph)
+
+    @property
+    def grad_step(self) -> int:
+        """Gradient steps taken, those of a loaded model included."""
+        return int(self._grad_step) if self._impl is None else self._impl.agent.learner.step_count
+
+    def set_grad_step(self, grad_step: int) -> None:
+        """Sets the number of gradient steps taken, on which the policy's schedule depends."""
+        self._grad_step = grad_step
+        if self._impl is not None:
+            self._impl.agent.learner.step_count = grad_step
+
+    def save(self, fname: str | os.PathLike[str]) -> None:
+        """Writes what ``d3rlpy.load_learnable`` loads, in a process that knows nothing of this adapter as well.
+
+        Raises:
+            RuntimeError: if there is nothing to save yet.
+            ValueError: if the networks came with an agent from elsewhere, and are none that the file can describe.
+        """
+        # Its classes are found by the names that this module registers.
+        from iql_d3rlpy import files
+
+        impl = implementation(self)
+        if self._config.origin is not None and (custom := impl.agent.custom_parts()):
+            raise ValueError(
+                f"{', '.join(custom)} came with the agent and are not the default ones, which d3rlpy's file cannot "
+                "describe: save the agent itself, to_agent(algorithm).save(path)"
+            )
+        files.save(self, fname)
+
+    def save_model(self, fname: str | os.PathLike[str]) -> None:
+        """Writes networks, targets, optimisers, step and random state, for ``load_model``.
+
+        Raises:
+            RuntimeError: if there is nothing to save yet.
+        """
+        model = io.BytesIO()
+        implementation(self).save_model(model)
+        checkpoint.write_bytes(fname, model.getvalue())
+
+    def save_policy(self, fname: str | os.PathLike[str]) -> None:
+        """Writes the greedy policy with its scalers as one file, ``.onnx`` or ``.pt`` (TorchScript).
+
+        Inputs are ``input_0``, ``input_1``, ..., float32 with a batch dimension of any size; the output is
+        ``output_0``. The algorithm is left as it was, on any error as well.
+
+        Raises:
+            RuntimeError: if there is no policy yet.
+            ValueError: for another suffix.
+            ImportError: for a package that ONNX files need; says how to install it.
+        """
+        export_policy(implementation(self), self._config, fname)
+
+
+class IQL(BaseIQL):
+    """Implicit Q-Learning for continuous actions; made by :meth:`IQLConfig.create`."""
+
+    def get_action_type(self) -> ActionSpace:
+        """Continuous."""
+        return ActionSpace.CONTINUOUS
+
+
+class DiscreteIQL(BaseIQL):
+    """Implicit Q-Learning for discrete actions; made by :meth:`DiscreteIQLConfig.create`."""
+
+    def get_action_type(self) -> ActionSpace:
+        """Discrete."""
+        return ActionSpace.DISCRETE
+
+
+register_learnable(IQLConfig)
+register_learnable(DiscreteIQLConfig)
+
+
+def implementation(algorithm: BaseIQL) -> IQLImpl:
+    """What an algorithm has once it knows its shapes.
+
+    Raises:
+        RuntimeError: if it does not.
+    """
+    if algorithm.impl is None:
+        raise RuntimeError(IMPL_NOT_INITIALIZED_ERROR)
+    impl: IQLImpl = algorithm.impl
+    return impl
+
+
+def from_agent(agent: Agent) -> BaseIQL:
+    """The d3rlpy algorithm that trains an agent's very loss, by its very learner; its normalisers become scalers.
+
+    d3rlpy's observations of a Dict space are tuples, sorted by name.
+
+    Args:
+        agent: of any adapter.
+    """
+    hyperparameters, spaces = agent.config, agent.spaces
+    cosine = hyperparameters.actor_schedule == "cosine"
+    optimizers = AdamFactory(clip_grad_norm=hyperparameters.max_grad_norm)
+    encoders = VectorEncoderFactory(hidden_units=list(hyperparameters.hidden_sizes))
+    fields: dict[str, Any] = {
+        "batch_size": hyperparameters.batch_size,
+        "gamma": hyperparameters.discount,
+        "compile_graph": hyperparameters.compile == "yes",
+        "actor_learning_rate": hyperparameters.actor_learning_rate,
+        "critic_learning_rate": hyperparameters.critic_learning_rate,
+        "value_learning_rate": hyperparameters.value_learning_rate,
+        "actor_optim_factory": optimizers,
+        "critic_optim_factory": optimizers,
+        "actor_encoder_factory": dataclasses.replace(encoders, dropout_rate=hyperparameters.actor_dropout or None),
+        "critic_encoder_factory": encoders,
+        "value_encoder_factory": encoders,
+        "tau": hyperparameters.polyak,
+        "n_critics": hyperparameters.n_critics,
+        "expectile": hyperparameters.expectile,
+        "weight_temp": hyperparameters.temperature,
+        "max_weight": hyperparameters.max_weight,
+        "loss_function": hyperparameters.loss_function,
+        "actor_schedule_steps": hyperparameters.n_steps if cosine else None,
+        "origin": {"spaces": spaces.to_json(), "config": hyperparameters.to_json()},
+        **scalers_of(agent.normalizers, spaces),
+    }
+    config: BaseIQLConfig
+    if isinstance(spaces.action, Discrete):
+        config, size = DiscreteIQLConfig(**fields), spaces.action.n
+    else:
+        config, size = IQLConfig(**fields, squashed=hyperparameters.squashed), spaces.action.size
+    device = str(agent.device)
+    algorithm: BaseIQL = config.create(device)
+    shapes = [list(space.shape) if isinstance(space, Box) else [1] for space in spaces.observations.values()]
+    shape = shapes if isinstance(spaces.observation, Mapping) else shapes[0]
+    algorithm._impl = IQLImpl(shape, size, agent, list(spaces.observations), device)
+    return algorithm
+
+
+def to_agent(algorithm: BaseIQL) -> Agent:
+    """The agent in an algorithm: its very loss and learner; scalers become normalisers.
+
+    Args:
+        algorithm: one of ours, whose scalers are fitted.
+
+    Raises:
+        RuntimeError: if it has no networks yet.
+        ValueError: for a scaler that normalisers cannot follow: one that clips rewards, or one of your own.
+    """
+    impl = implementation(algorithm)
+    agent, config = impl.agent, algorithm.config
+    if config.origin is None:
+        action = agent.spaces.action
+        if config.action_scaler is not None:
+            low, high = action_bounds(config.action_scaler)
+            action = Box((len(low),), "float32", low, high)
+        spaces = Spaces(agent.spaces.observation, action)
+        normalizers = normalizers_of(config, spaces, impl.keys)
+        agent.spaces, agent.normalizers = spaces, normalizers.to(agent.device)
+    return agent
+
+
+def _spaces(shape: Any, action_size: int, keys: Sequence[NestedKey], actions: ActionSpace) -> Spaces:
+    """What d3rlpy's shapes say of an environment whose units are those of the networks."""
+    boxes = [_box(size) for size in (shape if len(keys) > 1 else [shape])]
+    observation: Any = boxes[0]
+    if len(keys) > 1:
+        observation = {str(index): box for index, box in enumerate(boxes)}
+    action: Space = Discrete(action_size)
+    if actions == ActionSpace.CONTINUOUS:
+        action = Box((action_size,), "float32", (-1.0,) * action_size, (1.0,) * action_size)
+    return Spaces(observation, action)
+
+
+def _box(shape: Sequence[int]) -> Box:
+    # d3rlpy takes three dimensions for an image, and so do we.
+    return Box(tuple(int(size) for size in shape), "uint8" if len(shape) == 3 else "float32")

@@ -1,0 +1,22 @@
+"""The hooks of the adapter for d3rlpy."""
+
+from tensordict import TensorDictBase
+
+from iql_d3rlpy.batches import map_batch
+from iql_plugins.hookspecs import Adapter, hookimpl
+
+
+@hookimpl
+def iql_adapter() -> Adapter:
+    """The algorithms that the import registers with d3rlpy, and how the command line trains with them."""
+    from iql_d3rlpy.algorithm import DiscreteIQLConfig, IQLConfig
+    from iql_d3rlpy.training import TRAINING
+
+    algorithms = {"IQLConfig": IQLConfig, "DiscreteIQLConfig": DiscreteIQLConfig}
+    return Adapter("d3rlpy", framework="d3rlpy", algorithms=algorithms, training=TRAINING)
+
+
+@hookimpl
+def iql_map_batch(batch: object) -> TensorDictBase | None:
+    """Takes d3rlpy's ``TransitionMiniBatch`` and ``TorchMiniBatch``."""
+    return map_batch(batch)

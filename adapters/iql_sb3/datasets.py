@@ -1,0 +1,321 @@
+"""Offline data beside the replay buffer: kept once, packed, in the units that the networks read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+import iql_plugins
+from iql_plugins.data import read
+from iql_plugins.data.dataset import DatasetError, Options, non_finite
+from iql_plugins.data.episodes import episode_ends
+from iql_plugins.data.normalizers import CHUNK, Normalizers
+from iql_plugins.data.packed import transitions
+from iql_plugins.keys import flat_name, next_key, shown
+from iql_plugins.spaces import Box, Spaces
+from iql_sb3.batches import entries
+from iql_sb3.policies import Inputs
+
+__all__ = [
+    "Normalization",
+    "OfflineData",
+    "Rewards",
+    "buffer_dataset",
+    "check_spaces",
+    "load",
+    "numpy_random",
+    "replay",
+    "start_statistics",
+]
+
+#: Dataset actions up to this share of the range outside the bounds are rounding.
+_BEYOND = 1e-3
+_REWARD, _DONE, _TERMINATED = (next_key(name) for name in ("reward", "done", "terminated"))
+
+
+def load(source: object, trust_pickle: bool = False) -> tuple[TensorDictBase, Spaces | None]:
+    """A dataset by the key layout, and its environment's spaces where the source has them.
+
+    Raises:
+        DatasetError: one line that names the source and what is wrong.
+    """
+    loaded = read(source, Options(trust_pickle))
+    if loaded is None:
+        # A plugin may know it, or the error says what there is.
+        return iql_plugins.load_dataset(source, trust_pickle=trust_pickle), None
+    return loaded.dataset, loaded.spaces
+
+
+def check_spaces(dataset: TensorDictBase, spaces: Spaces) -> None:
+    """Raises ``ValueError`` that names the first entry of a dataset that is not in an environment's spaces."""
+    integers = {
+        key: space
+        for key, space in spaces.observations.items()
+        if isinstance(space, Box) and space.dtype.startswith("int")
+    }
+    for key, space in integers.items():
+        tensor = dataset.get(key, None)
+        if tensor is None or tensor.is_floating_point() or tuple(tensor.shape[1:]) != space.shape:
+            came = "no such entry" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape[1:])}"
+            raise ValueError(f"{shown(key)} of the dataset must be integers of shape {space.shape}, got {came}")
+    rest = {key: space for key, space in spaces.observations.items() if key not in integers}
+    nested = {key[-1]: space for key, space in rest.items() if isinstance(key, tuple)}
+    if rest:
+        Spaces(nested or rest["observation"], spaces.action).check(dataset)
+    if isinstance(spaces.action, Box):
+        low, high = (torch.tensor(bound, device="cpu") for bound in (spaces.action.low, spaces.action.high))
+        action = dataset.get("action")
+        smallest, largest = action.amin(0).cpu(), action.amax(0).cpu()
+        margin = _BEYOND * (high - low)
+        if bool((smallest < low - margin).any()) or bool((largest > high + margin).any()):
+            raise ValueError(
+                f"'action' of the dataset is from {smallest.tolist()} to {largest.tolist()}, the action space from "
+                f"{low.tolist()} to {high.tolist()}: the dataset is of an environment with other bounds"
+            )
+
+
+class Normalization(Protocol):
+    """How a replay buffer normalises what it samples: the methods of ``VecNormalize`` that it calls."""
+
+    def normalize_obs(self, obs: Any) -> Any:
+        """Observations as the policy sees them."""
+
+    def normalize_reward(self, reward: Any) -> Any:
+        """Rewards as the critics learn them."""
+
+
+class Rewards:
+    """Scales and shifts rewards after ``VecNormalize``, step by step, so that it also holds for n-step returns.
+
+    Args:
+        normalizers: have the scale and the shift.
+        env: normalises before; None for none.
+    """
+
+    def __init__(self, normalizers: Normalizers, env: VecNormalize | None) -> None:
+        self._scale, self._shift = (float(getattr(normalizers, f"reward_{name}")) for name in ("scale", "shift"))
+        self._env = env
+
+    def normalize_obs(self, obs: Any) -> Any:
+        """As ``VecNormalize``."""
+        return obs if self._env is None else self._env.normalize_obs(obs)
+
+    def normalize_reward(self, reward: Any) -> Any:
+        """The scaled and shifted reward, float32."""
+        reward = reward if self._env is None else self._env.normalize_reward(reward)
+        return (self._scale * reward + self._shift).astype(np.float32)
+
+
+def replay(buffer: ReplayBuffer, size: int, normalization: Normalization | None, inputs: Inputs) -> dict[str, Tensor]:
+    """A batch of a replay buffer by keyword name, in the networks' units.
+
+    Args:
+        buffer: of any class.
+        size: of the batch.
+        normalization: what the buffer's ``sample`` takes as ``env``.
+        inputs: the policy's.
+    """
+    tensors = entries(buffer.sample(size, env=normalization))  # type: ignore[arg-type]
+    for key in inputs.spaces.observations:
+        for name in (key, next_key(key)):
+            tensors[name] = inputs.network(key, tensors[name])
+    if inputs.spaces.discrete:
+        tensors["action"] = inputs.normalizers.policy_action(tensors["action"])
+    return {flat_name(key): tensor for key, tensor in tensors.items()}
+
+
+@contextmanager
+def numpy_random(generator: torch.Generator) -> Iterator[None]:
+    """NumPy's global random numbers, from which replay buffers draw, from a generator meanwhile."""
+    state = np.random.get_state()
+    np.random.seed(int(torch.randint(2**32, (), generator=generator, device=generator.device)))
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+class OfflineData:
+    """A dataset as batches are drawn from it.
+
+    Args:
+        dataset: by the key layout. No reference to it is kept, unless it is memory-mapped.
+        inputs: the policy's spaces and normalisers.
+        scaled: whether continuous actions are in [-1, 1] already, and not in the environment's units.
+        raw: whether observations and rewards are normalised when a batch is drawn, and not once: ``VecNormalize``'s
+            statistics move.
+        n_steps: number of steps of a transition.
+        device: where batches are needed.
+    """
+
+    def __init__(
+        self, dataset: TensorDictBase, inputs: Inputs, *, scaled: bool, raw: bool, n_steps: int, device: torch.device
+    ) -> None:
+        self._inputs, self._scaled, self.raw, self._n_steps, self._device = inputs, scaled, raw, n_steps, device
+        self._observed = [name for key in inputs.spaces.observations for name in (key, next_key(key))]
+        self._transitions = transitions(dataset, self._transform, device)
+        if n_steps > 1:
+            reward = dataset.get(_REWARD).reshape(-1).to(device)
+            self._rewards = reward if raw else inputs.normalizers.reward(reward)
+            ends, rows = episode_ends(dataset), torch.arange(len(dataset), device="cpu")
+            self._steps = (ends[torch.searchsorted(ends, rows)] - rows + 1).clamp(max=n_steps).to(device)
+
+    def _transform(self, piece: TensorDictBase) -> TensorDictBase:
+        piece = piece.select(*self._observed, "action", _REWARD, _DONE, _TERMINATED).to(self._device)
+        normalizers = self._inputs.normalizers
+        if not self._scaled or self._inputs.spaces.discrete:
+            piece.set("action", normalizers.policy_action(piece.get("action")))
+        if not self.raw:
+            for key in self._inputs.spaces.observations:
+                for name in (key, next_key(key)):
+                    piece.set(name, self._inputs.network(key, piece.get(name)))
+            piece.set(_REWARD, normalizers.reward(piece.get(_REWARD)))
+        return piece
+
+    def __len__(self) -> int:
+        return len(self._transitions)
+
+    def batch(
+        self, size: int, generator: torch.Generator, gamma: float, normalization: Normalization | None
+    ) -> dict[str, Tensor]:
+        """A batch by keyword name, in the networks' units; drawn uniformly with replacement.
+
+        Args:
+            size: of the batch.
+            generator: draws the rows, on the device of the batches.
+            gamma: the discount of one step, for transitions of several.
+            normalization: what normalises raw observations and rewards.
+        """
+        index = torch.randint(len(self), (size,), generator=generator, device=generator.device).to(self._device)
+        rows = self._transitions.batch(index)
+        if self._n_steps > 1:
+            rows |= self._following(index, gamma, normalization)
+        elif self.raw and normalization is not None:
+            rows["next_reward"] = self._normalized(rows["next_reward"], normalization.normalize_reward)
+        if self.raw:
+            self._normalize_observations(rows, normalization)
+        return rows
+
+    def _following(self, index: Tensor, gamma: float, normalization: Normalization | None) -> dict[str, Tensor]:
+        """What comes after several steps, or at the end of the episode if that is nearer."""
+        count = self._steps[index]
+        offsets = torch.arange(self._n_steps, device=index.device)
+        taken = offsets < count.unsqueeze(-1)
+        last = index + count - 1
+        rewards = self._rewards[torch.minimum(index.unsqueeze(-1) + offsets, last.unsqueeze(-1))]
+        if self.raw and normalization is not None:
+            rewards = self._normalized(rewards, normalization.normalize_reward)
+        following = {name: value for name, value in self._transitions.batch(last).items() if name.startswith("next_")}
+        return following | {
+            "next_reward": (rewards * gamma**offsets * taken).sum(-1, keepdim=True),
+            "next_discount": (gamma ** count.to(rewards.dtype)).unsqueeze(-1),
+        }
+
+    def _normalize_observations(self, rows: dict[str, Tensor], normalization: Normalization | None) -> None:
+        keys = self._inputs.spaces.observations
+        for prefix in ((), ("next",)):
+            names = {key: flat_name((*prefix, *(key if isinstance(key, tuple) else (key,)))) for key in keys}
+            arrays = {key: rows[name].cpu().numpy() for key, name in names.items()}
+            if normalization is not None:
+                if "observation" in arrays:
+                    arrays["observation"] = normalization.normalize_obs(arrays["observation"])
+                else:
+                    normalized = normalization.normalize_obs({key[-1]: array for key, array in arrays.items()})
+                    arrays = {key: normalized[key[-1]] for key in arrays}
+            for key, name in names.items():
+                rows[name] = self._inputs.network(key, torch.as_tensor(arrays[key], device=self._device))
+
+    def _normalized(self, rewards: Tensor, normalize: Any) -> Tensor:
+        return torch.as_tensor(normalize(rewards.cpu().numpy()), device=self._device)
+
+
+def buffer_dataset(buffer: ReplayBuffer) -> TensorDictBase:
+    """The transitions in a replay buffer of one step by the key layout, continuous actions in [-1, 1].
+
+    They are in the order of time, one environment's after another's; those of one environment in a buffer that is
+    not full share the buffer's memory. Goals that hindsight replay makes when it samples are no part of it.
+
+    Raises:
+        DatasetError: if the buffer is empty, or has a value that is not finite; names the key and the row.
+    """
+    name = f"the {type(buffer).__name__}"
+    size, shared = buffer.buffer_size, buffer.optimize_memory_usage
+    # The slot at pos holds the newest observation where observations are shared, and so no transition.
+    start, length = ((buffer.pos + shared) % size, size - shared) if buffer.full else (0, buffer.pos)
+    if length == 0:
+        raise DatasetError(f"{name} is empty: it has no transition")
+
+    def column(array: Any, offset: int = 0) -> Tensor:
+        first = start + offset
+        steps: Any = slice(first, first + length)
+        if first + length > size:
+            steps = np.arange(first, first + length) % size
+        ordered = array[steps].swapaxes(0, 1)
+        return torch.from_numpy(ordered.reshape(length * buffer.n_envs, *array.shape[2:]))
+
+    def observations(offset: int) -> Any:
+        arrays: Any = buffer.observations
+        if offset and not shared:
+            arrays, offset = buffer.next_observations, 0
+        if isinstance(arrays, dict):
+            return {key: column(array, offset) for key, array in arrays.items()}
+        return column(arrays, offset)
+
+    ended, timeout = (column(array).bool().unsqueeze(-1) for array in (buffer.dones, buffer.timeouts))
+    done = ended.clone()
+    # Where the next environment's transitions begin an episode may be under way.
+    done[length - 1 :: length] = True
+    dataset = TensorDict(
+        {
+            "observation": observations(0),
+            "action": column(buffer.actions),
+            "next": {
+                "observation": observations(1),
+                "reward": column(buffer.rewards).unsqueeze(-1),
+                "done": done,
+                "terminated": ended & ~timeout,
+            },
+        },
+        batch_size=[length * buffer.n_envs],
+    )
+    for key, tensor in dataset.items(True, True):
+        row, count = non_finite(tensor)
+        if row is not None:
+            raise DatasetError(f"{name}: {shown(key)} is not finite in row {row}, and in {count} rows in all")
+    return dataset
+
+
+def start_statistics(env: VecNormalize, dataset: TensorDictBase) -> None:
+    """Puts a dataset's statistics into a ``VecNormalize`` that has seen nothing yet, as its steps would have.
+
+    Without them the networks would learn offline in the environment's units, and meet others as soon as the
+    environment is stepped.
+
+    Args:
+        env: changed only if it is training, and has no statistics.
+        dataset: by the key layout.
+    """
+    if not env.training:
+        return
+    observation = dataset.get("observation")
+    rms: Any = env.obs_rms if env.norm_obs else {}
+    statistics = rms if isinstance(rms, dict) else {"": rms}
+    for key, running in statistics.items():
+        if running.count < 1.0:
+            values = observation.get(key) if key else observation
+            for piece in values.split(CHUNK):
+                running.update(piece.cpu().numpy())
+    if env.ret_rms.count < 1.0:
+        rewards, done = (dataset.get(key).reshape(-1).tolist() for key in (_REWARD, _DONE))
+        returns, running_return = [], 0.0
+        for reward, ended in zip(rewards, done, strict=True):
+            running_return = running_return * env.gamma + reward
+            returns.append(running_return)
+            running_return = 0.0 if ended else running_return
+        env.ret_rms.update(np.array(returns))

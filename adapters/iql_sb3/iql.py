@@ -1,0 +1,897 @@
+"""IQL as an off-policy algorithm of Stable-Baselines3, which learns offline as well."""
+
+import io
+import os
+import pathlib
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, configure_logger
+from tensordict import TensorDictBase
+
+from iql_plugins.agent import Agent
+from iql_plugins.config import ActorSchedule, Compile, IQLConfig
+from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.encoders import is_plain
+from iql_plugins.functional import LossFunction
+from iql_plugins.keys import next_key
+from iql_plugins.learner import NETWORKS, Learner, resolve_compile
+from iql_plugins.spaces import Box, Space, Spaces
+from iql_plugins.value_estimators import ValueEstimators
+from iql_sb3 import datasets
+from iql_sb3.policies import Actor, AgentPolicy, CnnPolicy, Critic, IQLPolicy, MlpPolicy, MultiInputPolicy
+from iql_sb3.spaces import gymnasium_spaces, is_stand_in, layout_spaces, stand_in
+
+__all__ = ["IQL"]
+
+Rates = float | Schedule | Mapping[str, float | Schedule]
+
+
+class IQL(OffPolicyAlgorithm):
+    r"""Implicit Q-Learning: offline from a dataset, online as any off-policy algorithm, or the one after the other.
+
+    Kostrikov et al. 2021 (arXiv:2110.06169). Losses and gradient steps are the core's
+    (:class:`iql_plugins.IQLLoss`, :class:`iql_plugins.learner.Learner`); the policy holds the loss.
+
+    Args:
+        policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of
+            :class:`~iql_sb3.policies.IQLPolicy`.
+        env: the environment. None if there is none: the spaces are then those given, or the dataset's.
+        learning_rate: of Adam; a number, a schedule of the remaining progress, or a mapping of ``"actor"``,
+            ``"critic"`` and ``"value"`` to these.
+        buffer_size: transitions of the replay buffer, which holds online experience.
+        learning_starts: online steps before the first gradient step. An untrained policy acts at random
+            meanwhile, a trained one as it was trained.
+        batch_size: transitions of a gradient step.
+        tau: share of the critics in each update of their targets.
+        gamma: the discount.
+        train_freq: how often to train online, in steps or ``(n, "episode")``.
+        gradient_steps: how many steps then; -1 for as many as were taken in the environment.
+        action_noise: added to actions online.
+        replay_buffer_class: None chooses it by the spaces and ``n_steps``.
+        replay_buffer_kwargs: its further arguments.
+        optimize_memory_usage: see ``ReplayBuffer``.
+        n_steps: steps of a transition, of the dataset as of the replay buffer.
+        expectile: :math:`\tau` of V in (0, 1]; discrete actions below 1.
+        temperature: inverse temperature :math:`\beta` >= 0; 0 is behaviour cloning.
+        max_weight: the largest weight of an action in the policy's loss.
+        loss_function: distance of Q to its target.
+        actor_schedule: ``"cosine"`` multiplies the actor's learning rate by a cosine from 1 to 0 over
+            ``actor_schedule_steps`` gradient steps, offline and online together, and by 0 after them.
+        actor_schedule_steps: see above.
+        max_grad_norm: the largest norm of each network's gradient; None for no clipping.
+        normalize_observations: whether to standardise observations by the dataset's mean and deviation.
+        reward_scale: factor of rewards, offline and online; ``"return_range"`` is 1000 over the range of the dataset's
+            returns.
+        reward_shift: added to the scaled rewards.
+        compile: whether to compile losses and gradients; ``"auto"``: long offline trainings of plain perceptrons.
+        dataset: what :meth:`load_dataset` takes.
+        trust_pickle: whether ``dataset`` may be a pickle, which can run any code.
+        offline_ratio: share of the dataset in each batch when learning online, in [0, 1].
+        observation_space: where there is neither an environment nor a dataset to tell it.
+        action_space: likewise.
+        use_sde: refused: the policy has no state-dependent exploration.
+        sde_sample_freq: not read.
+        use_sde_at_warmup: refused, as ``use_sde``.
+        stats_window_size: episodes that the logged means are over.
+        tensorboard_log: folder for TensorBoard.
+        policy_kwargs: arguments of the policy, see :class:`~iql_sb3.policies.IQLPolicy`.
+        verbose: 0 to 2.
+        seed: of everything random.
+        device: where the networks are.
+        _init_setup_model: whether to build the networks.
+
+    Attributes:
+        learner: takes the gradient steps, and counts them.
+        generator: draws batches; its state is saved.
+
+    Raises:
+        ValueError: for a hyper-parameter out of range, if there are neither spaces nor an environment nor a dataset,
+            or if the dataset does not fit the environment.
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: IQLPolicy
+    actor: Actor
+    critic: Critic
+    critic_target: Critic
+
+    def __init__(
+        self,
+        policy: str | type[IQLPolicy],
+        env: GymEnv | str | None = None,
+        learning_rate: Rates = 3e-4,
+        buffer_size: int = 1_000_000,
+        learning_starts: int = 100,
+        batch_size: int = 256,
+        tau: float = 0.005,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 1,
+        gradient_steps: int = 1,
+        action_noise: ActionNoise | None = None,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_steps: int = 1,
+        expectile: float = 0.7,
+        temperature: float = 3.0,
+        max_weight: float = 100.0,
+        loss_function: LossFunction = "l2",
+        actor_schedule: ActorSchedule = "cosine",
+        actor_schedule_steps: int = 1_000_000,
+        max_grad_norm: float | None = None,
+        normalize_observations: bool = False,
+        reward_scale: float | Literal["return_range"] = 1.0,
+        reward_shift: float = 0.0,
+        compile: Compile = "auto",
+        dataset: object = None,
+        trust_pickle: bool = False,
+        offline_ratio: float = 0.5,
+        observation_space: spaces.Space[Any] | None = None,
+        action_space: spaces.Space[Any] | None = None,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        use_sde_at_warmup: bool = False,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: torch.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        if use_sde or use_sde_at_warmup:
+            raise ValueError(
+                "IQL has no state-dependent exploration: its policy is a Gaussian with a deviation of its own; "
+                "leave use_sde and use_sde_at_warmup False, and pass action_noise to explore more"
+            )
+        if not 0.0 <= offline_ratio <= 1.0:
+            raise ValueError(f"offline_ratio must be in [0, 1], got {offline_ratio}")
+        loaded = None if dataset is None else _loaded(dataset, trust_pickle)
+        derived = env is None and observation_space is None and loaded is not None
+        if env is None:
+            env = _without_environment(observation_space, action_space, loaded, required=_init_setup_model)
+        elif observation_space is not None or action_space is not None:
+            raise ValueError("give an environment or spaces, not both: the environment has spaces")
+        super().__init__(
+            policy,
+            env,
+            learning_rate,  # type: ignore[arg-type]
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            action_noise,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            n_steps=n_steps,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            sde_sample_freq=sde_sample_freq,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box, spaces.Discrete),
+            support_multi_env=True,
+        )
+        self.expectile = expectile
+        self.temperature = temperature
+        self.max_weight = max_weight
+        self.loss_function = loss_function
+        self.actor_schedule = actor_schedule
+        self.actor_schedule_steps = actor_schedule_steps
+        self.max_grad_norm = max_grad_norm
+        self.normalize_observations = normalize_observations
+        self.reward_scale = reward_scale
+        self.reward_shift = reward_shift
+        self.compile = compile
+        self.offline_ratio = offline_ratio
+        self.extra: dict[str, Any] = {}
+        self._spaces_from_dataset = derived
+        self._has_statistics = not normalize_observations and not isinstance(reward_scale, str)
+        self._generator_state: tuple[str, Any] | None = None
+        self._agent: Agent | None = None
+        self._offline: datasets.OfflineData | None = None
+        self._applied: tuple[Any, ...] | None = None
+        if _init_setup_model:
+            self._setup_model()
+            if loaded is not None:
+                self._set_dataset(*loaded)
+
+    # Building
+
+    def _setup_lr_schedule(self) -> None:
+        rates: Any = self.learning_rate
+        if isinstance(rates, Mapping):
+            if unknown := sorted(rates.keys() - set(NETWORKS)):
+                raise ValueError(f"learning_rate has {', '.join(unknown)}; the networks are {', '.join(NETWORKS)}")
+            rates = {name: rates.get(name, IQLConfig.actor_learning_rate) for name in NETWORKS}
+        else:
+            rates = dict.fromkeys(NETWORKS, rates)
+        self._rates = {name: FloatSchedule(rate) for name, rate in rates.items()}
+        self.lr_schedule = self._rates["critic"]
+
+    def _setup_model(self) -> None:
+        if not issubclass(self.policy_class, IQLPolicy):
+            raise TypeError(f"policy must be a subclass of iql_sb3.IQLPolicy, got {self.policy_class.__name__}")
+        self._setup_lr_schedule()
+        config = self.config
+        if self.env is None:
+            self.env = stand_in(self.observation_space, self.action_space, self.n_envs)
+        agent, self._agent = self._agent, None
+        # The user's arguments stay his, so that a saved model compares with them.
+        given = self.policy_kwargs
+        extra: dict[str, Any] = {"normalize_observations": True} if self.normalize_observations else {}
+        if agent is not None:
+            extra = {"loss": agent.loss, "normalizers": agent.normalizers}
+        self.policy_kwargs = {**given, **extra}
+        try:
+            super()._setup_model()
+        finally:
+            self.policy_kwargs = given
+        self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
+        if agent is None:
+            self._set_reward_units(self.policy.normalizers)
+            self.learner = Learner.from_config(
+                self.policy.loss,
+                config.replace(compile="no" if config.compile == "auto" else config.compile),
+                seed=self.seed,
+                make_optimizers=self.policy.make_optimizers,
+            )
+            self.generator = torch.Generator(self.device)
+            if self.seed is None:
+                self.generator.seed()
+            else:
+                self.generator.manual_seed(self.seed)
+        else:
+            self.learner, self.generator = agent.learner, agent.generator
+        # The state of another kind of device's generator means nothing to this one's.
+        if self._generator_state is not None and self._generator_state[0] == self.generator.device.type:
+            self.generator.set_state(torch.from_numpy(self._generator_state[1]))
+        self.optimizer = _LearnerState(self.learner)
+        self.policy.optimizer = self.learner.optimizers[0]
+        self._applied = None
+        self._apply_hyperparameters()
+
+    def _set_reward_units(self, normalizers: Normalizers) -> None:
+        if not isinstance(self.reward_scale, str):
+            normalizers.get_buffer("reward_scale").fill_(self.reward_scale)
+        normalizers.get_buffer("reward_shift").fill_(self.reward_shift)
+
+    @property
+    def config(self) -> IQLConfig:
+        """The hyper-parameters as the core names them; learning rates are those of the beginning.
+
+        Raises:
+            ValueError: for one out of range; names it.
+        """
+        policy_kwargs = self.policy_kwargs
+        sizes = policy_kwargs.get("net_arch") or IQLConfig.hidden_sizes
+        rates = {f"{name}_learning_rate": schedule(1.0) for name, schedule in self._rates.items()}
+        return IQLConfig(
+            n_steps=self.actor_schedule_steps,
+            batch_size=self.batch_size,
+            discount=self.gamma,
+            expectile=self.expectile,
+            temperature=self.temperature,
+            max_weight=self.max_weight,
+            loss_function=self.loss_function,
+            n_critics=policy_kwargs.get("n_critics", IQLConfig.n_critics),
+            hidden_sizes=tuple(sizes["pi"] if isinstance(sizes, Mapping) else sizes),
+            actor_dropout=policy_kwargs.get("dropout", IQLConfig.actor_dropout),
+            squashed=policy_kwargs.get("squashed", IQLConfig.squashed),
+            actor_schedule=self.actor_schedule,
+            polyak=self.tau,
+            max_grad_norm=self.max_grad_norm,
+            normalize_observations=self.normalize_observations,
+            reward_scale=self.reward_scale,
+            reward_shift=self.reward_shift,
+            compile=self.compile,
+            **rates,
+        )
+
+    # Data
+
+    @property
+    def has_dataset(self) -> bool:
+        """Whether a dataset is loaded."""
+        return self._offline is not None
+
+    def load_dataset(self, source: object, *, trust_pickle: bool = False) -> None:
+        """Loads the dataset that :meth:`learn_offline` learns from, and :meth:`learn` mixes into its batches.
+
+        It is kept once, beside the replay buffer. Before the first gradient step its statistics make the
+        normalisation, if there is one; later ones leave it as it is.
+
+        Args:
+            source: what :func:`iql_plugins.data.load_dataset` takes, or a replay buffer of Stable-Baselines3.
+            trust_pickle: whether it may be a pickle, which can run any code.
+
+        Raises:
+            ValueError: if it cannot be read or does not fit the spaces; names the difference. The model is as it was.
+        """
+        self._set_dataset(*_loaded(source, trust_pickle))
+
+    def _set_dataset(self, dataset: TensorDictBase, _: Spaces | None, buffer: ReplayBuffer | None) -> None:
+        known = self.policy.spaces
+        if buffer is None:
+            dataset = _channels_first(dataset, known)
+            datasets.check_spaces(dataset, known)
+        else:
+            _check_buffer(buffer, self.observation_space, self.action_space)
+        normalize = self._vec_normalize_env
+        if normalize is not None and (self.normalize_observations or self._scales_rewards_twice()):
+            raise ValueError(
+                "the environment is in a VecNormalize already: leave normalize_observations, reward_scale and "
+                "reward_shift as they are, or do without it"
+            )
+        if self.learner.step_count == 0:
+            if not self._has_statistics:
+                fitted = Normalizers.fit(dataset, known, self.config)
+                self.policy.normalizers.load_state_dict(fitted.to(self.device).state_dict())
+                self._has_statistics = True
+            if normalize is not None:
+                datasets.start_statistics(normalize, dataset)
+        self._offline = datasets.OfflineData(
+            dataset,
+            self.policy.inputs,
+            scaled=buffer is not None,
+            raw=normalize is not None,
+            n_steps=self.n_steps,
+            device=self.device,
+        )
+
+    def _scales_rewards_twice(self) -> bool:
+        normalize = self._vec_normalize_env
+        scaled = self.reward_scale != 1.0 or self.reward_shift != 0.0
+        return normalize is not None and normalize.norm_reward and scaled
+
+    def _normalization(self) -> datasets.Normalization | None:
+        if self.reward_scale == 1.0 and self.reward_shift == 0.0:
+            return self._vec_normalize_env
+        return datasets.Rewards(self.policy.normalizers, self._vec_normalize_env)
+
+    def _batch(self, size: int, offline_ratio: float) -> dict[str, torch.Tensor]:
+        """A batch of which the given share comes from the dataset, all of it where there is nothing else."""
+        online = 0 if self.replay_buffer is None else self.replay_buffer.size()
+        if self._offline is None and not online:
+            raise ValueError(
+                "there is nothing to learn from: load_dataset(source) or load_replay_buffer(path) before, or learn() "
+                "in an environment"
+            )
+        offline = 0 if self._offline is None else round(offline_ratio * size) if online else size
+        normalization = self._normalization()
+        parts = []
+        if offline:
+            assert self._offline is not None
+            parts.append(self._offline.batch(offline, self.generator, self.gamma, normalization))
+        if offline < size:
+            assert self.replay_buffer is not None
+            with datasets.numpy_random(self.generator):
+                parts.append(datasets.replay(self.replay_buffer, size - offline, normalization, self.policy.inputs))
+        if len(parts) == 1:
+            return parts[0]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    # Training
+
+    @property
+    def logger(self) -> Logger:
+        """The logger, with the means of losses and health since it was last looked at."""
+        self._record_metrics()
+        return self._logger
+
+    def _record_metrics(self) -> None:
+        # Before it is built, or while it is being loaded, there is nothing to record.
+        learner = self.__dict__.get("learner")
+        if learner is None or "_logger" not in self.__dict__:
+            return
+        training = self.policy.training
+        # To look must not change what is learned: running statistics, say.
+        self.policy.set_training_mode(False)
+        for name, value in learner.metrics().items():
+            self._logger.record(f"train/{name}", value)
+        self.policy.set_training_mode(training)
+
+    def _update_learning_rate(self, optimizers: Any = None) -> None:
+        for name, schedule in self._rates.items():
+            self.learner.set_learning_rate(name, schedule(self._current_progress_remaining))
+        self._logger.record("train/learning_rate", self.learner.learning_rate("critic"))
+        self._logger.record("train/learning_rate_actor", self.learner.learning_rate("actor"))
+        self._logger.record("train/learning_rate_value", self.learner.learning_rate("value"))
+
+    def _apply_hyperparameters(self) -> None:
+        """Attributes of an algorithm can be changed at any time, and count from the next step on."""
+        wanted = (
+            self.expectile,
+            self.temperature,
+            self.max_weight,
+            self.loss_function,
+            self.gamma,
+            self.tau,
+            self.max_grad_norm,
+            self.actor_schedule,
+            self.actor_schedule_steps,
+        )
+        if wanted == self._applied:
+            return
+        config, loss, learner = self.config, self.policy.loss, self.learner
+        loss.expectile, loss.temperature = config.expectile, config.temperature
+        loss.max_weight, loss.loss_function = config.max_weight, config.loss_function
+        loss.make_value_estimator(ValueEstimators.TD0, gamma=config.discount)
+        learner.target_updater.tau = config.polyak
+        learner.max_grad_norm = config.max_grad_norm
+        learner.actor_schedule_steps = config.n_steps if config.actor_schedule == "cosine" else None
+        self._applied = wanted
+
+    def _prepare_training(self) -> None:
+        if "_logger" not in self.__dict__:
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, "IQL")
+        if not self._has_statistics:
+            raise ValueError(
+                "normalize_observations and reward_scale='return_range' need the statistics of a dataset: "
+                "load_dataset(source) before the first gradient step"
+            )
+        if self._offline is not None and self._offline.raw != (self._vec_normalize_env is not None):
+            raise ValueError("the environment's VecNormalize came or went: load_dataset(source) again")
+        self._apply_hyperparameters()
+
+    def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
+        """Takes gradient steps on the dataset, the replay buffer, or both, mixed by ``offline_ratio``.
+
+        Args:
+            gradient_steps: how many.
+            batch_size: transitions of each; None for the model's.
+
+        Raises:
+            ValueError: if there is neither a dataset nor experience.
+        """
+        self._train(gradient_steps, self.batch_size if batch_size is None else batch_size, self.offline_ratio)
+
+    def _train(self, gradient_steps: int, batch_size: int, offline_ratio: float) -> None:
+        self._prepare_training()
+        self._update_learning_rate()
+        if not self.policy.training:
+            self.policy.set_training_mode(True)
+        for _ in range(gradient_steps):
+            self.learner.step(self._batch(batch_size, offline_ratio))
+        self._n_updates = self.learner.step_count
+        self._logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def learn_offline(
+        self,
+        gradient_steps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 1000,
+        tb_log_name: str = "IQL_offline",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> "IQL":
+        """Learns from the dataset, or without one from what is in the replay buffer; the environment is not stepped.
+
+        To callbacks, the logger, the progress bar and the schedules a gradient step is a step.
+
+        Args:
+            gradient_steps: how many.
+            callback: called after each of them.
+            log_interval: gradient steps from one line of the log to the next; None writes none.
+            tb_log_name: name of the run for TensorBoard.
+            reset_num_timesteps: whether to count, and schedule, from the beginning.
+            progress_bar: whether to show one.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: if there is nothing to learn from.
+        """
+        total_timesteps, callback = self._setup_learn_offline(
+            gradient_steps, callback, tb_log_name, reset_num_timesteps, progress_bar
+        )
+        offline_ratio = 1.0
+        callback.on_training_start(locals(), globals())
+        while self.num_timesteps < total_timesteps:
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+            self._train(1, self.batch_size, offline_ratio)
+            self.num_timesteps += 1
+            callback.update_locals(locals())
+            if not callback.on_step():
+                break
+            if log_interval is not None and self.num_timesteps % log_interval == 0:
+                self.dump_logs()
+        self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        callback.on_training_end()
+        return self
+
+    def _setup_learn_offline(
+        self,
+        gradient_steps: int,
+        callback: MaybeCallback,
+        tb_log_name: str,
+        reset_num_timesteps: bool,
+        progress_bar: bool,
+    ) -> tuple[int, BaseCallback]:
+        """What ``_setup_learn`` does, but for the environment, which is left alone."""
+        if self._offline is None and not (self.replay_buffer is not None and self.replay_buffer.size()):
+            raise ValueError("there is nothing to learn from: load_dataset(source) or load_replay_buffer(path) before")
+        self._compile(gradient_steps)
+        self.start_time = time.time_ns()
+        if self.ep_info_buffer is None or reset_num_timesteps:
+            self.ep_info_buffer = deque(maxlen=self._stats_window_size)
+            self.ep_success_buffer = deque(maxlen=self._stats_window_size)
+        if reset_num_timesteps:
+            self.num_timesteps = 0
+            self._episode_num = 0
+        self._num_timesteps_at_start = self.num_timesteps
+        self._total_timesteps = self.num_timesteps + gradient_steps
+        if not self._custom_logger:
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps)
+        if progress_bar:
+            if isinstance(callback, list):
+                callback = CallbackList(callback)
+            elif not isinstance(callback, BaseCallback):
+                callback = ConvertCallback(callback)
+            callback = CallbackList([callback, _GradientStepBar()])
+        return self._total_timesteps, self._init_callback(callback)
+
+    def _compile(self, gradient_steps: int) -> None:
+        """Goes on with compiled losses and gradients where a training is long enough, and the networks are plain."""
+        old, policy = self.learner, self.policy
+        plain = policy.actor.features_extractor is None and isinstance(self.observation_space, spaces.Box)
+        if self.compile != "auto" or old.compiled or not plain:
+            return
+        if resolve_compile("auto", gradient_steps, self.device) == "yes":
+            config = self.config.replace(compile="yes")
+            self.learner = Learner.from_config(
+                policy.loss, config, seed=old.seed, make_optimizers=lambda groups: old.optimizers
+            )
+            self.learner.load_state_dict(old.state_dict())
+            self.optimizer = _LearnerState(self.learner)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int | None = 4,
+        tb_log_name: str = "IQL",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> "IQL":
+        """Learns online; a policy that was trained before acts from the first step on.
+
+        Args:
+            total_timesteps: steps in the environment.
+            callback: called after each of them.
+            log_interval: episodes from one line of the log to the next.
+            tb_log_name: name of the run for TensorBoard.
+            reset_num_timesteps: whether to count, and schedule, from the beginning.
+            progress_bar: whether to show one.
+
+        Returns:
+            The model.
+
+        Raises:
+            RuntimeError: if the model has no environment.
+        """
+        if is_stand_in(self.env):
+            raise RuntimeError("this model was made without an environment: give it one with set_env(env)")
+        super().learn(
+            total_timesteps,
+            callback,
+            log_interval,  # type: ignore[arg-type]
+            tb_log_name,
+            reset_num_timesteps,
+            progress_bar,
+        )
+        return self
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        # Noise is for a policy that knows nothing; a trained one would be lost in it.
+        return super()._sample_action(0 if self.learner.step_count else learning_starts, action_noise, n_envs)
+
+    def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
+        """As in any algorithm; spaces that came from a dataset give way to the environment's, if they fit.
+
+        Raises:
+            ValueError: if the spaces do not fit.
+        """
+        if is_stand_in(self.env):
+            wrapped = self._wrap_env(env, self.verbose)
+            if self._spaces_from_dataset:
+                _check_fits(layout_spaces(wrapped.observation_space, wrapped.action_space), self.policy.spaces)
+                for holder in (self, self.policy, self.replay_buffer):
+                    assert holder is not None
+                    holder.observation_space, holder.action_space = wrapped.observation_space, wrapped.action_space
+                self._spaces_from_dataset = False
+            check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
+            if wrapped.num_envs != self.n_envs:
+                self._resize_replay_buffer(wrapped.num_envs)
+            env = wrapped
+        super().set_env(env, force_reset)
+
+    def _resize_replay_buffer(self, n_envs: int) -> None:
+        buffer = self.replay_buffer
+        if buffer is not None and buffer.size():
+            raise ValueError(f"the replay buffer is that of {self.n_envs} environments, the new one has {n_envs}")
+        self.n_envs = n_envs
+        if buffer is not None:
+            self.replay_buffer = type(buffer)(
+                self.buffer_size,
+                self.observation_space,
+                self.action_space,
+                device=self.device,
+                n_envs=n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **self.replay_buffer_kwargs,
+            )
+
+    # Saving, loading and moving
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ["actor", "critic", "critic_target", "learner", "generator", "_offline", "_rates", "_agent", "_applied"]
+        return super()._excluded_save_params() + own
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", "optimizer"], []
+
+    def set_parameters(
+        self,
+        load_path_or_dict: Any,
+        exact_match: bool = True,
+        device: torch.device | str = "auto",
+    ) -> None:
+        """As in any algorithm. ``"optimizer"`` is all that continues a training: moments, rates and the step."""
+        super().set_parameters(load_path_or_dict, exact_match, device)
+        # The loss has loaded its discount; the algorithm's own counts from the next step on.
+        self._applied = None
+        self._n_updates = self.learner.step_count
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """As in any algorithm, with the random state that batches are drawn from."""
+        self._generator_state = (self.generator.device.type, self.generator.get_state().numpy())
+        super().save(path, exclude, include)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: torch.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        dataset: object = None,
+        trust_pickle: bool = False,
+        **kwargs: Any,
+    ) -> "IQL":
+        """As in any algorithm; ``dataset`` is loaded with it, see :meth:`load_dataset`."""
+        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        if dataset is not None:
+            model.load_dataset(dataset, trust_pickle=trust_pickle)
+        return model
+
+    @classmethod
+    def from_agent(cls, agent: Agent, env: GymEnv | None = None, **kwargs: Any) -> "IQL":
+        """A model that holds an agent's very loss, learner, normalisers and generator.
+
+        Args:
+            agent: from any adapter.
+            env: the environment; None for none.
+            **kwargs: further arguments of the model, for learning online.
+
+        Raises:
+            ValueError: if the environment does not fit, or the agent's networks or optimisers cannot be built again
+                when the model is loaded.
+        """
+        if custom := agent.custom_parts():
+            raise ValueError(
+                f"{', '.join(custom)} of the agent are not the default ones, which a saved model is built from: "
+                "give a policy class of your own to IQL(...), and load the weights into it"
+            )
+        if len(agent.learner.optimizers) != 1:
+            raise ValueError(f"the agent's learner must have one optimiser, it has {len(agent.learner.optimizers)}")
+        config = agent.config
+        observation_space, action_space = gymnasium_spaces(agent.spaces)
+        model = cls(
+            MlpPolicy if is_plain(list(agent.spaces.observations.values())) else AgentPolicy,
+            stand_in(observation_space, action_space) if env is None else env,
+            learning_rate={name: getattr(config, f"{name}_learning_rate") for name in NETWORKS},
+            batch_size=config.batch_size,
+            tau=config.polyak,
+            gamma=config.discount,
+            expectile=config.expectile,
+            temperature=config.temperature,
+            max_weight=config.max_weight,
+            loss_function=config.loss_function,
+            actor_schedule=config.actor_schedule,
+            actor_schedule_steps=config.n_steps,
+            max_grad_norm=config.max_grad_norm,
+            normalize_observations=config.normalize_observations,
+            reward_scale=config.reward_scale,
+            reward_shift=config.reward_shift,
+            compile=config.compile,
+            policy_kwargs={
+                "net_arch": list(config.hidden_sizes),
+                "dropout": config.actor_dropout,
+                "squashed": config.squashed,
+                "n_critics": config.n_critics,
+            },
+            device=agent.device,
+            _init_setup_model=False,
+            **kwargs,
+        )
+        _check_fits(layout_spaces(model.observation_space, model.action_space), agent.spaces)
+        model._agent = agent
+        model._has_statistics = True
+        model.extra = agent.extra
+        model._setup_model()
+        return model
+
+    def to_agent(self) -> Agent:
+        """The agent in this model: its very loss, learner, normalisers and generator.
+
+        Raises:
+            TypeError: for spaces that agents do not have.
+            ValueError: with a ``VecNormalize``, which no agent knows of.
+        """
+        if self._vec_normalize_env is not None:
+            raise ValueError(
+                "an agent takes the environment's observations, this policy those of a VecNormalize: use "
+                "normalize_observations=True in its place"
+            )
+        return self._as_agent()
+
+    def _as_agent(self) -> Agent:
+        self._apply_hyperparameters()
+        agent = Agent(
+            self.policy.spaces,
+            self.config,
+            normalizers=self.policy.normalizers,
+            loss=self.policy.loss,
+            learner=self.learner,
+            seed=0,
+        )
+        agent.generator = self.generator
+        agent.extra = self.extra
+        return agent
+
+    def export(self, path: str | os.PathLike[str], format: Literal["onnx", "torchscript", "torch"] = "onnx") -> None:
+        """Writes the deterministic policy as one file: what :meth:`predict` takes in, its actions out.
+
+        Args:
+            path: replaced in one step.
+            format: ``"onnx"``, ``"torchscript"``, or ``"torch"`` for ``torch.export``.
+
+        Raises:
+            ValueError: for another format.
+            ImportError: for a missing package; says how to install it.
+        """
+        from iql_sb3.export import export_policy
+
+        export_policy(self._as_agent(), path, format)
+
+
+class _LearnerState:
+    """What continues a training, as Stable-Baselines3 saves and loads a module."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._learner.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        self._learner.load_state_dict(state if strict else {**self._learner.state_dict(), **state})
+
+
+class _GradientStepBar(ProgressBarCallback):
+    """A gradient step is one step, however many environments there are."""
+
+    def _on_step(self) -> bool:
+        self.pbar.update(1)
+        return True
+
+
+def _loaded(source: object, trust_pickle: bool) -> tuple[TensorDictBase, Spaces | None, ReplayBuffer | None]:
+    if isinstance(source, ReplayBuffer):
+        return datasets.buffer_dataset(source), None, source
+    return *datasets.load(source, trust_pickle), None
+
+
+def _without_environment(
+    observation_space: spaces.Space[Any] | None,
+    action_space: spaces.Space[Any] | None,
+    loaded: tuple[TensorDictBase, Spaces | None, ReplayBuffer | None] | None,
+    required: bool,
+) -> Any:
+    """A stand-in for the environment, with spaces from whoever has them."""
+    if (observation_space is None) != (action_space is None):
+        raise ValueError("give both observation_space and action_space, or none")
+    if observation_space is not None and action_space is not None:
+        return stand_in(observation_space, action_space)
+    if loaded is not None:
+        dataset, known, buffer = loaded
+        if buffer is not None:
+            return stand_in(buffer.observation_space, buffer.action_space)
+        return stand_in(*gymnasium_spaces(known or Spaces.from_dataset(dataset)))
+    if required:
+        raise ValueError("IQL needs an environment, a dataset, or observation_space and action_space")
+    return None
+
+
+def _check_buffer(buffer: ReplayBuffer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+    if isinstance(action_space, spaces.Box) and buffer.action_space != action_space:
+        raise ValueError(f"the replay buffer's action space is {buffer.action_space}, the environment's {action_space}")
+    _check_fits(
+        layout_spaces(buffer.observation_space, buffer.action_space), layout_spaces(observation_space, action_space)
+    )
+
+
+def _check_fits(given: Spaces, own: Spaces) -> None:
+    """Raises ``ValueError`` that names the first difference that matters to networks: bounds of observations do not."""
+    if given.observations.keys() != own.observations.keys():
+        names = [sorted(map(str, spaces_.observations)) for spaces_ in (given, own)]
+        raise ValueError(f"the observations must be {names[1]}, got {names[0]}")
+    for key, space in own.observations.items():
+        other = given.observations[key]
+        same = (
+            isinstance(other, Box) and other.shape == space.shape and other.dtype == space.dtype
+            if isinstance(space, Box)
+            else other == space
+        )
+        if not same:
+            raise ValueError(f"the space of {key!r} must be {space}, got {other}")
+    if not _equal_actions(given.action, own.action):
+        raise ValueError(f"the action space must be {own.action}, got {given.action}")
+
+
+def _equal_actions(first: Space, second: Space) -> bool:
+    if not isinstance(first, Box) or not isinstance(second, Box) or first.shape != second.shape:
+        return first == second
+    # Gymnasium keeps bounds in float32.
+    bounds, others = ([box.low or (), box.high or ()] for box in (first, second))
+    return bool(np.allclose(bounds, others, rtol=1e-6, atol=0.0))
+
+
+def _channels_first(dataset: TensorDictBase, known: Spaces) -> TensorDictBase:
+    """Images with channels last, as environments have them, where the policy's spaces have them first."""
+    result = dataset
+    for key, space in known.observations.items():
+        image = dataset.get(key, None)
+        if not isinstance(space, Box) or not space.is_image or not isinstance(image, torch.Tensor):
+            continue
+        channels, height, width = space.shape
+        if tuple(image.shape[1:]) == (height, width, channels) != space.shape:
+            result = result.copy() if result is dataset else result
+            for name in (key, next_key(key)):
+                result.set(name, dataset.get(name).movedim(-1, 1))
+    return result

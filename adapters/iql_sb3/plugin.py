@@ -1,0 +1,58 @@
+"""The hooks of the adapter for Stable-Baselines3."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from tensordict import TensorDictBase
+
+from iql_plugins.hookspecs import Adapter, Training, hookimpl
+from iql_sb3.batches import map_batch
+
+if TYPE_CHECKING:
+    from iql_sb3.iql import IQL
+
+
+@hookimpl
+def iql_adapter() -> Adapter:
+    """The algorithm is what Stable-Baselines3's users build; its native file is the framework's zip."""
+    from iql_sb3.iql import IQL
+
+    training = Training(
+        from_agent=IQL.from_agent, to_agent=IQL.to_agent, fit=_fit, save=_save, load=_load, suffix=".zip"
+    )
+    return Adapter("sb3", framework="stable_baselines3", algorithms={"IQL": IQL}, training=training)
+
+
+@hookimpl
+def iql_map_batch(batch: object) -> TensorDictBase | None:
+    """Takes what the replay buffers of Stable-Baselines3 sample."""
+    return map_batch(batch)
+
+
+def _fit(model: "IQL", dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None]) -> None:
+    def called(local_variables: dict[str, Any], global_variables: dict[str, Any]) -> bool:
+        callback(model.learner.step_count)
+        return True
+
+    model.load_dataset(dataset)
+    model.learn_offline(n_steps, callback=called, log_interval=None, reset_num_timesteps=False)
+
+
+def _save(model: "IQL", path: str | os.PathLike[str]) -> None:
+    """Whole or not at all: the file gets its name when it is written."""
+    temporary = f"{os.fspath(path)}.tmp"
+    try:
+        # Stable-Baselines3 adds a suffix to a name that has none.
+        with open(temporary, "wb") as file:
+            model.save(file)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _load(path: str | os.PathLike[str]) -> "IQL":
+    from iql_sb3.iql import IQL
+
+    return IQL.load(os.fspath(path))

@@ -1,0 +1,453 @@
+"""Policies that hold the loss: whoever saves one saves actor, critics, V, their targets and the normalisers."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from tensordict.utils import NestedKey
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from iql_plugins.agent import assemble_loss, build_loss
+from iql_plugins.config import IQLConfig
+from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.encoders import ObservationEncoder, is_plain
+from iql_plugins.evaluation import distribution, outputs
+from iql_plugins.learner import Groups, adam
+from iql_plugins.loss import IQLLoss
+from iql_plugins.networks import MLP, categorical_actor, critic, discrete_critic, gaussian_actor, value_function
+from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_sb3.spaces import layout_spaces
+
+__all__ = ["Actor", "AgentPolicy", "CnnPolicy", "Critic", "IQLPolicy", "MlpPolicy", "MultiInputPolicy"]
+
+NetArch = Sequence[int] | Mapping[str, Sequence[int]]
+
+
+def layer_sizes(net_arch: NetArch | None) -> dict[str, tuple[int, ...]]:
+    """Widths of the hidden layers of the policy (``pi``), the critics (``qf``) and V (``vf``).
+
+    >>> layer_sizes({"pi": [64], "qf": [128, 128]})
+    {'pi': (64,), 'qf': (128, 128), 'vf': (128, 128)}
+
+    Args:
+        net_arch: one list for all, or a mapping with ``pi`` and ``qf``, and ``vf`` if V's are not the critics'. None
+            takes the paper's.
+
+    Raises:
+        ValueError: for a mapping without ``pi`` or ``qf``, or with another name.
+    """
+    if net_arch is None:
+        net_arch = IQLConfig.hidden_sizes
+    if not isinstance(net_arch, Mapping):
+        return dict.fromkeys(("pi", "qf", "vf"), tuple(net_arch))
+    if not {"pi", "qf"} <= net_arch.keys() <= {"pi", "qf", "vf"}:
+        raise ValueError(f"net_arch must be a list, or a dict of 'pi', 'qf' and, if V differs, 'vf', got {net_arch}")
+    return {name: tuple(net_arch.get(name, net_arch["qf"])) for name in ("pi", "qf", "vf")}
+
+
+class Inputs:
+    """From observations as Stable-Baselines3 hands them over to what the networks read.
+
+    Args:
+        known: the spaces.
+        normalizers: standardise the observations.
+    """
+
+    def __init__(self, known: Spaces, normalizers: Normalizers) -> None:
+        self.spaces = known
+        self.normalizers = normalizers
+
+    def __call__(self, observation: PyTorchObs) -> dict[NestedKey, Tensor]:
+        """``[B, *obs]`` by observation key."""
+        return {key: self.network(key, observation[key[-1]] if isinstance(key, tuple) else observation)
+                for key in self.spaces.observations}  # fmt: skip
+
+    def network(self, key: NestedKey, value: Any) -> Tensor:
+        """``[B, *obs]`` in the networks' units, for one of the layout's observation keys."""
+        space = self.spaces.observations[key]
+        if isinstance(space, Discrete):
+            index: Tensor = value.unsqueeze(-1) if value.ndim == 1 else value
+            return index
+        if space.dtype == "float32":
+            value = value.to(torch.get_default_dtype())
+        return self.normalizers.observation(key, value)
+
+
+class FeaturesEncoder(ObservationEncoder):
+    """A features extractor, with Stable-Baselines3's preprocessing, in the place of the core's own encoder.
+
+    Args:
+        keys: the observations' keys, in the order in which :meth:`forward` takes them.
+        observation_space: the environment's.
+        extractor: what turns preprocessed observations into features.
+        normalize_images: whether pixels are divided by 255.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[NestedKey],
+        observation_space: spaces.Space[Any],
+        extractor: BaseFeaturesExtractor,
+        normalize_images: bool,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.spaces = tuple(keys)
+        self.observation_space = observation_space
+        self.extractor = extractor
+        self.normalize_images = normalize_images
+        self.size = extractor.features_dim
+
+    def forward(self, *observations: Tensor) -> Tensor:
+        """``[B, features]`` of one tensor ``[B, *obs]`` for each key."""
+        keys: Any = self.spaces
+        given: Any = observations[0]
+        if isinstance(self.observation_space, spaces.Dict):
+            given = {key[-1]: tensor for key, tensor in zip(keys, observations, strict=True)}
+        features: Tensor = self.extractor(preprocess_obs(given, self.observation_space, self.normalize_images))
+        return features
+
+
+class _View(nn.Module):
+    """A network of the loss as Stable-Baselines3's users call it; it holds the loss's own module."""
+
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.network = network
+        self.inputs = inputs
+
+    @property
+    def features_extractor(self) -> nn.Module | None:
+        """The first features extractor in the network; None if observations go straight into it."""
+        encoders = (module for module in self.network.modules() if isinstance(module, FeaturesEncoder))
+        encoder = next(encoders, None)
+        return None if encoder is None else encoder.extractor
+
+    def set_training_mode(self, mode: bool) -> None:
+        """Switches dropout and batch norm."""
+        self.train(mode)
+
+
+class Actor(_View):
+    """The policy: observations in the environment's units to actions in [-1, 1], or to discrete actions."""
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
+        """``[B, act]`` in [-1, 1], where the bounds of the action space are ±1; ``[B]`` discrete actions.
+
+        Args:
+            obs: ``[B, *obs]``, or such tensors by name.
+            deterministic: the mean (the likeliest of discrete actions), or a sample from torch's random state.
+        """
+        inputs = self.inputs(obs)
+        policy = distribution(self.network, inputs, next(iter(inputs.values())).shape[:1])
+        action: Tensor = policy.deterministic_sample if deterministic else policy.sample()
+        if self.inputs.spaces.discrete:
+            return self.inputs.normalizers.environment_action(action)
+        # Samples of the paper's policy may leave the bounds.
+        return action.clamp(-1.0, 1.0)
+
+
+class Critic(_View):
+    """The critics, or their targets.
+
+    Args:
+        network: one critic, or N that are stacked into one module.
+        inputs: the policy's.
+        parameters: what the N critics' parameters are, as a TensorDict of batch size ``[N]`` (``[]`` for one).
+    """
+
+    def __init__(self, network: nn.Module, inputs: Inputs, parameters: Callable[[], Any]) -> None:
+        super().__init__(network, inputs)
+        self._parameters_of_critics = parameters
+
+    def forward(self, obs: PyTorchObs, actions: Tensor | None = None) -> tuple[Tensor, ...]:
+        """``[B, 1]`` of each critic; ``[B, n]`` for all n discrete actions, which need no ``actions``.
+
+        Args:
+            obs: ``[B, *obs]``, or such tensors by name.
+            actions: ``[B, act]`` in [-1, 1].
+        """
+        inputs = self.inputs(obs)
+        if not self.inputs.spaces.discrete:
+            if actions is None:
+                raise TypeError("the critics of continuous actions need actions")
+            inputs["action"] = actions
+        parameters = self._parameters_of_critics()
+        batch = inputs | {}
+        shape = next(iter(batch.values())).shape[:1]
+        if not parameters.batch_size:
+            return (outputs(self.network, batch, shape)["state_action_value"],)
+        values = []
+        for slices in parameters.unbind(0):
+            tensors = {".".join(k) if isinstance(k, tuple) else k: v for k, v in slices.items(True, True)}
+            called = torch.func.functional_call(self.network, tensors, (TensorDict(dict(batch), shape),))
+            values.append(called["state_action_value"])
+        return tuple(values)
+
+
+class IQLPolicy(BasePolicy):
+    """Actor, critics and V of IQL, in the core's loss.
+
+    Vector observations go straight into the perceptrons of :mod:`iql_plugins.networks`: with the same layers the
+    networks are those of :func:`iql_plugins.agent.build_loss`. Anything else, or another class of features
+    extractor, puts a features extractor before each network.
+
+    Args:
+        observation_space: the environment's.
+        action_space: Box or Discrete.
+        lr_schedule: not read: the learner has the learning rates.
+        net_arch: widths of the hidden layers, see :func:`layer_sizes`.
+        activation_fn: between the layers.
+        dropout: probability of dropping a hidden unit of the actor while it trains.
+        squashed: whether the policy squashes its samples, and not its mean alone as the paper's does.
+        n_critics: number of critics, each with a features extractor of its own.
+        features_extractor_class: the class of the features extractors.
+        features_extractor_kwargs: its arguments besides the observation space.
+        share_features_extractor: whether all networks share one, which the actor's loss alone trains.
+        normalize_images: whether pixels are divided by 255.
+        optimizer_class: of the one optimiser of all networks.
+        optimizer_kwargs: its arguments, besides the learning rate.
+        normalize_observations: whether there is a mean and a deviation of observations, which a dataset gives.
+        loss: what an agent brings; None builds it.
+        normalizers: likewise.
+
+    Attributes:
+        loss: owns the networks.
+        normalizers: between the environment's units and the networks'.
+        actor: the policy, callable.
+        critic: the critics, callable.
+        critic_target: their targets, callable.
+    """
+
+    actor: Actor
+    critic: Critic
+    critic_target: Critic
+    inputs: Inputs
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule | None = None,
+        net_arch: NetArch | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        dropout: float = 0.0,
+        squashed: bool = False,
+        n_critics: int = 2,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        share_features_extractor: bool = False,
+        normalize_images: bool = True,
+        optimizer_class: type[Optimizer] = Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+        normalize_observations: bool = False,
+        loss: IQLLoss | None = None,
+        normalizers: Normalizers | None = None,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            # The base class writes into it.
+            dict(features_extractor_kwargs or {}),
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=isinstance(action_space, spaces.Box),
+            normalize_images=normalize_images,
+        )
+        self._arguments = {
+            "net_arch": net_arch,
+            "activation_fn": activation_fn,
+            "dropout": dropout,
+            "squashed": squashed,
+            "n_critics": n_critics,
+            "features_extractor_class": features_extractor_class,
+            "features_extractor_kwargs": features_extractor_kwargs,
+            "share_features_extractor": share_features_extractor,
+            "optimizer_class": optimizer_class,
+            "optimizer_kwargs": optimizer_kwargs,
+            "normalize_observations": normalize_observations,
+        }
+        self.layer_sizes = layer_sizes(net_arch)
+        self.activation_fn = activation_fn
+        self.dropout = dropout
+        self.squashed = squashed
+        self.n_critics = n_critics
+        self.share_features_extractor = share_features_extractor
+        self.spaces = layout_spaces(observation_space, action_space)
+        self.loss = self._build_loss() if loss is None else loss
+        self.loss.target_updater_attached()
+        self.normalizers = self._identity(normalize_observations) if normalizers is None else normalizers
+        inputs = Inputs(self.spaces, self.normalizers)
+        # Views, not submodules: the loss has these modules already.
+        self.__dict__["inputs"] = inputs
+        self.__dict__["actor"] = Actor(self.loss.actor_network, inputs)
+        for name, network in (("critic", "qvalue_network"), ("critic_target", "target_qvalue_network")):
+            module = self.loss.get_stateful_net(network, copy=False)
+            self.__dict__[name] = Critic(module, inputs, _Parameters(self.loss, network))
+        self.critic_target.eval()
+
+    def _identity(self, normalize_observations: bool) -> Normalizers:
+        """Normalisers that change no observation and no reward until a dataset's statistics are put into them."""
+        moments = {
+            key: (torch.zeros(space.shape), torch.ones(space.shape))
+            for key, space in self.spaces.observations.items()
+            if normalize_observations and isinstance(space, Box) and space.dtype == "float32"
+        }
+        return Normalizers(self.spaces, observation_moments=moments)
+
+    def _build_loss(self) -> IQLLoss:
+        keys = list(self.spaces.observations)
+        vectors = isinstance(self.observation_space, spaces.Box) and is_plain(list(self.spaces.observations.values()))
+        plain = vectors and self.features_extractor_class is FlattenExtractor
+        shared = None if plain or not self.share_features_extractor else self._encoder(keys)
+
+        def options(network: str) -> dict[str, Any]:
+            encoder = None if plain else shared or self._encoder(keys)
+            boxes = [space for space in self.spaces.observations.values() if isinstance(space, Box)]
+            size = sum(box.size for box in boxes) if encoder is None else encoder.size
+            hidden = self.layer_sizes[network]
+            return {"observation_size": size, "hidden_sizes": hidden, "in_keys": keys, "encoder": encoder}
+
+        action, count = self.spaces.action, self.n_critics
+        config = IQLConfig(n_critics=count)
+        if isinstance(action, Discrete):
+            actor = categorical_actor(action_count=action.n, dropout=self.dropout, **options("pi"))
+            critics = [discrete_critic(action_count=action.n, **options("qf")) for _ in range(count)]
+        else:
+            size, dropout, squashed = action.size, self.dropout, self.squashed
+            actor = gaussian_actor(action_size=size, dropout=dropout, squashed=squashed, **options("pi"))
+            critics = [critic(action_size=size, **options("qf")) for _ in range(count)]
+        networks = self._activated(actor, critics, value_function(**options("vf")))
+        return assemble_loss(config, *networks, discrete=self.spaces.discrete, separate_losses=shared is not None)
+
+    def _encoder(self, keys: Sequence[NestedKey]) -> FeaturesEncoder:
+        return FeaturesEncoder(keys, self.observation_space, self.make_features_extractor(), self.normalize_images)
+
+    def _activated(
+        self, actor: nn.Module, critics: list[TensorDictModule], value: nn.Module
+    ) -> tuple[nn.Module, list[TensorDictModule], nn.Module]:
+        """The networks with this policy's activation function between their layers."""
+        for network in (actor, *critics, value):
+            for perceptron in network.modules():
+                if isinstance(perceptron, MLP) and self.activation_fn is not nn.ReLU:
+                    for index, layer in enumerate(perceptron.layers):
+                        if isinstance(layer, nn.ReLU):
+                            perceptron.layers[index] = self.activation_fn()
+        return actor, critics, value
+
+    def make_optimizers(self, groups: Groups) -> list[Optimizer]:
+        """The one optimiser of all networks; the learner's own Adam unless something else was asked for."""
+        if self.optimizer_class is Adam and not self.optimizer_kwargs:
+            return adam(groups)
+        return [self.optimizer_class(list(groups), **self.optimizer_kwargs)]
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
+        """As :meth:`Actor.forward`."""
+        return self._predict(obs, deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> Tensor:
+        return self.actor(observation, deterministic)  # type: ignore[no-any-return]
+
+    def unscale_action(self, scaled_action: Any) -> Any:
+        """The action in the environment's units, which rounding does not take past the bounds."""
+        action = super().unscale_action(scaled_action)
+        assert isinstance(self.action_space, spaces.Box)
+        return action.clip(self.action_space.low, self.action_space.high)
+
+    def train(self, mode: bool = True) -> "IQLPolicy":
+        """Switches dropout and batch norm, but for the target critics, which never train."""
+        super().train(mode)
+        self.critic_target.eval()
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As :meth:`torch.nn.Module.load_state_dict`; with ``strict=False`` what is missing keeps its value."""
+        if not strict:
+            state_dict = {**self.state_dict(), **state_dict}
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return super()._get_constructor_parameters() | self._arguments
+
+
+class _Parameters:
+    """The parameters of a network of the loss: a function that can be pickled and copied."""
+
+    def __init__(self, loss: IQLLoss, network: str) -> None:
+        self._loss, self._name = loss, f"{network}_params"
+
+    def __call__(self) -> Any:
+        return getattr(self._loss, self._name)
+
+
+MlpPolicy = IQLPolicy
+
+
+class CnnPolicy(IQLPolicy):
+    """:class:`IQLPolicy` for images: a ``NatureCNN`` before each network unless something else is asked for."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule | None = None,
+        net_arch: NetArch | None = None,
+        *,
+        features_extractor_class: type[BaseFeaturesExtractor] = NatureCNN,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )
+
+
+class MultiInputPolicy(IQLPolicy):
+    """:class:`IQLPolicy` for Dict observations: a ``CombinedExtractor`` unless something else is asked for."""
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule | None = None,
+        net_arch: NetArch | None = None,
+        *,
+        features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            net_arch,
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )
+
+
+class AgentPolicy(IQLPolicy):
+    """:class:`IQLPolicy` over the core's own encoders of images, integers and mixtures.
+
+    An agent that comes from another adapter acts through it, and can go back.
+    """
+
+    def _build_loss(self) -> IQLLoss:
+        config = IQLConfig(
+            hidden_sizes=self.layer_sizes["pi"],
+            actor_dropout=self.dropout,
+            squashed=self.squashed,
+            n_critics=self.n_critics,
+        )
+        return build_loss(self.spaces, config)

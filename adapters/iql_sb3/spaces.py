@@ -1,0 +1,90 @@
+"""Gymnasium's spaces and the core's, and an environment that has spaces and nothing else."""
+
+from typing import Any, NoReturn
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from iql_plugins.spaces import Box, Discrete, Space, Spaces
+
+__all__ = ["SpacesEnv", "gymnasium_spaces", "is_stand_in", "layout_spaces", "stand_in"]
+
+
+def layout_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Spaces:
+    """The core's spaces for an environment's; several integers or bits are a Box of them.
+
+    Raises:
+        TypeError: for a space that neither the core nor Stable-Baselines3 takes.
+    """
+    observation: Space | dict[str, Space]
+    if isinstance(observation_space, spaces.Dict):
+        observation = {name: _observation(space) for name, space in observation_space.spaces.items()}
+    else:
+        observation = _observation(observation_space)
+    if isinstance(action_space, spaces.Box):
+        low, high = (bound.reshape(-1).astype(np.float32) for bound in (action_space.low, action_space.high))
+        action_space = spaces.Box(low, high)
+    return Spaces(observation, Spaces.from_gymnasium(spaces.Discrete(1), action_space).action)
+
+
+def _observation(space: spaces.Space[Any]) -> Space:
+    if isinstance(space, spaces.MultiDiscrete):
+        return Box((len(space.nvec),), "int64")
+    if isinstance(space, spaces.MultiBinary):
+        return Box(tuple(space.shape), "int8")
+    observation: Any = Spaces.from_gymnasium(space, spaces.Discrete(1)).observation
+    return observation  # type: ignore[no-any-return]
+
+
+def gymnasium_spaces(known: Spaces) -> tuple[spaces.Space[Any], spaces.Space[Any]]:
+    """Gymnasium's observation and action space for the core's."""
+    observation = known.observation
+    if isinstance(observation, Box | Discrete):
+        return _gymnasium(observation), _gymnasium(known.action)
+    return spaces.Dict({name: _gymnasium(space) for name, space in observation.items()}), _gymnasium(known.action)
+
+
+def _gymnasium(space: Space) -> spaces.Space[Any]:
+    if isinstance(space, Discrete):
+        return spaces.Discrete(space.n, start=space.start)
+    if space.dtype == "uint8" and space.low is None:
+        return spaces.Box(0, 255, space.shape, np.uint8)
+    dtype: Any = np.dtype(space.dtype)
+    low, high = (
+        np.full(space.shape, default, dtype) if bound is None else np.asarray(bound, dtype).reshape(space.shape)
+        for bound, default in ((space.low, -np.inf), (space.high, np.inf))
+    )
+    return spaces.Box(low, high, dtype=dtype)
+
+
+class SpacesEnv(gym.Env[Any, Any]):
+    """An environment of which nothing but the spaces is known.
+
+    Args:
+        observation_space: of the environment that is missing.
+        action_space: likewise.
+    """
+
+    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
+        self.observation_space = observation_space
+        self.action_space = action_space
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> NoReturn:
+        """Raises ``RuntimeError``."""
+        raise RuntimeError("this model was made without an environment: give it one with set_env(env)")
+
+    def step(self, action: Any) -> NoReturn:
+        """Raises ``RuntimeError``."""
+        self.reset()
+
+
+def stand_in(observation_space: spaces.Space[Any], action_space: spaces.Space[Any], n_envs: int = 1) -> VecEnv:
+    """What callbacks find in the place of a training environment when there is none."""
+    return DummyVecEnv([lambda: SpacesEnv(observation_space, action_space)] * n_envs)
+
+
+def is_stand_in(env: VecEnv | None) -> bool:
+    """Whether a vectorised environment is one of :func:`stand_in`."""
+    return env is not None and isinstance(env.unwrapped, DummyVecEnv) and isinstance(env.unwrapped.envs[0], SpacesEnv)

@@ -1,0 +1,171 @@
+"""An agent in TorchRL's hands: its loss as a ``LossModule``, batches from TorchRL's replay buffer, files of ``torch``."""
+
+import io
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tensordict import MemoryMappedTensor, TensorDictBase
+from torch import Tensor
+from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
+
+from iql_plugins import checkpoint
+from iql_plugins.agent import Agent, Observation
+from iql_plugins.checkpoint import CheckpointError
+from iql_torchrl.losses import IQLLoss
+
+__all__ = ["IQL"]
+
+_CONTAINER = "file of torch"
+
+
+class IQL:
+    """Implicit Q-Learning for who has an environment's data, and TorchRL's parts around the loss.
+
+    Args:
+        agent: the parts.
+
+    Attributes:
+        agent: the loss, its learner, the normalisers and the random state.
+        loss: the agent's loss as TorchRL's ``LossModule``, over the very same networks, for TorchRL's trainers and
+            loops of one's own. It takes batches of :meth:`replay_buffer`.
+
+    >>> from iql_plugins import load_dataset
+    >>> from iql_plugins.config import IQLConfig
+    >>> from iql_plugins.spaces import Spaces
+    >>> dataset = load_dataset("pendulum-v1-sac")
+    >>> iql = IQL(Agent(Spaces.from_dataset(dataset), IQLConfig(n_steps=2), seed=0)).fit(dataset, n_steps=2)
+    >>> sorted(iql.loss(iql.replay_buffer(dataset).sample()).keys())
+    ['entropy', 'loss_actor', 'loss_qvalue', 'loss_value']
+    """
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.loss = IQLLoss.from_core(agent.loss)
+
+    @classmethod
+    def from_agent(cls, agent: Agent) -> "IQL":
+        """The algorithm around an agent of any adapter."""
+        return cls(agent)
+
+    def to_agent(self) -> Agent:
+        """The agent in it."""
+        return self.agent
+
+    def replay_buffer(self, dataset: TensorDictBase) -> TensorDictReplayBuffer:
+        """TorchRL's replay buffer of a dataset; what it samples is in the networks' units.
+
+        Transitions are drawn uniformly with replacement, by the agent's generator. A memory-mapped dataset stays on
+        disk.
+
+        Args:
+            dataset: transitions by the key layout, batch size ``[N]``, in the environment's units. What the loss does
+                not read is left out.
+
+        Raises:
+            ValueError: if the dataset is empty or does not fit the spaces; names the entry.
+        """
+        agent = self.agent
+        agent.spaces.check(dataset)
+        read = dataset.select(*agent.loss.accepted_keys, strict=False)
+        if len(read) == 0:
+            raise ValueError("the dataset is empty: it has no transition to draw")
+
+        def transform(transitions: TensorDictBase) -> TensorDictBase:
+            # First there, then normalised: the normalisers' numbers are where the networks are.
+            return agent.normalizers(transitions.to(agent.device))
+
+        mapped = any(isinstance(tensor, MemoryMappedTensor) for tensor in read.values(True, True))
+        return TensorDictReplayBuffer(
+            storage=TensorStorage(read if mapped else transform(read), device="cpu" if mapped else agent.device),
+            sampler=_Sampler(agent.generator),
+            transform=transform if mapped else None,
+            batch_size=agent.config.batch_size,
+        )
+
+    def fit(self, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None) -> "IQL":
+        """Trains on batches of :meth:`replay_buffer`.
+
+        Args:
+            dataset: see there.
+            n_steps: gradient steps, further ones if some were taken already.
+            callback: called with the number of all steps after each of them.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ValueError: as :meth:`replay_buffer`.
+        """
+        buffer, learner = self.replay_buffer(dataset), self.agent.learner
+        for _ in range(n_steps):
+            learner.step(buffer.sample())
+            if callback is not None:
+                callback(learner.step_count)
+        return self
+
+    def act(self, observation: Observation, deterministic: bool = True) -> Any:
+        """The policy's action in the environment's units; see :meth:`iql_plugins.agent.Agent.act`."""
+        return self.agent.act(observation, deterministic)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes all of it into one file, atomically, that ``torch.load(path, weights_only=True)`` reads.
+
+        It is a dictionary: ``"loss"`` is the ``state_dict()`` of the loss, for ``loss.load_state_dict``; the others are
+        those of the common checkpoint.
+        """
+        metadata, tensors = checkpoint.seal(*self.agent.state())
+        names = {name: name.removeprefix("loss.") for name in tensors if name.startswith("loss.")}
+        content = {
+            **metadata,
+            "loss": {short: tensors.pop(name) for name, short in names.items()},
+            "tensors": tensors,
+        }
+        file = io.BytesIO()
+        torch.save(content, file)
+        checkpoint.write_bytes(path, file.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **arguments: Any) -> "IQL":
+        """What :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            **arguments: those of :meth:`iql_plugins.agent.Agent.load`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            CheckpointError: if it is no such file, or holds no agent that fits the arguments.
+        """
+        name = os.fspath(path)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no file {name!r}")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            # Whatever torch raises for a file that is none of its own.
+            raise CheckpointError(f"{name!r} is no {_CONTAINER}, or damaged: {error}") from error
+        metadata = content if isinstance(content, dict) else {}
+        tensors = _tensors(metadata.get("loss"), "loss.") | _tensors(metadata.get("tensors"), "")
+        document = checkpoint.unseal(metadata, tensors, name, _CONTAINER)
+        return cls(Agent.from_state(document, tensors, name=name, **arguments))
+
+
+class _Sampler(RandomSampler):  # type: ignore[misc]
+    """Draws with a generator that need not be where the storage is."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__()
+        self._generator = generator
+
+    def sample(self, storage: Any, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
+        device = self._generator.device
+        index = torch.randint(len(storage), (batch_size,), generator=self._generator, device=device)
+        return index.to(storage.device), {}
+
+
+def _tensors(given: Any, prefix: str) -> dict[str, Tensor]:
+    """The tensors among whatever a file has, under the names of the common checkpoint."""
+    entries = given.items() if isinstance(given, dict) else ()
+    return {f"{prefix}{name}": tensor for name, tensor in entries if isinstance(tensor, Tensor)}

@@ -1,0 +1,213 @@
+"""The commands and their options. Hyper-parameters are those of :class:`~iql_plugins.config.IQLConfig`."""
+
+import argparse
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
+
+from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.cli.sources import SHIPPED
+from iql_plugins.config import PRESETS, IQLConfig, preset
+
+tyro = imported("tyro")
+
+__all__ = ["Adapters", "Arguments", "Convert", "Evaluate", "Export", "HelpRequest", "Inspect", "Train", "parse"]
+
+PROGRAM = "iql-plugins"
+DEFAULT_DATASET = "pendulum-v1-sac"
+
+Flag: TypeAlias = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Automatic: TypeAlias = int | Literal["auto"]
+Policy: TypeAlias = Annotated[str, tyro.conf.Positional]
+
+
+class HelpRequest(Exception):  # noqa: N818
+    """Help was asked for; its text is the argument."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Trains IQL on a dataset, and behaviour cloning for comparison. Without options: the dataset that ships.
+
+    Behaviour cloning is the same loss with a temperature of 0, which weighs all actions alike, by the same adapter.
+    """
+
+    adapter: str = "tensor"
+    """Whose algorithm trains; see `iql-plugins adapters`."""
+    dataset: str = DEFAULT_DATASET
+    """File, folder or name; see `iql-plugins inspect`."""
+    env: str | None = None
+    """gymnasium's id of the environment for evaluations, or module:Name-v0; by default the one the dataset names."""
+    preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
+    """Hyper-parameters to start from; options given beside it win."""
+    baseline: Literal["bc", "none"] = "bc"
+    """What IQL is compared with."""
+    seeds: int = 1
+    """Number of seeds, each trained on its own."""
+    seed: int = 0
+    """The first seed."""
+    episodes: int = 50
+    """Episodes that the last and the best policy are measured by in the end."""
+    evaluation_episodes: int = 20
+    """Episodes of the evaluations on the way, which also choose the best policy."""
+    evaluate_every: Automatic = "auto"
+    """Gradient steps between evaluations."""
+    log_every: Automatic = "auto"
+    """Gradient steps between rows of metrics.csv."""
+    run_dir: str | None = None
+    """New folder for the run; by default runs/DATASET-TIME."""
+    resume: str | None = None
+    """Run directory of a run to go on with, bit for bit as if it had never stopped."""
+    config: str | None = None
+    """config.json of a run to repeat."""
+    tensorboard: Flag = False
+    """Write TensorBoard's events, too."""
+    device: str = "auto"
+    """Torch's name of the device; auto takes the GPU if there is one."""
+    threads: Automatic = "auto"
+    """Torch's threads in each process."""
+    workers: Automatic = "auto"
+    """Trainings at a time, one process each; the results do not depend on it."""
+    memmap_dir: str | None = None
+    """New folder that the dataset is written to and read from, for data larger than memory."""
+    trust_pickle: Flag = False
+    """Load a dataset from a pickle, which can run any code."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+    hyperparameters: Annotated[IQLConfig, tyro.conf.arg(name="")] = field(default_factory=IQLConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measures a policy in an environment: mean return with a 95% bootstrap interval over episodes."""
+
+    policy: Policy
+    """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
+    env: str | None = None
+    """gymnasium's id; by default the one that the policy was trained for."""
+    episodes: int = 50
+    """Number of episodes."""
+    seed: int = 0
+    """Of the first episode's start; the next ones count up."""
+    adapter: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """The adapter of a native file; by default it is found by the file's suffix."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Writes a policy as one file that needs nothing of this package, and checks that it acts the same.
+
+    Normalisers are inside: it takes the environment's observations and returns the environment's actions.
+    """
+
+    policy: Policy
+    """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
+    format: Literal["onnx", "torch"] = "onnx"
+    """onnx, or torch.export's .pt2."""
+    output: str | None = None
+    """The file to write; by default beside the policy, with the format's suffix."""
+    adapter: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """The adapter of a native file; by default it is found by the file's suffix."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Moves an agent into a framework's native file, or out of one, and checks that it acts the same."""
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="in", metavar="IN")]
+    """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="out", metavar="OUT")]
+    """The file to write."""
+    to: str
+    """The adapter whose native file it becomes; tensor for the common checkpoint."""
+    adapter: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    """The adapter of a native IN; by default it is found by the file's suffix."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Examines a dataset: counts, returns, shapes, and what is wrong with it."""
+
+    dataset: Annotated[str, tyro.conf.Positional] = DEFAULT_DATASET
+    """File, folder or name."""
+    env: str | None = None
+    """gymnasium's id of the environment, whose bounds actions are held against."""
+    trust_pickle: Flag = False
+    """Load a pickle, which can run any code."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapters:
+    """Lists the installed adapters, and how to install the frameworks that are missing."""
+
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+Arguments = Train | Evaluate | Export | Convert | Inspect | Adapters
+
+
+def parse(arguments: Sequence[str]) -> Arguments:
+    """The command that a command line asks for.
+
+    Raises:
+        UserError: for what cannot be parsed.
+        HelpRequest: for ``--help``.
+    """
+    with mistakes(ValueError):
+        train = tyro.conf.subcommand("train", default=Train(hyperparameters=_starting_point(arguments)))
+    others = {"evaluate": Evaluate, "export": Export, "convert": Convert, "inspect": Inspect, "adapters": Adapters}
+    commands: Any = Annotated[Train, train]
+    for name, kind in others.items():
+        commands = commands | Annotated[kind, tyro.conf.subcommand(name)]
+    out, problem = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(problem), mistakes(ValueError):
+            result: Arguments = tyro.cli(
+                commands,
+                prog=PROGRAM,
+                description=f"Implicit Q-Learning on any dataset. Start with: {PROGRAM} train",
+                args=list(arguments),
+                config=(tyro.conf.DisallowNone,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise HelpRequest(out.getvalue()) from None
+        raise UserError(_one_line(problem.getvalue())) from None
+    return result
+
+
+def _starting_point(arguments: Sequence[str]) -> IQLConfig:
+    """The hyper-parameters that options change: of the preset that is asked for, or that the dataset has."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset", nargs="?")
+    parser.add_argument("--dataset", nargs="?", default=DEFAULT_DATASET)
+    known, _ = parser.parse_known_args(list(arguments))
+    name = starting_preset(known.preset, known.dataset)
+    return IQLConfig() if name is None else preset(name)
+
+
+def starting_preset(given: str | None, dataset: str | None) -> str | None:
+    """The preset that hyper-parameters start from; None for the defaults."""
+    return SHIPPED[dataset].preset if given is None and dataset in SHIPPED else given
+
+
+def _one_line(message: str) -> str:
+    """What is wrong: tyro writes a title, a rule, what is wrong, a rule, and how to get help."""
+    lines = [re.sub(r"^[-─ │]{5,}$", "\0", re.sub(r"[╭╮╰╯│]|─{2,}", "", line)).strip() for line in message.splitlines()]
+    sections = [" ".join(section.split()) for section in "\n".join(lines).split("\0")]
+    title, *rest = [section for section in sections if section] or ["the command line cannot be parsed"]
+    text = rest[0] if rest else title
+    text = text if text.startswith(title) else f"{title}: {text}"
+    return f"{text.rstrip('.')} (see {PROGRAM} --help)"

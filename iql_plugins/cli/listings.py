@@ -1,0 +1,116 @@
+"""``iql-plugins adapters`` and ``inspect``: what is there."""
+
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+import torch
+
+from iql_plugins.cli.arguments import Adapters, Inspect
+from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.cli.output import Result, table
+from iql_plugins.cli.rollouts import environment_spaces
+from iql_plugins.cli.sources import plugin_dataset
+from iql_plugins.data import DatasetError, unknown_source
+from iql_plugins.data.doctor import Report, Statistics, examine
+from iql_plugins.registry import PluginInfo, Registry
+from iql_plugins.spaces import Box
+
+__all__ = ["adapters", "inspect"]
+
+
+def adapters(arguments: Adapters) -> Result:
+    """The adapters; imports no framework."""
+    registry = Registry()
+    duplicates = {name: info.error for name, info in registry.available().items()}
+    entries = [_entry(info, duplicates[name]) for name, info in registry.check().items()]
+    rows = [
+        [entry["name"], f"{entry['distribution']} {entry['version']}", _framework(entry), entry["error"] or ""]
+        for entry in entries
+    ]
+    parts: list[Any] = [table(["adapter", "distribution", "framework", "error"], rows)]
+    return Result({"adapters": entries}, parts if entries else ["no adapter is installed"])
+
+
+def _entry(info: PluginInfo, duplicate: str | None) -> dict[str, Any]:
+    found, missing = {}, []
+    for requirement in _requirements(info):
+        try:
+            found[requirement.name] = version(requirement.name)
+        except PackageNotFoundError:
+            missing.append(str(requirement.name))
+            continue
+        if found[requirement.name] not in requirement.specifier:
+            missing.append(f"{requirement.name}{requirement.specifier}")
+    return {
+        "name": info.name,
+        "distribution": info.distribution,
+        "version": info.version,
+        "framework": found,
+        "missing": missing,
+        "install": f"pip install '{info.distribution}[{info.name}]'" if missing else None,
+        # A plugin that cannot be imported because of what is missing is not broken.
+        "error": duplicate if missing else info.error,
+    }
+
+
+def _requirements(info: PluginInfo) -> list[Any]:
+    """What the extra that is named like the adapter installs."""
+    parse = imported("packaging.requirements").Requirement
+    try:
+        declared = [parse(text) for text in requires(info.distribution) or []]
+    except PackageNotFoundError:
+        return []
+    return [
+        requirement
+        for requirement in declared
+        if requirement.marker is not None
+        and requirement.marker.evaluate({"extra": info.name})
+        and not requirement.marker.evaluate({"extra": ""})
+    ]
+
+
+def _framework(entry: dict[str, Any]) -> str:
+    if entry["install"]:
+        return f"{', '.join(entry['missing'])} missing: {entry['install']}"
+    return ", ".join(f"{name} {number}" for name, number in entry["framework"].items()) or "needs none"
+
+
+def inspect(arguments: Inspect) -> Result:
+    """What the doctor says of a dataset."""
+    options: dict[str, Any] = {"trust_pickle": arguments.trust_pickle}
+    if arguments.env is not None:
+        spaces = environment_spaces(arguments.env)
+        options["discrete"] = spaces.discrete
+        if isinstance(spaces.action, Box) and spaces.action.low is not None and spaces.action.high is not None:
+            options |= {"action_low": torch.tensor(spaces.action.low), "action_high": torch.tensor(spaces.action.high)}
+    report = _examined(arguments.dataset, options)
+    return Result(report.as_dict(), _report_parts(report))
+
+
+def _examined(source: str, options: dict[str, Any]) -> Report:
+    with mistakes(ValueError, ImportError):
+        try:
+            return examine(source, **options)
+        except DatasetError as error:
+            dataset = plugin_dataset(source) if str(error) == unknown_source(source) else None
+            if dataset is None:
+                raise UserError(str(error)) from error
+            return examine(dataset, **options)
+
+
+def _report_parts(report: Report) -> list[Any]:
+    counts = [
+        ["transitions", f"{report.transitions}"],
+        ["episodes", f"{report.episodes}"],
+        ["return", _statistics(report.returns)],
+        ["length", _statistics(report.lengths)],
+        *([key, f"{report.dtypes[key]} {list(shape)}"] for key, shape in sorted(report.shapes.items())),
+    ]
+    parts: list[Any] = [table([report.name, ""], counts)]
+    for finding in report.findings:
+        parts.append(f"{finding.code}: {finding.message}\n    {finding.suggestion}")
+    return parts if report.findings else [*parts, "nothing was found to be wrong"]
+
+
+def _statistics(statistics: Statistics) -> str:
+    return f"{statistics.mean:.1f} ({statistics.min:.1f} to {statistics.max:.1f})"

@@ -1,0 +1,107 @@
+"""What a command prints: one JSON document, or tables for people."""
+
+import contextlib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from iql_plugins.cli.errors import imported
+
+__all__ = ["Result", "captured_stdout", "json_text", "note", "show", "table"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command found.
+
+    Attributes:
+        document: JSON values, for ``--json``.
+        parts: what people read instead: lines, and tables of :func:`table`.
+    """
+
+    document: Mapping[str, Any]
+    parts: Sequence[Any] = field(default_factory=tuple)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    """A table; all but the first column are aligned to the right."""
+    result = imported("rich.table").Table(box=imported("rich.box").SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="right" if index else "left", no_wrap=index == 0)
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def show(result: Result) -> None:
+    """Prints a result for people on stdout."""
+    console = imported("rich.console").Console(
+        file=sys.stdout, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()
+    )
+    for part in result.parts:
+        console.print(part)
+
+
+def note(text: str) -> None:
+    """Tells people something on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def json_text(document: Mapping[str, Any]) -> str:
+    """A JSON document; numbers that are not finite are null."""
+    return json.dumps(_finite(document), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def captured_stdout(*, restore: bool) -> Iterator[Callable[[str], None]]:
+    """Sends to stderr whatever anyone writes to stdout, C libraries and child processes included.
+
+    Args:
+        restore: whether to undo it at the end; not for a process that ends then, because libraries print at exit, too.
+
+    Yields:
+        What writes to stdout all the same.
+    """
+    stdout = sys.stdout
+    stdout.flush()
+    descriptor = _descriptor(stdout)
+    real: TextIO = stdout
+    saved = None
+    if descriptor is not None:
+        saved = os.dup(descriptor)
+        real = os.fdopen(saved, "w", encoding="utf-8", closefd=False)
+        os.dup2(2, descriptor)
+    sys.stdout = sys.stderr
+
+    def write(text: str) -> None:
+        real.write(text)
+        real.flush()
+
+    try:
+        yield write
+    finally:
+        if restore:
+            sys.stdout = stdout
+            if descriptor is not None and saved is not None:
+                os.dup2(saved, descriptor)
+                os.close(saved)
+
+
+def _descriptor(stream: TextIO) -> int | None:
+    """1 for the process's stdout; None for a stream that stands in for it."""
+    try:
+        return stream.fileno() if stream.fileno() == 1 else None
+    except (OSError, AttributeError, ValueError):
+        return None

@@ -1,0 +1,265 @@
+"""What a benchmark compares: gradient steps of this package through its adapters, and of the libraries installed.
+
+Each maker takes the size of the problem and a dataset of keyword tensors, and returns a function that takes a number
+of gradient steps, from drawing the batch to the update of the targets.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
+
+from iql_plugins.cli.errors import UserError
+from iql_plugins.config import Compile, IQLConfig
+from iql_plugins.keys import flat_name
+from iql_plugins.spaces import Box, Spaces
+
+__all__ = ["PEERS", "Size", "Steps", "dataset_of", "maker", "ours"]
+
+#: Takes a number of gradient steps.
+Steps = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a benchmark's problem is; the defaults are the usual ones of offline RL.
+
+    Attributes:
+        observation: entries of an observation.
+        action: entries of an action.
+        batch: transitions a step.
+        hidden: width of both hidden layers.
+        transitions: in the dataset.
+    """
+
+    observation: int = 17
+    action: int = 6
+    batch: int = 256
+    hidden: int = 256
+    transitions: int = 100_000
+
+    @property
+    def multiplications(self) -> int:
+        """Floating-point operations of a step's matrix products with two critics, additions counted.
+
+        Forward, the actor, V(s), V(s') and both critics and their targets; backward, the actor, V(s) and both critics,
+        without the gradient of the inputs.
+        """
+        hidden, inputs = self.hidden, self.observation + self.action
+        total = 0
+        for count, first, last, trained in (
+            (1, self.observation, self.action, True),
+            (1, self.observation, 1, True),
+            (1, self.observation, 1, False),
+            (2, inputs, 1, True),
+            (2, inputs, 1, False),
+        ):
+            forward = first * hidden + hidden * hidden + hidden * last
+            backward = forward + hidden * hidden + hidden * last if trained else 0
+            total += count * (forward + backward)
+        return 2 * self.batch * total
+
+
+def dataset_of(size: Size) -> TensorDict:
+    """Random transitions by the key layout; a hundredth of them terminal, episodes of a hundred steps on average."""
+    generator = torch.Generator().manual_seed(0)
+    count = size.transitions
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(count, *shape, generator=generator)
+
+    terminated = torch.rand(count, 1, generator=generator) < 0.01
+    terminated[-1] = True
+    return TensorDict(
+        {
+            "observation": normal(size.observation),
+            "action": (normal(size.action) / 2).clamp(-0.99, 0.99),
+            "next": {
+                "observation": normal(size.observation),
+                "reward": normal(1),
+                "done": terminated,
+                "terminated": terminated.clone(),
+            },
+        },
+        batch_size=[count],
+    )
+
+
+def spaces_of(size: Size) -> Spaces:
+    """The spaces of :func:`dataset_of`."""
+    bounds = (-1.0,) * size.action, (1.0,) * size.action
+    return Spaces(Box((size.observation,)), Box((size.action,), "float32", *bounds))
+
+
+def config_of(size: Size, compile: Compile) -> IQLConfig:
+    """The paper's hyper-parameters at a size."""
+    return IQLConfig(batch_size=size.batch, hidden_sizes=(size.hidden, size.hidden), compile=compile)
+
+
+def ours(adapter: str, compile: Compile) -> Callable[[Size, TensorDict], Steps]:
+    """The maker of this package's steps through an adapter, as the command line trains with it."""
+
+    def make(size: Size, data: TensorDict) -> Steps:
+        from iql_plugins.agent import Agent
+        from iql_plugins.registry import Registry
+
+        training = Registry().load(adapter).training
+        if training is None:
+            raise UserError(f"the adapter {adapter!r} does not train")
+        algorithm = training.from_agent(Agent(spaces_of(size), config_of(size, compile), seed=0))
+        return lambda count: training.fit(algorithm, data, count, _ignore)
+
+    return make
+
+
+def _ignore(step: int) -> None:
+    """No callback."""
+
+
+def _torchrl(size: Size, data: TensorDict) -> Steps:
+    """TorchRL's loss in the loop that its documentation shows."""
+    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+    from torchrl.objectives import IQLLoss, SoftUpdate
+
+    from iql_plugins.networks import critic, gaussian_actor, value_function
+
+    hidden = (size.hidden, size.hidden)
+    loss = IQLLoss(
+        gaussian_actor(size.observation, size.action, hidden_sizes=hidden),
+        critic(size.observation, size.action, hidden_sizes=hidden),
+        value_function(size.observation, hidden_sizes=hidden),
+        loss_function="l2",
+        temperature=3.0,
+        expectile=0.7,
+    )
+    loss.make_value_estimator(gamma=0.99)
+    updater = SoftUpdate(loss, tau=0.005)
+    optimizers = [
+        torch.optim.Adam(parameters.values(True, True), lr=3e-4)
+        for parameters in (loss.actor_network_params, loss.qvalue_network_params, loss.value_network_params)
+    ]
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(size.transitions), batch_size=size.batch)
+    buffer.extend(data)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            losses = loss(buffer.sample())
+            (losses["loss_actor"] + losses["loss_qvalue"] + losses["loss_value"]).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            updater.step()
+
+    return steps
+
+
+def _d3rlpy(size: Size, data: TensorDict) -> Steps:
+    """``fit`` of d3rlpy's IQL."""
+    import d3rlpy
+
+    encoder = d3rlpy.models.VectorEncoderFactory([size.hidden, size.hidden])
+    algorithm = d3rlpy.algos.IQLConfig(
+        batch_size=size.batch,
+        actor_encoder_factory=encoder,
+        critic_encoder_factory=encoder,
+        value_encoder_factory=encoder,
+    ).create(device="cpu:0")
+    dataset = d3rlpy.dataset.MDPDataset(
+        observations=data["observation"].numpy(),
+        actions=data["action"].numpy(),
+        rewards=data["next", "reward"].numpy(),
+        terminals=data["next", "terminated"].numpy().astype(np.float32),
+    )
+
+    def steps(count: int) -> None:
+        algorithm.fit(
+            dataset,
+            n_steps=count,
+            n_steps_per_epoch=count,
+            logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
+            show_progress=False,
+            save_interval=count + 1,
+        )
+
+    return steps
+
+
+def _stable_baselines3(size: Size, data: TensorDict) -> Steps:
+    """``train`` of Stable-Baselines3's SAC, which has the same number of networks to train."""
+    import gymnasium
+    from stable_baselines3 import SAC
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.logger import configure
+
+    class Still(gymnasium.Env[Any, Any]):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size.observation,))
+        action_space = gymnasium.spaces.Box(-1.0, 1.0, (size.action,))
+
+    model = SAC(
+        "MlpPolicy",
+        make_vec_env(Still, 1),
+        buffer_size=size.transitions,
+        batch_size=size.batch,
+        policy_kwargs={"net_arch": [size.hidden, size.hidden]},
+        device="cpu",
+    )
+    model.set_logger(configure(None, []))
+    buffer = model.replay_buffer
+    assert buffer is not None
+    buffer.observations[:, 0] = data["observation"].numpy()
+    buffer.next_observations[:, 0] = data["next", "observation"].numpy()
+    buffer.actions[:, 0] = data["action"].numpy()
+    buffer.rewards[:] = data["next", "reward"].numpy()
+    buffer.dones[:] = data["next", "terminated"].numpy()
+    buffer.full = True
+    return lambda count: model.train(gradient_steps=count, batch_size=size.batch)
+
+
+#: Peers by name, with the module that each needs.
+PEERS: Mapping[str, tuple[str, Callable[[Size, TensorDict], Steps]]] = {
+    "torchrl": ("torchrl", _torchrl),
+    "d3rlpy": ("d3rlpy", _d3rlpy),
+    "sb3-sac": ("stable_baselines3", _stable_baselines3),
+}
+
+
+def maker(name: str) -> Callable[[Size, TensorDict], Steps]:
+    """The maker of a peer.
+
+    Args:
+        name: one of :data:`PEERS`, or a Python file with a function ``peer(data, batch_size, hidden)`` from keyword
+            tensors to a function that takes a number of gradient steps.
+
+    Raises:
+        UserError: for an unknown name, or a library that is not installed.
+    """
+    if name in PEERS:
+        module, make = PEERS[name]
+        if importlib.util.find_spec(module) is None:
+            raise UserError(f"the peer {name!r} needs {module}, which is not installed")
+        return make
+    path = Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        raise UserError(f"there is no peer {name!r}: give one of {', '.join(PEERS)}, or a Python file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module_of_peer = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module_of_peer
+    spec.loader.exec_module(module_of_peer)
+    if not hasattr(module_of_peer, "peer"):
+        raise UserError(f"{path} has no function peer(data, batch_size, hidden)")
+
+    def make_from_file(size: Size, data: TensorDict) -> Steps:
+        tensors = {flat_name(key): tensor for key, tensor in data.items(True, True)}
+        steps: Steps = module_of_peer.peer(tensors, size.batch, size.hidden)
+        return steps
+
+    return make_from_file

@@ -1,0 +1,158 @@
+"""``iql-plugins evaluate``, ``export`` and ``convert``: what is done with a policy that exists."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iql_plugins.agent import Agent
+from iql_plugins.checkpoint import CheckpointError
+from iql_plugins.cli.arguments import Convert, Evaluate, Export
+from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.cli.output import Result, table
+from iql_plugins.cli.rollouts import environment_spaces, rollouts
+from iql_plugins.cli.statistics import estimate
+from iql_plugins.cli.training import POLICY, adapter_training, evaluation_seeds
+from iql_plugins.export import SUFFIXES, ExportError, export_policy, random_observations
+from iql_plugins.registry import PluginError, Registry
+
+__all__ = ["convert", "evaluate", "export"]
+
+COMMON_SUFFIX = ".safetensors"
+#: Observations that a converted policy is compared on.
+CHECKS = 1000
+
+
+def load_agent(path: str, adapter: str | None) -> Agent:
+    """The agent in a file.
+
+    Args:
+        path: a common checkpoint, a run directory (its final policy), or an adapter's native file.
+        adapter: whose native file it is; None finds out by the suffix.
+
+    Raises:
+        UserError: if there is no such file, or nobody can read it.
+    """
+    file = Path(path) / POLICY if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"there is no policy {str(file)!r}")
+    if adapter is None and file.suffix == COMMON_SUFFIX:
+        with mistakes(CheckpointError, FileNotFoundError):
+            return Agent.load(file)
+    training = adapter_training(adapter or _adapter_by_suffix(file))
+    try:
+        return training.to_agent(training.load(file))
+    except Exception as error:
+        # A framework's loader: what it raises for a file that is not its own is its affair.
+        raise UserError(f"{file} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def evaluate(arguments: Evaluate) -> Result:
+    """Returns of a policy's episodes."""
+    if arguments.episodes < 1:
+        raise UserError(f"--episodes must be at least 1, got {arguments.episodes}")
+    imported("scipy.stats")
+    agent = load_agent(arguments.policy, arguments.adapter)
+    env = arguments.env or agent.extra.get("run", {}).get("env")
+    if env is None:
+        raise UserError(f"{arguments.policy} does not say which environment it is for: give --env")
+    _check_spaces(agent, env)
+    episodes = rollouts(agent.act, env, evaluation_seeds(arguments.episodes, arguments.seed))
+    returns = [episode.total for episode in episodes]
+    lengths = [episode.length for episode in episodes]
+    result = estimate([returns])
+    document: dict[str, Any] = {"policy": arguments.policy, "env": env, "episodes": arguments.episodes}
+    document |= result.as_dict(env) | {"returns": returns, "lengths": lengths}
+    rows = [
+        ["mean return", f"{result.mean:.1f}"],
+        ["95% interval", f"{result.low:.1f} to {result.high:.1f}"],
+        ["smallest and largest", f"{min(returns):.1f} to {max(returns):.1f}"],
+        ["mean length", f"{sum(lengths) / len(lengths):.1f}"],
+    ]
+    if "normalized_score" in document:
+        rows.append(["normalised score", f"{document['normalized_score']:.1f}"])
+    return Result(document, [table([env, f"{arguments.episodes} episodes"], rows)])
+
+
+def export(arguments: Export) -> Result:
+    """A policy as a file of its own."""
+    agent = load_agent(arguments.policy, arguments.adapter)
+    source = Path(arguments.policy)
+    default = (source / POLICY if source.is_dir() else source).with_suffix(SUFFIXES[arguments.format])
+    output = default if arguments.output is None else Path(arguments.output)
+    with mistakes(ImportError, FileNotFoundError, ExportError, IsADirectoryError):
+        difference = export_policy(agent, output, arguments.format)
+    document = {
+        "policy": arguments.policy,
+        "output": str(output),
+        "format": arguments.format,
+        "largest_difference": difference,
+        "observations_checked": CHECKS,
+    }
+    line = (
+        f"wrote {output}; on {CHECKS} random observations its actions differ by at most {difference:.1e} of the range"
+    )
+    return Result(document, [line])
+
+
+def convert(arguments: Convert) -> Result:
+    """An agent as an adapter's native file, or as a common checkpoint."""
+    training = adapter_training(arguments.to)
+    target = Path(arguments.target)
+    if target.suffix != training.suffix:
+        raise UserError(f"a file of adapter {arguments.to!r} has suffix {training.suffix}, got {str(target)!r}")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {str(target.parent)!r} to write {target.name!r} to")
+    agent = load_agent(arguments.source, arguments.adapter)
+    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder:
+        temporary = Path(folder) / target.name
+        with mistakes(ValueError, TypeError, NotImplementedError):
+            training.save(training.from_agent(agent), temporary)
+        _check_same(agent, training.to_agent(training.load(temporary)))
+        os.replace(temporary, target)
+    document = {"source": arguments.source, "output": str(target), "to": arguments.to, "observations_checked": CHECKS}
+    return Result(document, [f"wrote {target}; its actions are the same on {CHECKS} random observations"])
+
+
+def _adapter_by_suffix(file: Path) -> str:
+    registry = Registry()
+    found = []
+    for name in registry.available():
+        try:
+            training = registry.load(name).training
+        except PluginError:
+            continue
+        if training is not None and training.suffix == file.suffix:
+            found.append(name)
+    if len(found) == 1:
+        return found[0]
+    which = f"may be of {' or '.join(found)}" if found else "has the suffix of no installed adapter's files"
+    raise UserError(f"{file} {which}: give --from")
+
+
+def _check_spaces(agent: Agent, env: str) -> None:
+    spaces = environment_spaces(env)
+    wanted, there = agent.spaces.to_json(), spaces.to_json()
+    for name in ("observation", "action"):
+        # Bounds of observations do not matter to a policy; those of actions were learned with.
+        if _shapes(wanted[name]) != _shapes(there[name]):
+            raise UserError(f"the policy's {name} space is {wanted[name]}, that of {env} {there[name]}")
+
+
+def _shapes(space: dict[str, Any]) -> Any:
+    if "dict" in space:
+        return {name: _shapes(entry) for name, entry in space["dict"].items()}
+    return {name: value for name, value in space.items() if name not in ("low", "high")}
+
+
+def _check_same(agent: Agent, other: Agent) -> None:
+    observations = random_observations(agent, CHECKS)
+    if isinstance(agent.spaces.observation, dict):
+        names = [key[-1] for key in agent.spaces.observations]
+        given: Any = dict(zip(names, observations, strict=True))
+    else:
+        given = observations[0]
+    if not torch.equal(agent.act(given), other.act(given)):
+        raise RuntimeError("the converted policy acts differently: nothing was written")

@@ -1,0 +1,112 @@
+"""Episodes of gymnasium's environments under a policy."""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.spaces import Spaces
+
+__all__ = ["Episode", "environment_spaces", "rollouts"]
+
+#: Environments that are stepped side by side, so that the policy acts on a batch.
+WIDTH = 32
+#: Steps after which an episode is cut in an environment that has no time limit of its own.
+LONGEST_EPISODE = 10_000
+
+
+class Episode(NamedTuple):
+    """What an episode came to.
+
+    Attributes:
+        total: undiscounted return.
+        length: steps.
+    """
+
+    total: float
+    length: int
+
+
+def environment_spaces(env: str) -> Spaces:
+    """The spaces of an environment.
+
+    Args:
+        env: gymnasium's id, ``Pendulum-v1``, or ``module:Name-v0`` to import the module that registers it.
+
+    Raises:
+        UserError: if it cannot be made, or has spaces that are not supported.
+    """
+    made = _make(env)
+    try:
+        with mistakes(TypeError, ValueError):
+            return Spaces.from_gymnasium(made.observation_space, made.action_space)
+    finally:
+        made.close()
+
+
+def rollouts(act: Callable[[Any], Any], env: str, seeds: Sequence[int]) -> list[Episode]:
+    """One episode for each seed; its environment is reset with that seed.
+
+    Each environment is stepped to the end of its own episode and no further, so that short episodes count as often as
+    long ones, and no convention of automatic resets matters.
+
+    Args:
+        act: actions for a batch of observations: an array ``[B, ...]``, or one for each entry of a Dict space.
+        env: see :func:`environment_spaces`.
+        seeds: one for each episode.
+
+    Raises:
+        UserError: if the environment cannot be made.
+    """
+    episodes: list[Episode] = []
+    with contextlib.ExitStack() as stack, _quiet():
+        envs = [stack.enter_context(contextlib.closing(_make(env))) for _ in range(min(WIDTH, len(seeds)))]
+        for start in range(0, len(seeds), WIDTH):
+            episodes += _side_by_side(act, envs, seeds[start : start + WIDTH])
+    return episodes
+
+
+def _side_by_side(act: Callable[[Any], Any], envs: Sequence[Any], seeds: Sequence[int]) -> list[Episode]:
+    observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=False)]
+    totals, lengths = [0.0] * len(seeds), [0] * len(seeds)
+    active = list(range(len(seeds)))
+    limited = envs[0].spec is not None and envs[0].spec.max_episode_steps is not None
+    discrete = envs[0].action_space.shape == ()
+    while active:
+        actions = act(_stacked([observations[index] for index in active]))
+        remaining = []
+        for index, action in zip(active, actions, strict=True):
+            step = envs[index].step(int(action) if discrete else action)
+            observations[index], reward, terminated, truncated, _ = step
+            totals[index] += float(reward)
+            lengths[index] += 1
+            if not (terminated or truncated or (not limited and lengths[index] >= LONGEST_EPISODE)):
+                remaining.append(index)
+        active = remaining
+    return [Episode(total, length) for total, length in zip(totals, lengths, strict=True)]
+
+
+def _stacked(observations: Sequence[Any]) -> Any:
+    if isinstance(observations[0], Mapping):
+        return {name: np.stack([observation[name] for observation in observations]) for name in observations[0]}
+    return np.stack(observations)
+
+
+def _make(env: str) -> Any:
+    gymnasium = imported("gymnasium")
+    with _quiet():
+        try:
+            return gymnasium.make(env, disable_env_checker=True)
+        except (gymnasium.error.Error, ImportError) as error:
+            raise UserError(f"the environment {env!r} cannot be made: {' '.join(str(error).split())}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without gymnasium's warnings that a newer version of an environment exists."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

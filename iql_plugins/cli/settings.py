@@ -1,0 +1,201 @@
+"""What a run consists of: all of it is in the run directory's ``config.json``, and repeats the run."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from iql_plugins import checkpoint
+from iql_plugins.agent import Agent
+from iql_plugins.cli.errors import UserError, mistakes
+from iql_plugins.cli.sources import Source, digest, load_source
+from iql_plugins.config import IQLConfig
+from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.spaces import Spaces
+
+__all__ = ["METHODS", "Method", "Settings", "Unit", "available_cores", "versions"]
+
+Method = Literal["iql", "bc"]
+METHODS: Mapping[str, str] = {"iql": "IQL", "bc": "behaviour cloning"}
+
+CONFIG = "config.json"
+FORMAT = 1
+#: Hidden layers up to this width run no faster on several threads.
+NARROW = 128
+_PACKAGES = ("iql-plugins", "torch", "tensordict", "numpy", "safetensors", "gymnasium")
+
+
+class Unit(NamedTuple):
+    """One training of a run.
+
+    Attributes:
+        seed: of weights and batches.
+        method: IQL, or the behaviour cloning that it is compared with.
+    """
+
+    seed: int
+    method: Method
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return f"{METHODS[self.method]}, seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A run; automatic choices are resolved.
+
+    Attributes:
+        adapter: the adapter's name.
+        dataset: path or name.
+        dataset_sha256: of the dataset's content.
+        transitions: number of transitions.
+        memmap_dir: where the dataset is kept on disk while it is used; None keeps it in memory.
+        env: the environment of evaluations; None for none.
+        spaces: of the environment, or those that the dataset tells.
+        preset: whose hyper-parameters were the starting point; None for the defaults.
+        hyperparameters: of IQL.
+        baseline: ``"bc"`` trains behaviour cloning, too.
+        seeds: one training each, and one of the baseline.
+        episodes: of the evaluations in the end.
+        evaluation_episodes: of the evaluations on the way.
+        evaluate_every: gradient steps between evaluations.
+        log_every: gradient steps between rows of metrics.csv.
+        device: torch's name.
+        threads: of torch, in each process.
+        tensorboard: whether TensorBoard's events are written.
+    """
+
+    adapter: str
+    dataset: str
+    dataset_sha256: str
+    transitions: int
+    memmap_dir: str | None
+    env: str | None
+    spaces: Spaces
+    preset: str | None
+    hyperparameters: IQLConfig
+    baseline: Literal["bc", "none"]
+    seeds: tuple[int, ...]
+    episodes: int
+    evaluation_episodes: int
+    evaluate_every: int
+    log_every: int
+    device: str
+    threads: int
+    tensorboard: bool
+
+    @property
+    def units(self) -> list[Unit]:
+        """The trainings, those of one seed together."""
+        methods: list[Method] = ["iql", "bc"] if self.baseline == "bc" else ["iql"]
+        return [Unit(seed, method) for seed in self.seeds for method in methods]
+
+    def folder(self, run: Path, unit: Unit) -> Path:
+        """Where a training's files are: IQL's of a single seed in the run directory itself."""
+        folder = run if len(self.seeds) == 1 else run / f"seed-{unit.seed}"
+        return folder if unit.method == "iql" else folder / unit.method
+
+    def config(self, method: Method) -> IQLConfig:
+        """The hyper-parameters of a method: behaviour cloning weighs all actions alike."""
+        return self.hyperparameters if method == "iql" else self.hyperparameters.replace(temperature=0.0)
+
+    def load(self, *, trust_pickle: bool = False) -> Source:
+        """The dataset.
+
+        Raises:
+            UserError: if it cannot be loaded, or is another one than it was.
+        """
+        source = load_source(
+            self.dataset, trust_pickle=trust_pickle, discrete=self.spaces.discrete, memmap_dir=self.memmap_dir
+        )
+        if digest(source.dataset) != self.dataset_sha256:
+            raise UserError(f"{self.dataset} is not the dataset that the run was made with: its content has changed")
+        return source
+
+    def agent(self, source: Source, unit: Unit) -> Agent:
+        """An untrained agent.
+
+        Raises:
+            UserError: if dataset, spaces, hyper-parameters and device do not fit together.
+        """
+        config = self.config(unit.method)
+        with mistakes(ValueError, RuntimeError):
+            self.spaces.check(source.dataset)
+            normalizers = Normalizers.fit(source.dataset, self.spaces, config)
+            return Agent(self.spaces, config, normalizers=normalizers, seed=unit.seed, device=self.device)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {
+            "spaces": self.spaces.to_json(),
+            "hyperparameters": self.hyperparameters.to_json(),
+            "seeds": list(self.seeds),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "Settings":
+        """The settings of :meth:`to_json`."""
+        return cls(
+            **{
+                **document,
+                "spaces": Spaces.from_json(document["spaces"]),
+                "hyperparameters": IQLConfig.from_json(document["hyperparameters"]),
+                "seeds": tuple(document["seeds"]),
+            }
+        )
+
+    def write(self, run: Path) -> None:
+        """Writes ``config.json``, with what the run is made on."""
+        document = {"format": FORMAT, "settings": self.to_json(), "environment": versions()}
+        checkpoint.write_bytes(run / CONFIG, (json.dumps(document, indent=2) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> tuple["Settings", dict[str, Any]]:
+        """The settings in a ``config.json``, and the environment that they were written in.
+
+        Raises:
+            UserError: if there is no such file, or it holds something else.
+        """
+        if not path.is_file():
+            raise UserError(f"there is no {path}: a run directory has it from its first second on")
+        try:
+            document = json.loads(path.read_text())
+            if document["format"] != FORMAT:
+                raise UserError(
+                    f"{path} has format {document['format']!r}, known is {FORMAT}: another release wrote it"
+                )
+            return cls.from_json(document["settings"]), dict(document["environment"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} is no configuration of a run: {type(error).__name__}: {error}") from error
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def versions() -> dict[str, Any]:
+    """What a run's numbers may depend on beside its settings."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cores": available_cores(),
+        "packages": {name: installed(name) for name in _PACKAGES},
+    }

@@ -1,0 +1,75 @@
+"""Means of returns, and how sure of them one can be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from iql_plugins.cli.errors import imported
+from iql_plugins.cli.reference_scores import normalized_score
+
+__all__ = ["Estimate", "estimate"]
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean return.
+
+    Attributes:
+        mean: over all episodes of all seeds.
+        low: lower end of the 95% bootstrap confidence interval; NaN from a single episode.
+        high: upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    def as_dict(self, env: str | None) -> dict[str, Any]:
+        """JSON values; with D4RL's normalised score if that is known for the environment."""
+        document: dict[str, Any] = {"mean_return": self.mean, "confidence_95": [self.low, self.high]}
+        score = normalized_score(env, self.mean)
+        return document if score is None else document | {"normalized_score": score}
+
+
+def estimate(returns: Sequence[Sequence[float]]) -> Estimate:
+    """The mean of returns with a 95% percentile-bootstrap interval over seeds and over episodes.
+
+    Seeds and episodes are drawn independently of each other (the pigeonhole bootstrap, Owen 2007, arXiv:0712.1111):
+    episode i starts from the same state for every seed, so that both are causes of chance on their own.
+
+    Args:
+        returns: ``[seeds, episodes]``; a single seed's interval is over its episodes alone.
+    """
+    values = np.asarray(returns, np.float64)
+    sizes = values.shape
+    samples = [np.arange(size) for size in sizes if size > 1]
+    mean = float(values.mean())
+    if not samples or float(np.ptp(values)) == 0.0:
+        spread = mean if samples else float("nan")
+        return Estimate(mean, spread, spread)
+    grid = values if len(samples) == 2 else values.reshape(-1)
+
+    def resampled_mean(*indices: Any, axis: int = -1) -> Any:
+        drawn = grid[indices[0]] if len(indices) == 1 else grid[indices[0][..., :, None], indices[1][..., None, :]]
+        return drawn.mean(axis=tuple(range(-len(indices), 0)))
+
+    interval = (
+        imported("scipy.stats")
+        .bootstrap(
+            samples,
+            resampled_mean,
+            n_resamples=RESAMPLES,
+            batch=100,
+            vectorized=True,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
+        .confidence_interval
+    )
+    return Estimate(mean, float(interval.low), float(interval.high))

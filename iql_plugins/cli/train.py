@@ -1,0 +1,303 @@
+"""``iql-plugins train``."""
+
+import contextlib
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from iql_plugins import checkpoint
+from iql_plugins.cli.arguments import PROGRAM, Train, starting_preset
+from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.cli.figures import learning_curve
+from iql_plugins.cli.output import Result, json_text, note, table
+from iql_plugins.cli.progress import reporter
+from iql_plugins.cli.rollouts import environment_spaces
+from iql_plugins.cli.settings import CONFIG, METHODS, NARROW, Settings, available_cores, versions
+from iql_plugins.cli.sources import Source, digest, load_source
+from iql_plugins.cli.statistics import Estimate, estimate
+from iql_plugins.cli.training import POLICY, Outcome, adapter_training
+from iql_plugins.cli.workers import train_all
+from iql_plugins.data.episodes import episode_returns
+from iql_plugins.learner import resolve_compile
+from iql_plugins.spaces import Spaces
+
+__all__ = ["InterruptedRun", "run"]
+
+#: Options that go with --resume and --config; all others are the run's own.
+BESIDE = {"--json", "--workers", "--trust-pickle"}
+RESULTS, PICTURE = "results.json", "learning_curve.png"
+
+
+class InterruptedRun(KeyboardInterrupt):
+    """Ctrl-C while a run was under way; the argument is its directory."""
+
+
+def run(arguments: Train, command_line: Sequence[str]) -> Result:
+    """Trains, and says what came of it.
+
+    Raises:
+        UserError: for a mistake of the user.
+        InterruptedRun: on Ctrl-C; the run can be resumed.
+    """
+    check_libraries(arguments)
+    if arguments.resume is not None:
+        _check_alone(command_line, "--resume")
+        folder = Path(arguments.resume)
+        settings, made_on = Settings.read(folder / CONFIG)
+        _note_differences(made_on)
+        source = settings.load(trust_pickle=arguments.trust_pickle)
+    elif arguments.config is not None:
+        _check_alone(command_line, "--config", "--run-dir")
+        settings, made_on = Settings.read(Path(arguments.config))
+        _note_differences(made_on)
+        source = settings.load(trust_pickle=arguments.trust_pickle)
+        folder = _new_folder(arguments.run_dir, settings.dataset)
+    else:
+        settings, source = _settings(arguments)
+        folder = _new_folder(arguments.run_dir, settings.dataset)
+    _check(settings, source)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if arguments.resume is None:
+            settings.write(folder)
+        note(f"run directory: {folder}")
+        return _train(settings, source, folder, arguments)
+
+
+def check_libraries(arguments: Train) -> None:
+    """Raises :class:`UserError` for a package that is missing, before time is spent on training."""
+    for module in ("matplotlib.figure", "rich.progress", "scipy.stats"):
+        imported(module)
+    if arguments.tensorboard:
+        imported("torch.utils.tensorboard", "tensorboard")
+
+
+def _settings(arguments: Train) -> tuple[Settings, Source]:
+    for name in ("seeds", "episodes", "evaluation_episodes", "evaluate_every", "log_every", "threads", "workers"):
+        value = getattr(arguments, name)
+        if value != "auto" and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    spaces = None if arguments.env is None else environment_spaces(arguments.env)
+    source = load_source(
+        arguments.dataset,
+        trust_pickle=arguments.trust_pickle,
+        discrete=None if spaces is None else spaces.discrete,
+        memmap_dir=arguments.memmap_dir,
+    )
+    env = arguments.env
+    if env is None:
+        env, spaces = _environment_of(source)
+    if spaces is None:
+        with mistakes(ValueError):
+            spaces = Spaces.from_dataset(source.dataset) if source.spaces is None else source.spaces
+    config = arguments.hyperparameters
+    device = _device(arguments.device)
+    n_steps = config.n_steps
+    config = config.replace(compile=resolve_compile(config.compile, n_steps, torch.device(device)))
+    methods = 1 if arguments.baseline == "none" else 2
+    workers = worker_count(arguments.workers, methods * arguments.seeds, device)
+    settings = Settings(
+        adapter=arguments.adapter,
+        dataset=os.path.abspath(arguments.dataset) if os.path.exists(arguments.dataset) else arguments.dataset,
+        dataset_sha256=digest(source.dataset),
+        transitions=len(source.dataset),
+        memmap_dir=None if arguments.memmap_dir is None else os.path.abspath(arguments.memmap_dir),
+        env=env,
+        spaces=spaces,
+        preset=starting_preset(arguments.preset, arguments.dataset),
+        hyperparameters=config,
+        baseline=arguments.baseline,
+        seeds=tuple(range(arguments.seed, arguments.seed + arguments.seeds)),
+        episodes=arguments.episodes,
+        evaluation_episodes=arguments.evaluation_episodes,
+        evaluate_every=_every(arguments.evaluate_every, n_steps, parts=10, most=10_000),
+        log_every=_every(arguments.log_every, n_steps, parts=100, most=1_000),
+        device=device,
+        threads=_threads(arguments.threads, workers, config.hidden_sizes),
+        tensorboard=arguments.tensorboard,
+    )
+    return settings, source
+
+
+def _environment_of(source: Source) -> tuple[str | None, Spaces | None]:
+    """The environment that a dataset names, if it can be made here."""
+    if source.env is None:
+        note("no --env was given, and the dataset names none: there will be no evaluations")
+        return None, None
+    try:
+        return source.env, environment_spaces(source.env)
+    except UserError as error:
+        note(f"{error}: there will be no evaluations")
+        return None, None
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    with mistakes(RuntimeError):
+        device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"there is no GPU here for --device {name}")
+    return name
+
+
+def worker_count(wanted: int | str, units: int, device: str) -> int:
+    """Trainings at a time: one for each core, or one on a GPU."""
+    if isinstance(wanted, int):
+        return wanted
+    return min(units, available_cores()) if torch.device(device).type == "cpu" else 1
+
+
+def _threads(wanted: int | str, workers: int, hidden_sizes: Sequence[int]) -> int:
+    if isinstance(wanted, int):
+        return wanted
+    return 1 if max(hidden_sizes, default=0) <= NARROW else max(1, available_cores() // workers)
+
+
+def _every(wanted: int | str, n_steps: int, *, parts: int, most: int) -> int:
+    return wanted if isinstance(wanted, int) else max(1, min(n_steps // parts, most))
+
+
+def _check(settings: Settings, source: Source) -> None:
+    """Raises :class:`UserError` for what would fail at the first step, before there is a run directory."""
+    adapter_training(settings.adapter)
+    if settings.env is not None:
+        environment_spaces(settings.env)
+    _device(settings.device)
+    settings.agent(source, settings.units[0])
+
+
+def _check_alone(command_line: Sequence[str], option: str, *also: str) -> None:
+    allowed = BESIDE | {option, *also}
+    given = (word.partition("=")[0].replace("_", "-") for word in command_line if word.startswith("--"))
+    if wrong := sorted(set(given) - allowed):
+        raise UserError(
+            f"{', '.join(wrong)}: {option} takes everything from the run's {CONFIG}; beside it there can be "
+            f"{', '.join(sorted(allowed - {option}))}"
+        )
+
+
+def _note_differences(made_on: dict[str, Any]) -> None:
+    before, now = made_on.get("packages", {}), versions()["packages"]
+    changed = [f"{name} {before[name]} (now {now.get(name)})" for name in before if before[name] != now.get(name)]
+    if changed:
+        note(f"the run was made with {', '.join(changed)}: numbers may differ in their last digits")
+
+
+def _new_folder(wanted: str | None, dataset: str) -> Path:
+    if wanted is not None:
+        folder = Path(wanted)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} exists: give another --run-dir, or go on with it: {PROGRAM} train --resume")
+        return folder
+    name = re.sub(r"[^\w.-]+", "-", Path(dataset).stem if os.path.exists(dataset) else dataset)
+    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, count = stem, 1
+    while folder.exists():
+        count += 1
+        folder = stem.with_name(f"{stem.name}-{count}")
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in the same run directory."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is training in {folder}") from error
+        yield
+
+
+def _train(settings: Settings, source: Source, folder: Path, arguments: Train) -> Result:
+    workers = worker_count(arguments.workers, len(settings.units), settings.device)
+    start = time.monotonic()
+    try:
+        with reporter(settings) as report:
+            outcomes = train_all(settings, folder, workers, report, trust_pickle=arguments.trust_pickle)
+    except KeyboardInterrupt:
+        raise InterruptedRun(str(folder)) from None
+    seconds = time.monotonic() - start
+    data = estimate([episode_returns(source.dataset).tolist()])
+    estimates = _estimates(settings, outcomes, data)
+    learning_curve(settings, folder, outcomes, data, folder / PICTURE)
+    document: dict[str, Any] = {
+        "run_dir": str(folder),
+        "policy": str(settings.folder(folder, settings.units[0]) / POLICY),
+        "learning_curve": str(folder / PICTURE),
+        "dataset": settings.dataset,
+        "env": settings.env,
+        "adapter": settings.adapter,
+        "seeds": list(settings.seeds),
+        "episodes": settings.episodes,
+        "n_steps": settings.hyperparameters.n_steps,
+        "results": {name: value.as_dict(settings.env) for name, value in estimates.items()},
+        "by_seed": [_unit_document(outcome) for outcome in outcomes],
+        "seconds": seconds,
+        "environment": versions(),
+        "command": shlex.join([PROGRAM, *sys.argv[1:]]),
+    }
+    checkpoint.write_bytes(folder / RESULTS, (json_text(document) + "\n").encode())
+    return Result(document, [_table(settings, outcomes, estimates), *_closing_lines(settings, document, outcomes)])
+
+
+def _estimates(settings: Settings, outcomes: Sequence[Outcome], data: Estimate) -> dict[str, Estimate]:
+    """The rows of the table, by name."""
+    rows = {"data": data}
+    if settings.env is None:
+        return rows
+    for method, title in (("bc", METHODS["bc"]), ("iql", "IQL final")):
+        if returns := [outcome.final_returns for outcome in outcomes if outcome.unit.method == method]:
+            rows[title] = estimate(returns)
+    rows["IQL best"] = estimate([outcome.best_returns for outcome in outcomes if outcome.unit.method == "iql"])
+    return rows
+
+
+def _unit_document(outcome: Outcome) -> dict[str, Any]:
+    document = asdict(outcome) | {"unit": None, "seed": outcome.unit.seed, "method": METHODS[outcome.unit.method]}
+    del document["unit"]
+    for name in ("final", "best"):
+        if returns := document[f"{name}_returns"]:
+            document[f"{name}_mean_return"] = sum(returns) / len(returns)
+    return document
+
+
+def _table(settings: Settings, outcomes: Sequence[Outcome], estimates: dict[str, Estimate]) -> Any:
+    documents = {name: value.as_dict(settings.env) for name, value in estimates.items()}
+    scored = any("normalized_score" in document for document in documents.values())
+    columns = ["", "mean return", "95% interval", *(["normalised score"] if scored else [])]
+    rows = []
+    for name, value in estimates.items():
+        row = [name, f"{value.mean:.1f}", f"{value.low:.1f} to {value.high:.1f}"]
+        rows.append(row + ([f"{documents[name]['normalized_score']:.1f}"] if scored else []))
+    return table(columns, rows)
+
+
+def _closing_lines(settings: Settings, document: dict[str, Any], outcomes: Sequence[Outcome]) -> list[str]:
+    lines = []
+    if settings.env is None:
+        for outcome in outcomes:
+            losses = [f"{name} {outcome.metrics[name]:.4g}" for name in outcome.metrics if name.startswith("loss_")]
+            lines.append(f"{outcome.unit.title}: {', '.join(losses)}")
+    else:
+        lines.append(
+            f"{settings.env}: {settings.episodes} episodes, {len(settings.seeds)} seed(s); best: of the evaluations on "
+            "the way, by other episodes"
+        )
+    lines.append(f"policy: {document['policy']}")
+    lines.append(f"learning curve: {document['learning_curve']}")
+    return lines

@@ -1,0 +1,360 @@
+"""One training: metrics, evaluations and checkpoints beside the gradient steps; and how it goes on after an end."""
+
+import base64
+import contextlib
+import csv
+import io
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from iql_plugins import checkpoint
+from iql_plugins.agent import Agent
+from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.cli.rollouts import rollouts
+from iql_plugins.cli.settings import METHODS, Settings, Unit
+from iql_plugins.hookspecs import Training
+from iql_plugins.registry import AdapterNotFoundError, PluginError, Registry
+
+__all__ = ["DivergenceError", "Outcome", "Progress", "adapter_training", "evaluation_seeds", "metrics_rows", "train"]
+
+CHECKPOINT, POLICY, BEST, METRICS = (
+    "checkpoint.safetensors",
+    "policy.safetensors",
+    "policy_best.safetensors",
+    "metrics.csv",
+)
+#: The best policy is chosen by other episodes than those it is measured by: the luckiest of many is not the best.
+SELECTION_SEED = 10_000
+#: Beside those after each evaluation, so that little is lost when a run is killed.
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+SECONDS_BETWEEN_REPORTS = 0.2
+_EXTRA = "run"
+
+
+class DivergenceError(RuntimeError):
+    """A training whose losses are not finite."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        unit: which.
+        step: gradient steps taken.
+        rate: gradient steps a second since it was started, evaluations included.
+        metrics: the latest losses; empty before the first.
+        mean_return: of the latest evaluation; None before the first.
+        evaluated: whether that evaluation has just been made.
+    """
+
+    unit: Unit
+    step: int
+    rate: float
+    metrics: Mapping[str, float]
+    mean_return: float | None
+    evaluated: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training came to.
+
+    Attributes:
+        unit: which.
+        evaluations: step and returns of the evaluations on the way.
+        final_returns: of the last policy, one an episode; empty without an environment.
+        best_returns: of the policy that was best on the way.
+        best_step: when that was.
+        metrics: the last row of metrics.csv.
+        seconds: that this process took for its gradient steps and evaluations on the way.
+        steps: gradient steps that this process took.
+    """
+
+    unit: Unit
+    evaluations: list[tuple[int, list[float]]]
+    final_returns: list[float]
+    best_returns: list[float]
+    best_step: int | None
+    metrics: dict[str, float]
+    seconds: float
+    steps: int
+
+
+def evaluation_seeds(episodes: int, first: int = 0) -> list[int]:
+    """The seeds of an evaluation's episodes: episode i starts from seed ``first + i``."""
+    return list(range(first, first + episodes))
+
+
+def adapter_training(name: str) -> Training:
+    """How an adapter trains.
+
+    Raises:
+        UserError: if there is no such adapter, it is broken, its framework is missing, or it does not train.
+    """
+    with mistakes(AdapterNotFoundError, PluginError):
+        adapter = Registry().load(name)
+    if adapter.training is None:
+        raise UserError(f"adapter {name!r} has no training for the command line: use its classes from Python")
+    return adapter.training
+
+
+def train(
+    settings: Settings, unit: Unit, run: Path, report: Callable[[Progress], None], *, trust_pickle: bool = False
+) -> Outcome:
+    """Trains from the last checkpoint, or from the beginning, to the end; then measures the last and the best policy.
+
+    Args:
+        settings: of the run.
+        unit: which training.
+        run: the run directory.
+        report: told a few times a second how far it is.
+        trust_pickle: whether the dataset may be a pickle.
+
+    Raises:
+        UserError: for a dataset that has changed, or an adapter that is missing.
+        DivergenceError: if a loss is not finite; the checkpoint before it stays.
+    """
+    training = adapter_training(settings.adapter)
+    with _torch_state(settings):
+        return _Trainer(settings, unit, run, report, training, trust_pickle).run()
+
+
+class _Trainer:
+    def __init__(
+        self,
+        settings: Settings,
+        unit: Unit,
+        run: Path,
+        report: Callable[[Progress], None],
+        training: Training,
+        trust_pickle: bool,
+    ) -> None:
+        self.settings, self.unit, self.report, self.training = settings, unit, report, training
+        self.folder = settings.folder(run, unit)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Left by a process that was killed while it wrote.
+        for leftover in self.folder.glob(".*.tmp"):
+            leftover.unlink()
+        self.dataset = settings.load(trust_pickle=trust_pickle)
+        self.state = _State()
+        self.metrics: dict[str, float] = {}
+        torch.manual_seed(unit.seed)
+        if (self.folder / CHECKPOINT).exists():
+            agent = Agent.load(self.folder / CHECKPOINT, device=settings.device)
+            self.state = _State.from_json(agent.extra[_EXTRA])
+        else:
+            agent = settings.agent(self.dataset, unit)
+        self.algorithm = training.from_agent(agent)
+        self.first_step = agent.learner.step_count
+        self.table = _MetricsFile(self.folder / METRICS, self.first_step)
+        if self.first_step:
+            self.state.restore_random_state(agent.device)
+            self.metrics = self.table.last
+
+    @property
+    def agent(self) -> Agent:
+        return self.training.to_agent(self.algorithm)
+
+    def run(self) -> Outcome:
+        settings = self.settings
+        steps = settings.hyperparameters.n_steps - self.first_step
+        self.started = self.reported = self.saved = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            self.events = stack.enter_context(_events(settings.tensorboard, self.folder, self.first_step))
+            stack.enter_context(self.table)
+            if steps > 0:
+                self.training.fit(self.algorithm, self.dataset.dataset, steps, self.after_step)
+        seconds = time.monotonic() - self.started
+        agent = self.agent
+        final, best = self._returns(agent, settings.episodes), list[float]()
+        if self.state.best_step is not None:
+            best = self._returns(Agent.load(self.folder / BEST, device=settings.device), settings.episodes)
+        return Outcome(
+            self.unit,
+            [(step, list(returns)) for step, returns in self.state.evaluations],
+            final,
+            best,
+            self.state.best_step,
+            self.metrics,
+            seconds,
+            steps,
+        )
+
+    def after_step(self, step: int) -> None:
+        """Does what is due after a gradient step; what is due depends on the step alone, checkpoints excepted."""
+        settings = self.settings
+        last = step == settings.hyperparameters.n_steps
+        evaluates = step % settings.evaluate_every == 0 or last
+        if evaluates or step % settings.log_every == 0:
+            self._log(step, evaluates)
+            if evaluates or time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS:
+                self._save(CHECKPOINT)
+                self.saved = time.monotonic()
+            if last:
+                self._save(POLICY)
+        now = time.monotonic()
+        if evaluates or now - self.reported > SECONDS_BETWEEN_REPORTS:
+            self.reported = now
+            rate = (step - self.first_step) / max(now - self.started, 1e-9)
+            evaluations = self.state.evaluations
+            mean_return = float(np.mean(evaluations[-1][1])) if evaluations else None
+            self.report(Progress(self.unit, step, rate, self.metrics, mean_return, evaluates))
+
+    def _log(self, step: int, evaluates: bool) -> None:
+        settings, metrics = self.settings, self.agent.learner.metrics()
+        if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            raise DivergenceError(
+                f"{self.unit.title}: {', '.join(wrong)} not finite at step {step}: lower the learning rates, or "
+                "look at the dataset with `iql-plugins inspect`"
+            )
+        row = dict(metrics)
+        if evaluates and settings.env is not None:
+            returns = self._returns(self.agent, settings.evaluation_episodes, SELECTION_SEED)
+            row["mean_return"] = float(np.mean(returns))
+            self.state.evaluations.append((step, returns))
+            if self.state.best_step is None or row["mean_return"] > self.state.best_return:
+                self.state.best_step, self.state.best_return = step, row["mean_return"]
+                self._save(BEST)
+        self.metrics = metrics
+        self.table.append(step, row)
+        for name, value in row.items():
+            self.events(name, value, step)
+
+    def _returns(self, agent: Agent, episodes: int, first_seed: int = 0) -> list[float]:
+        if self.settings.env is None:
+            return []
+        seeds = evaluation_seeds(episodes, first_seed)
+        return [episode.total for episode in rollouts(agent.act, self.settings.env, seeds)]
+
+    def _save(self, name: str) -> None:
+        agent = self.agent
+        agent.extra[_EXTRA] = self.state.to_json(agent.device) | {
+            "env": self.settings.env,
+            "method": METHODS[self.unit.method],
+            "dataset": self.settings.dataset,
+        }
+        agent.save(self.folder / name)
+
+
+@dataclass
+class _State:
+    """What a checkpoint of the command line holds beside the agent."""
+
+    evaluations: list[tuple[int, list[float]]] = field(default_factory=list)
+    best_step: int | None = None
+    best_return: float = -math.inf
+    random_state: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self, device: torch.device) -> dict[str, Any]:
+        states = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(device)
+        return {
+            "evaluations": [[step, returns] for step, returns in self.evaluations],
+            "best_step": self.best_step,
+            "random_state": {
+                name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()
+            },
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "_State":
+        evaluations = [(int(step), list(returns)) for step, returns in document["evaluations"]]
+        means = {step: float(np.mean(returns)) for step, returns in evaluations}
+        best = document["best_step"]
+        return cls(evaluations, best, means.get(best, -math.inf), dict(document["random_state"]))
+
+    def restore_random_state(self, device: torch.device) -> None:
+        states = {name: _bytes(text) for name, text in self.random_state.items()}
+        torch.set_rng_state(states["cpu"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+
+
+class _MetricsFile:
+    """``metrics.csv``: a row at a time, without times, so that a run that was resumed has the same bytes."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Keeps the rows up to ``step``, which a checkpoint holds; later ones are trained again."""
+        rows = [row for row in metrics_rows(path) if row["step"] <= step] if step else []
+        last = rows[-1] if rows else {}
+        self.last = {name: value for name, value in last.items() if name not in ("step", "mean_return")}
+        self._path = path
+        self._columns: list[str] = []
+        if rows:
+            with path.open(newline="") as file:
+                kept = [line for _, line in zip(range(len(rows) + 1), file, strict=False)]
+            self._columns = next(csv.reader(kept[:1]))
+            checkpoint.write_bytes(path, "".join(kept).encode())
+        else:
+            checkpoint.write_bytes(path, b"")
+
+    def __enter__(self) -> "_MetricsFile":
+        self._file = self._path.open("a", newline="")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def append(self, step: int, row: Mapping[str, float]) -> None:
+        if not self._columns:
+            self._columns = ["step", *(name for name in row if name != "mean_return"), "mean_return"]
+            self._write(self._columns)
+        self._write([step, *(row.get(name, "") for name in self._columns[1:])])
+        self._file.flush()
+
+    def _write(self, values: Sequence[object]) -> None:
+        # One write a row: a row is there, or it is not.
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(values)
+        self._file.write(line.getvalue())
+
+
+def metrics_rows(path: Path) -> list[dict[str, float]]:
+    """The rows of a ``metrics.csv``, without empty cells; a row that was cut while it was written ends them."""
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="") as file:
+        reader = csv.DictReader(line for line in file if line.endswith("\n"))
+        for row in reader:
+            rows.append({name: float(value) for name, value in row.items() if value})
+    return rows
+
+
+@contextlib.contextmanager
+def _events(wanted: bool, folder: Path, step: int) -> Iterator[Callable[[str, float, int], None]]:
+    """Writes TensorBoard's events, if they are wanted."""
+    if not wanted:
+        yield lambda name, value, step: None
+        return
+    writer = imported("torch.utils.tensorboard", "tensorboard").SummaryWriter(
+        str(folder), purge_step=step + 1 if step else None
+    )
+    with contextlib.closing(writer):
+        yield writer.add_scalar
+
+
+@contextlib.contextmanager
+def _torch_state(settings: Settings) -> Iterator[None]:
+    """Torch's threads and random state are the training's inside, and what they were outside."""
+    threads = torch.get_num_threads()
+    devices = [settings.device] if torch.device(settings.device).type == "cuda" else []
+    torch.set_num_threads(settings.threads)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _bytes(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,145 @@
+"""Several trainings at a time, one process each; they end with the process that started them."""
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from iql_plugins.cli.errors import UserError
+from iql_plugins.cli.settings import Settings, Unit
+from iql_plugins.cli.training import DivergenceError, Outcome, Progress, train
+
+__all__ = ["WorkerError", "train_all"]
+
+
+class WorkerError(RuntimeError):
+    """A process that trained and came to no regular end."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An error in another process.
+
+    Attributes:
+        error: one that the command line knows; None for any other.
+        trace: of the error, as text.
+    """
+
+    error: UserError | DivergenceError | None
+    trace: str
+
+
+def train_all(
+    settings: Settings, run: Path, workers: int, report: Callable[[Progress], None], *, trust_pickle: bool = False
+) -> list[Outcome]:
+    """All trainings of a run. Their results do not depend on the number of workers.
+
+    Args:
+        settings: of the run.
+        run: the run directory.
+        workers: processes at a time; a single one is this process.
+        report: see :func:`~iql_plugins.cli.training.train`.
+        trust_pickle: likewise.
+
+    Returns:
+        In the order of ``settings.units``.
+
+    Raises:
+        UserError, DivergenceError: as ``train``.
+        WorkerError: if a process dies, or anything else goes wrong in it.
+    """
+    units = settings.units
+    workers = min(workers, len(units))
+    if workers == 1:
+        return [train(settings, unit, run, report, trust_pickle=trust_pickle) for unit in units]
+    context = multiprocessing.get_context("spawn")
+    tasks, answers = context.SimpleQueue(), context.Queue()
+    for unit in [*units, *[None] * workers]:
+        tasks.put(unit)
+    processes: list[Any] = [
+        context.Process(target=_work, args=(settings, run, trust_pickle, tasks, answers), daemon=True)
+        for _ in range(workers)
+    ]
+    try:
+        with _interrupts_ignored():
+            for process in processes:
+                process.start()
+        return _collect(units, processes, answers, report)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+        for process in processes:
+            if process.pid is not None:
+                process.join()
+
+
+def _collect(
+    units: Sequence[Unit], processes: Sequence[Any], answers: Any, report: Callable[[Progress], None]
+) -> list[Outcome]:
+    outcomes: dict[Unit, Outcome] = {}
+    while len(outcomes) < len(units):
+        dead = [process for process in processes if process.exitcode not in (None, 0)]
+        try:
+            answer = answers.get(timeout=1.0)
+        except queue.Empty:
+            # Asked before the queue was: what a process said last has arrived.
+            if dead:
+                code = dead[0].exitcode
+                reason = f"signal {-code}" + (", out of memory?" if code == -signal.SIGKILL else "")
+                raise WorkerError(
+                    f"a process of the training died ({reason if code < 0 else f'exit status {code}'})"
+                ) from None
+            continue
+        if isinstance(answer, Progress):
+            report(answer)
+        elif isinstance(answer, Outcome):
+            outcomes[answer.unit] = answer
+        else:
+            if answer.error is not None:
+                raise answer.error
+            raise WorkerError(f"a process of the training failed:\n{answer.trace}")
+    return [outcomes[unit] for unit in units]
+
+
+def _work(settings: Settings, run: Path, trust_pickle: bool, tasks: Any, answers: Any) -> None:
+    # Results are the parent's to print.
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        while (unit := tasks.get()) is not None:
+            answers.put(train(settings, unit, run, answers.put, trust_pickle=trust_pickle))
+    except (UserError, DivergenceError) as error:
+        answers.put(_Failure(error, traceback.format_exc()))
+    except BaseException:
+        answers.put(_Failure(None, traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """Ends this process with its parent, however that ended: nobody else would stop it, or wait for it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started inside leave Ctrl-C to their parent."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,452 @@
+"""The command line: what it prints, where, and how it ends."""
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Callable, Sequence
+from importlib.metadata import EntryPoint, version
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from iql_plugins import registry
+from iql_plugins.agent import Agent
+from iql_plugins.cli import main, output
+from iql_plugins.cli.reference_scores import normalized_score, reference
+from iql_plugins.cli.rollouts import LONGEST_EPISODE, environment_spaces, rollouts
+from iql_plugins.cli.statistics import estimate
+from iql_plugins.config import IQLConfig
+from iql_plugins.hookspecs import Adapter, Training, hookimpl
+from iql_plugins.spaces import Box, Discrete, Spaces
+
+PENDULUM = Spaces(Box((3,)), Box((1,), low=(-2.0,), high=(2.0,)))
+CONFIG = IQLConfig(n_steps=10, hidden_sizes=(8,), compile="no")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line in this process; status, stdout and stderr."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def policy(tmp_path: Path) -> Path:
+    path = tmp_path / "agent.safetensors"
+    Agent(PENDULUM, CONFIG, seed=0).save(path)
+    return path
+
+
+class Entry:
+    """An entry point of a distribution that may not be installed."""
+
+    def __init__(self, name: str, load: Callable[[], object], distribution: str = "stranger") -> None:
+        self.name, self.value, self.load = name, f"{name}.plugin", load
+        self.dist = types.SimpleNamespace(name=distribution, version="1.0")
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *entries: Entry | EntryPoint) -> None:
+    """Makes these the installed plugins, beside the real ones."""
+    real = list(registry.entry_points(group=registry.PROJECT))
+    monkeypatch.setattr(registry, "entry_points", lambda group: [*real, *entries])
+
+
+def plugin(name: str, **hooks: Any) -> types.SimpleNamespace:
+    return types.SimpleNamespace(**{hook: hookimpl(function) for hook, function in hooks.items()})
+
+
+# What is printed, and the exit status
+
+
+def test_the_version_and_the_help_are_printed(run: Run) -> None:
+    assert run("--version") == (0, f"iql-plugins {version('iql-plugins')}\n", "")
+    for command in ((), ("train",), ("evaluate",), ("export",), ("convert",), ("inspect",), ("adapters",)):
+        status, out, err = run(*command, "--help")
+        assert (status, err) == (0, "")
+        assert out.startswith("usage: iql-plugins")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "which command"),
+        (["fly"], "fly"),
+        (["train", "--wings", "2"], "Unrecognized options: --wings, 2"),
+        (["train", "--expectile", "high"], "--expectile"),
+        (["train", "--expectile", "3"], "expectile must be in (0, 1], got 3.0"),
+        (["train", "--preset", "moon"], "preset must be one of locomotion"),
+        (["train", "--adapter", "tensr"], "did you mean 'tensor'"),
+        (["train", "--dataset", "nowhere.npz"], "there is no file nowhere.npz"),
+        (["train", "--dataset", "pendulum"], "there is no dataset, file or folder 'pendulum'"),
+        (["train", "--env", "Moon-v1"], "the environment 'Moon-v1' cannot be made"),
+        (["train", "--env", "CartPole-v1"], "discrete actions must be whole numbers"),
+        (["train", "--seeds", "0"], "--seeds must be at least 1"),
+        (["train", "--device", "abacus"], "abacus"),
+        (["train", "--resume", "nowhere"], "there is no nowhere/config.json"),
+        (["train", "--resume", "nowhere", "--seeds", "3"], "--seeds: --resume takes everything from the run's"),
+        (["train", "--config", "nowhere.json"], "there is no nowhere.json"),
+        (["evaluate"], "Missing"),
+        (["evaluate", "nowhere.safetensors"], "there is no policy 'nowhere.safetensors'"),
+        (["export", "nowhere.safetensors", "--format", "tflite"], "--format"),
+        (["convert", "in.safetensors", "out.safetensors"], "--to"),
+        (["inspect", "nowhere.hdf5"], "there is no file nowhere.hdf5"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: Sequence[str], message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+    # A note may precede it.
+    assert err.splitlines()[-1].startswith("iql-plugins: ")
+    assert "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+    status, out, err = run(*arguments, "--json")
+    assert status == 2
+    assert message in json.loads(out)["error"]
+
+
+def test_an_error_of_ours_is_no_mistake_of_the_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from iql_plugins.cli import listings
+
+    def fail(arguments: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(listings, "adapters", fail)
+    status, out, err = run("adapters", "--json")
+    assert status == 1
+    assert json.loads(out) == {"error": "ZeroDivisionError: division by zero"}
+    assert "Traceback" in err
+
+
+def test_a_missing_package_is_named_with_its_extra(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, _, err = run("train")
+    assert status == 2
+    assert "pip install 'iql-plugins[cli]'" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_whatever_libraries_print_stdout_is_one_json_document() -> None:
+    code = """
+import atexit, ctypes, os, subprocess, sys
+from iql_plugins.cli import listings, main
+def noisy(arguments, quiet=listings.adapters):
+    print("python")
+    os.write(1, b"descriptor\\n")
+    ctypes.CDLL(None).puts(b"C")
+    subprocess.run(["echo", "child"])
+    return quiet(arguments)
+listings.adapters = noisy
+atexit.register(lambda: print("at exit"))
+sys.argv = ["iql-plugins", "adapters", "--json"]
+sys.exit(main())
+"""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "tensor" in [entry["name"] for entry in json.loads(finished.stdout)["adapters"]]
+    for line in ("python", "descriptor", "C", "child", "at exit"):
+        assert line in finished.stderr.splitlines()
+
+
+def test_numbers_that_are_not_finite_are_null_in_json() -> None:
+    assert json.loads(output.json_text({"a": [float("nan"), float("inf"), 1.5]})) == {"a": [None, None, 1.5]}
+
+
+# Adapters
+
+
+def test_adapters_are_listed_without_importing_a_framework() -> None:
+    code = "import sys; from iql_plugins.cli import main; main(['adapters', '--json']); print(*sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = finished.stdout.splitlines()[-1].split()
+    assert "iql_tensor.plugin" in modules
+    assert not {"stable_baselines3", "d3rlpy", "torchrl", "gymnasium", "matplotlib"} & set(modules)
+
+
+def test_an_adapter_says_what_it_needs_and_what_is_wrong(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> object:
+        raise SyntaxError("bad plugin")
+
+    def needs_more() -> object:
+        raise ImportError("No module named 'stable_baselines4'")
+
+    from iql_plugins.cli import listings
+
+    requirements = {"stranger": ["torch", "stable-baselines4>=1; extra == 'missing'", "numpy>=1; extra == 'there'"]}
+    monkeypatch.setattr(listings, "requires", lambda name: requirements.get(name))
+    entries = [
+        Entry("broken", broken),
+        Entry("missing", needs_more),
+        Entry("there", lambda: plugin("there", iql_adapter=lambda: Adapter("there", "numpy"))),
+    ]
+    install(monkeypatch, *entries)
+    status, out, _ = run("adapters", "--json")
+    assert status == 0
+    found = {entry["name"]: entry for entry in json.loads(out)["adapters"]}
+    assert found["tensor"]["version"] == version("iql-plugins")
+    assert "SyntaxError: bad plugin" in found["broken"]["error"]
+    assert found["missing"]["install"] == "pip install 'stranger[missing]'"
+    assert found["missing"]["error"] is None
+    assert found["there"]["framework"] == {"numpy": np.__version__}
+    assert found["there"]["install"] is None
+    _, out, _ = run("adapters")
+    assert "stable-baselines4 missing: pip install 'stranger[missing]'" in " ".join(out.split())
+
+
+# Datasets
+
+
+def test_a_dataset_is_inspected(run: Run) -> None:
+    status, out, _ = run("inspect", "pendulum-v1-sac", "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert document["transitions"] == 20_000
+    assert document["returns"]["mean"] == pytest.approx(-325.8, abs=0.1)
+    _, out, _ = run("inspect")
+    assert "20000" in out
+    assert "no-terminals: no step is terminal" in out
+
+
+def test_actions_are_held_against_the_environments_bounds(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    observations = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    np.savez(
+        path,
+        observations=observations[:5],
+        next_observations=observations[1:],
+        actions=np.array([[0.5], [1.5], [-2.5], [0.1], [0.2]], np.float32),
+        rewards=np.arange(5, dtype=np.float32),
+        terminals=np.array([0, 0, 0, 0, 1], np.float32),
+        timeouts=np.zeros(5, np.float32),
+    )
+    outside = {}
+    for env in ((), ("--env", "Pendulum-v1")):
+        findings = json.loads(run("inspect", path, *env, "--json")[1])["findings"]
+        outside[env] = next(finding["count"] for finding in findings if finding["code"] == "actions-outside-bounds")
+    assert outside == {(): 2, ("--env", "Pendulum-v1"): 1}
+
+
+def test_a_plugins_dataset_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from iql_plugins.data import load_dataset
+
+    def load(source: object) -> object:
+        return load_dataset("pendulum-v1-sac")[:400] if source == "stranger://data" else None
+
+    install(monkeypatch, Entry("stranger", lambda: plugin("stranger", iql_load_dataset=load)))
+    assert json.loads(run("inspect", "stranger://data", "--json")[1])["transitions"] == 400
+    status, _, err = run("inspect", "stranger://other")
+    assert status == 2
+    assert "there is no dataset, file or folder 'stranger://other'" in err
+
+
+# Policies
+
+
+def test_a_policy_is_evaluated(run: Run, policy: Path) -> None:
+    status, out, _ = run("evaluate", policy, "--env", "Pendulum-v1", "--episodes", "3", "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert document["lengths"] == [200, 200, 200]
+    assert document["mean_return"] == pytest.approx(np.mean(document["returns"]))
+    low, high = document["confidence_95"]
+    assert low < document["mean_return"] < high
+    again = json.loads(run("evaluate", policy, "--env", "Pendulum-v1", "--episodes", "2", "--seed", "1", "--json")[1])
+    np.testing.assert_allclose(again["returns"], document["returns"][1:], rtol=1e-3)
+    assert "mean return" in run("evaluate", policy, "--env", "Pendulum-v1", "--episodes", "1")[1]
+
+
+def test_a_policy_needs_an_environment_like_its_own(run: Run, policy: Path) -> None:
+    for arguments, message in (
+        ((policy,), "does not say which environment it is for: give --env"),
+        ((policy, "--env", "CartPole-v1"), "the policy's observation space"),
+        ((policy, "--env", "Pendulum-v1", "--episodes", "0"), "--episodes must be at least 1"),
+    ):
+        status, _, err = run("evaluate", *arguments)
+        assert status == 2
+        assert message in err
+
+
+def test_a_damaged_file_is_no_policy(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    (tmp_path / "policy.xyz").write_bytes(b"nothing")
+    for name, message in (("damaged.safetensors", "damaged"), ("policy.xyz", "has the suffix of no installed adapter")):
+        status, _, err = run("export", tmp_path / name)
+        assert status == 2
+        assert message in err
+
+
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_a_policy_is_exported(format: str, run: Run, policy: Path) -> None:
+    pytest.importorskip("onnxscript")
+    status, out, _ = run("export", policy, "--format", format, "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert Path(document["output"]) == policy.with_suffix({"onnx": ".onnx", "torch": ".pt2"}[format])
+    assert Path(document["output"]).exists()
+    assert document["largest_difference"] <= 1e-5
+
+
+def test_an_export_without_its_packages_names_the_extra(
+    run: Run, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    status, _, err = run("export", policy)
+    assert status == 2
+    assert "pip install 'iql-plugins[onnx]'" in err
+    assert not policy.with_suffix(".onnx").exists()
+
+
+class Foreign:
+    """A framework's algorithm, whose native file is a common checkpoint with another name."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+
+
+def foreign(name: str, *, spoil: bool = False) -> Entry:
+    def load(path: Any) -> Foreign:
+        agent = Agent.load(path)
+        if spoil:
+            with torch.no_grad():
+                for parameter in agent.loss.actor_network.parameters():
+                    parameter.add_(1.0)
+        return Foreign(agent)
+
+    training = Training(
+        from_agent=Foreign,
+        to_agent=lambda foreign: foreign.agent,
+        fit=lambda *arguments: None,
+        save=lambda foreign, path: foreign.agent.save(path),
+        load=load,
+        suffix=".native",
+    )
+    return Entry(name, lambda: plugin(name, iql_adapter=lambda: Adapter(name, None, training=training)))
+
+
+def test_agents_move_between_adapters(run: Run, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, foreign("foreign"))
+    native, back = tmp_path / "agent.native", tmp_path / "back.safetensors"
+    status, out, _ = run("convert", policy, native, "--to", "foreign", "--json")
+    assert status == 0
+    assert json.loads(out)["output"] == str(native)
+    # The suffix tells whose file it is.
+    assert run("convert", native, back, "--to", "tensor")[0] == 0
+    observations = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    assert np.array_equal(Agent.load(back).act(observations), Agent.load(policy).act(observations))
+    assert run("evaluate", native, "--env", "Pendulum-v1", "--episodes", "1")[0] == 0
+    install(monkeypatch, foreign("other"))
+    status, _, err = run("convert", native, back, "--to", "tensor")
+    assert status == 2
+    assert "may be of foreign or other: give --from" in err
+    assert run("convert", native, back, "--to", "tensor", "--from", "other")[0] == 0
+
+
+def test_a_conversion_that_acts_differently_is_not_written(
+    run: Run, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, foreign("foreign", spoil=True))
+    status, _, err = run("convert", policy, tmp_path / "agent.native", "--to", "foreign")
+    assert status == 1
+    assert "acts differently" in err
+    assert [file.name for file in tmp_path.iterdir()] == [policy.name]
+    status, _, err = run("convert", policy, tmp_path / "agent.zip", "--to", "foreign")
+    assert status == 2
+    assert "has suffix .native" in err
+
+
+# Episodes
+
+
+class Counting(gymnasium.Env[Any, Any]):
+    """Ends after as many steps as its seed says, each rewarded by 1; seed 0 never ends."""
+
+    observation_space = gymnasium.spaces.Dict({"left": gymnasium.spaces.Discrete(9)})
+    action_space = gymnasium.spaces.Discrete(2, start=3)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.left = seed
+        return {"left": np.int64(min(seed or 8, 8))}, {}
+
+    def step(self, action: int) -> Any:
+        assert self.action_space.contains(action)
+        assert self.left != "over", "stepped past the end of its episode"
+        self.left = "over" if self.left == 1 else (self.left or 0) - 1
+        return {"left": np.int64(1)}, 1.0, self.left == "over", False, {}
+
+
+def test_each_episode_counts_once_and_has_its_own_seed() -> None:
+    gymnasium.register("Counting-v0", entry_point=Counting, max_episode_steps=50)
+    batches = []
+
+    def act(observations: Any) -> Any:
+        batches.append(len(observations["left"]))
+        return np.full(len(observations["left"]), 4)
+
+    episodes = rollouts(act, "Counting-v0", [3, 1, 2, *[1] * 40])
+    assert [episode.length for episode in episodes] == [3, 1, 2, *[1] * 40]
+    assert [episode.total for episode in episodes[:3]] == [3.0, 1.0, 2.0]
+    assert batches == [32, 2, 1, 11]
+    assert environment_spaces("Counting-v0") == Spaces({"left": Discrete(9)}, Discrete(2, 3))
+
+
+def test_an_episode_without_a_limit_is_cut() -> None:
+    gymnasium.register("Endless-v0", entry_point=Counting)
+    (episode,) = rollouts(lambda observations: [3], "Endless-v0", [0])
+    assert episode.length == LONGEST_EPISODE
+
+
+# Statistics
+
+
+def test_the_interval_is_over_seeds_and_over_episodes() -> None:
+    random = np.random.default_rng(0)
+    episodes = random.normal(size=40)
+    over_episodes = estimate([episodes.tolist()])
+    # 1.96 standard errors of the mean on each side.
+    assert over_episodes.high - over_episodes.low == pytest.approx(2 * 1.96 * episodes.std() / 40**0.5, rel=0.1)
+    # Seeds that differ by much widen it, however many episodes there are.
+    seeds = estimate([(episodes + shift).tolist() for shift in (-5.0, 0.0, 5.0)])
+    assert seeds.low < -2.5
+    assert seeds.high > 2.5
+    assert seeds.mean == pytest.approx(episodes.mean())
+    assert estimate([[1.0, 1.0]]) == estimate([[1.0, 1.0, 1.0]])
+    assert np.isnan(estimate([[1.0]]).low)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ("HalfCheetah-v5", (-280.178953, 12135.0)),
+        ("halfcheetah-medium-expert-v2", (-280.178953, 12135.0)),
+        ("hopper-medium-v2", (-20.272305, 3234.3)),
+        ("my_module:Walker2d-v4", (1.629008, 4592.3)),
+        ("antmaze-umaze-diverse-v2", (0.0, 1.0)),
+        ("Ant-v4", (-325.6, 3879.7)),
+        ("AdroitHandDoor-v1", (-56.512833, 2880.5693087298737)),
+        ("AntMaze_UMaze-v4", None),
+        ("Pendulum-v1", None),
+        (None, None),
+    ],
+)
+def test_scores_are_normalised_where_the_reference_is_known(env: str | None, expected: Any) -> None:
+    assert reference(env) == expected
+    if expected:
+        assert normalized_score(env, expected[0]) == 0.0
+        assert normalized_score(env, expected[1]) == 100.0

@@ -1,0 +1,526 @@
+"""`iql-plugins train`: what it learns from, what it leaves behind, and how it goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+from iql_plugins import checkpoint
+from iql_plugins.agent import Agent
+from iql_plugins.cli import main, train, workers
+from iql_plugins.cli.settings import Settings, Unit, available_cores
+from iql_plugins.cli.training import SELECTION_SEED, metrics_rows
+
+#: Small, so that a run takes a second.
+SMALL = [
+    *("--n-steps", "40", "--hidden-sizes", "8", "--batch-size", "16", "--evaluate-every", "20", "--log-every", "10"),
+    *("--episodes", "2", "--evaluation-episodes", "2", "--workers", "1", "--actor-dropout", "0.1"),
+]
+BITWISE = ("checkpoint.safetensors", "policy.safetensors", "policy_best.safetensors", "metrics.csv")
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line in this process, in a folder of its own; status, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes trainings end with Ctrl-C after a gradient step."""
+
+    def stop(wanted: int) -> None:
+        from iql_plugins.cli import training
+
+        after_step = training._Trainer.after_step
+
+        def interrupted(self: Any, step: int) -> None:
+            after_step(self, step)
+            if step == wanted:
+                monkeypatch.setattr(training._Trainer, "after_step", after_step)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(training._Trainer, "after_step", interrupted)
+
+    return stop
+
+
+def write_dataset(path: Path, **arrays: Any) -> Path:
+    random = np.random.default_rng(0)
+    ends = np.tile([0, 0, 0, 1], 10).astype(np.float32)
+    columns = {
+        "observations": random.normal(size=(40, 3)).astype(np.float32),
+        "next_observations": random.normal(size=(40, 3)).astype(np.float32),
+        "actions": random.uniform(-1, 1, size=(40, 2)).astype(np.float32),
+        "rewards": random.normal(size=40).astype(np.float32),
+        "terminals": ends,
+        "timeouts": np.zeros_like(ends),
+    }
+    np.savez(path, **(columns | arrays))
+    return path
+
+
+def assert_same_run(folder: Path, other: Path, *subfolders: str) -> None:
+    for subfolder in ("", *subfolders):
+        for name in BITWISE:
+            assert (folder / subfolder / name).read_bytes() == (other / subfolder / name).read_bytes(), (
+                f"{subfolder}/{name}"
+            )
+
+
+# What a run leaves
+
+
+def test_without_arguments_it_is_about_the_dataset_that_ships() -> None:
+    from iql_plugins.cli.arguments import Train, parse
+    from iql_plugins.config import preset
+
+    arguments = parse(["train"])
+    assert isinstance(arguments, Train)
+    assert arguments.dataset == "pendulum-v1-sac"
+    assert arguments.hyperparameters == preset("pendulum")
+    assert arguments.baseline == "bc"
+
+
+def test_options_win_over_the_preset_and_the_preset_over_the_defaults() -> None:
+    from iql_plugins.cli.arguments import Train, parse
+    from iql_plugins.config import IQLConfig, preset
+
+    def hyperparameters(*options: str) -> IQLConfig:
+        arguments = parse(["train", *options])
+        assert isinstance(arguments, Train)
+        return arguments.hyperparameters
+
+    assert hyperparameters("--dataset", "mine.npz") == IQLConfig()
+    assert hyperparameters("--dataset", "mine.npz", "--preset", "antmaze") == preset("antmaze")
+    given = hyperparameters("--preset=antmaze", "--temperature", "2", "--hidden-sizes", "3", "4")
+    assert given == preset("antmaze", temperature=2.0, hidden_sizes=(3, 4))
+    assert hyperparameters("--reward-scale", "0.5", "--max-grad-norm", "1").reward_scale == 0.5
+
+
+def test_a_run_leaves_policy_picture_metrics_and_its_configuration(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("train", *SMALL)
+    assert status == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"pendulum-v1-sac-\d{8}-\d{6}", folder.name)
+    for line in ("data ", "behaviour cloning ", "IQL final ", "IQL best "):
+        assert re.search(rf"^ ?{line}\s+-[\d.]+ +-[\d.]+ to -[\d.]+", out, re.MULTILINE), line
+    assert "IQL, seed 0: step 20 of 40" in err
+    assert "behaviour cloning, seed 0: step 40 of 40" in err
+    assert (folder / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.rglob("*.tmp"))
+    for method in ("", "bc"):
+        rows = metrics_rows(folder / method / "metrics.csv")
+        assert [row["step"] for row in rows] == [10, 20, 30, 40]
+        assert ["mean_return" in row for row in rows] == [False, True, False, True]
+        assert all(np.isfinite(list(row.values())).all() for row in rows)
+        assert Agent.load(folder / method / "checkpoint.safetensors").learner.step_count == 40
+    assert Agent.load(folder / "policy.safetensors").config.temperature == 3.0
+    assert Agent.load(folder / "bc" / "policy.safetensors").config.temperature == 0.0
+    document = json.loads((folder / "config.json").read_text())
+    assert document["settings"]["hyperparameters"]["compile"] in ("yes", "no")  # not "auto"
+    assert document["settings"]["threads"] >= 1
+    assert document["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+
+
+def test_json_has_the_table_and_every_seed(run: Run, tmp_path: Path) -> None:
+    status, out, _ = run("train", *SMALL, "--seeds", "2", "--seed", "3", "--run-dir", "many", "--json")
+    assert status == 0
+    document = json.loads(out)
+    assert set(document["results"]) == {"data", "behaviour cloning", "IQL final", "IQL best"}
+    assert document["results"]["data"]["mean_return"] == pytest.approx(-325.8, abs=0.1)
+    low, high = document["results"]["IQL final"]["confidence_95"]
+    assert low <= document["results"]["IQL final"]["mean_return"] <= high
+    assert [(unit["seed"], unit["method"]) for unit in document["by_seed"]] == [
+        *((3, "IQL"), (3, "behaviour cloning")),
+        *((4, "IQL"), (4, "behaviour cloning")),
+    ]
+    for seed in (3, 4):
+        assert (tmp_path / "many" / f"seed-{seed}" / "policy.safetensors").exists()
+        assert (tmp_path / "many" / f"seed-{seed}" / "bc" / "policy.safetensors").exists()
+    assert json.loads((tmp_path / "many" / "results.json").read_text())["results"] == document["results"]
+
+
+def test_the_table_is_what_evaluate_measures(run: Run) -> None:
+    document = json.loads(run("train", *SMALL, "--baseline", "none", "--run-dir", "run", "--json")[1])
+    assert set(document["results"]) == {"data", "IQL final", "IQL best"}
+    measured = json.loads(run("evaluate", "run", "--episodes", "2", "--json")[1])
+    assert measured["env"] == "Pendulum-v1"
+    np.testing.assert_allclose(measured["returns"], document["by_seed"][0]["final_returns"], rtol=1e-6)
+
+
+def test_the_best_policy_is_measured_by_other_episodes_than_it_was_chosen_by(run: Run) -> None:
+    unit = json.loads(run("train", *SMALL, "--run-dir", "run", "--json")[1])["by_seed"][0]
+    chosen = dict(unit["evaluations"])[unit["best_step"]]
+    assert np.mean(chosen) == max(np.mean(returns) for _, returns in unit["evaluations"])
+    path = "run/policy_best.safetensors"
+    for seed, returns in ((0, unit["best_returns"]), (SELECTION_SEED, chosen)):
+        measured = json.loads(run("evaluate", path, "--episodes", "2", "--seed", str(seed), "--json")[1])
+        np.testing.assert_allclose(measured["returns"], returns, rtol=1e-6)
+
+
+def test_tensorboards_events_are_written_when_asked_for(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    assert run("train", *SMALL, "--tensorboard", "--run-dir", "run")[0] == 0
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_is_asked_for_before_anything_is_trained(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    status, _, err = run("train", *SMALL, "--tensorboard")
+    assert status == 2
+    assert "pip install 'iql-plugins[tensorboard]'" in err
+    assert not list(tmp_path.iterdir())
+
+
+# Data and environments of one's own
+
+
+def test_without_an_environment_there_are_losses_and_no_evaluations(run: Run, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "mine.npz")
+    status, out, err = run("train", *SMALL, "--dataset", dataset, "--run-dir", "run")
+    assert status == 0
+    assert "there will be no evaluations" in err
+    assert "behaviour cloning, seed 0: loss_actor" in out
+    assert "IQL final" not in out
+    assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "run" / "policy_best.safetensors").exists()
+    assert run("evaluate", "run")[0] == 2
+
+
+def test_discrete_actions_train_to_the_end(run: Run, tmp_path: Path) -> None:
+    actions = np.tile([0.0, 1.0], 20).astype(np.float32)
+    observations = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32)
+    dataset = write_dataset(
+        tmp_path / "discrete.npz", actions=actions, observations=observations, next_observations=observations
+    )
+    status, out, _ = run("train", *SMALL, "--dataset", dataset, "--env", "CartPole-v1", "--run-dir", "run", "--json")
+    assert status == 0
+    assert json.loads(out)["results"]["IQL final"]["mean_return"] >= 8
+    assert Agent.load(tmp_path / "run" / "policy.safetensors").spaces.discrete
+
+
+def test_the_environment_says_what_the_bounds_are(run: Run, tmp_path: Path) -> None:
+    observations = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    # Beyond the torque limits of 2, as in real logs.
+    actions = np.linspace(-3.4, 3.4, 40, dtype=np.float32)[:, None]
+    dataset = write_dataset(tmp_path / "d.npz", observations=observations, actions=actions)
+    assert run("train", *SMALL, "--dataset", dataset, "--env", "Pendulum-v1", "--run-dir", "run")[0] == 0
+    action = Agent.load(tmp_path / "run" / "policy.safetensors").spaces.action
+    assert (action.low, action.high) == ((-2.0,), (2.0,))  # type: ignore[union-attr]
+
+
+def test_a_dataset_that_does_not_fit_the_environment_is_a_mistake(run: Run, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d.npz")
+    status, _, err = run("train", *SMALL, "--dataset", dataset, "--env", "Pendulum-v1", "--run-dir", "run")
+    assert status == 2
+    assert "shape (2,), the space (1,)" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_memory_mapped_dataset_trains_the_same(run: Run, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d.npz")
+    assert run("train", *SMALL, "--dataset", dataset, "--run-dir", "plain")[0] == 0
+    assert run("train", *SMALL, "--dataset", dataset, "--memmap-dir", "mapped", "--run-dir", "run")[0] == 0
+    rows, others = (metrics_rows(tmp_path / name / "metrics.csv") for name in ("plain", "run"))
+    assert [list(row) for row in rows] == [list(row) for row in others]
+    for row, other in zip(rows, others, strict=True):
+        np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_training_that_diverges_ends_with_an_error(run: Run, tmp_path: Path) -> None:
+    status, out, err = run("train", *SMALL, "--critic-learning-rate", "1e38", "--run-dir", "run", "--json")
+    assert status == 1
+    assert "not finite at step" in json.loads(out)["error"]
+
+
+def test_a_run_directory_is_never_overwritten(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("important")
+    status, _, err = run("train", *SMALL, "--run-dir", "mine")
+    assert status == 2
+    assert "mine exists" in err
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+# Going on, and repeating
+
+
+@pytest.mark.parametrize("step", [3, 20, 33])
+def test_ctrl_c_leaves_a_run_that_goes_on_bit_for_bit(
+    step: int, run: Run, stop_at: Callable[[int], None], tmp_path: Path
+) -> None:
+    assert run("train", *SMALL, "--run-dir", "whole")[0] == 0
+    stop_at(step)
+    status, _, err = run("train", *SMALL, "--run-dir", "stopped")
+    assert status == 130
+    assert err.splitlines()[-1] == "iql-plugins: interrupted: go on with iql-plugins train --resume stopped"
+    torch.manual_seed(99)
+    assert run("train", "--resume", "stopped")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped", "bc")
+    assert (tmp_path / "whole" / "learning_curve.png").read_bytes() == (
+        tmp_path / "stopped" / "learning_curve.png"
+    ).read_bytes()
+
+
+def test_rows_after_the_checkpoint_and_leftovers_of_a_killed_write_are_dropped(
+    run: Run, stop_at: Callable[[int], None], tmp_path: Path
+) -> None:
+    assert run("train", *SMALL, "--run-dir", "whole")[0] == 0
+    stop_at(33)
+    run("train", *SMALL, "--run-dir", "killed")
+    with (tmp_path / "killed" / "metrics.csv").open("a") as file:
+        file.write("40,0.5,0.")
+    (tmp_path / "killed" / ".checkpoint.safetensors.abc.tmp").write_bytes(b"half of it")
+    assert run("train", "--resume", "killed")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", "bc")
+    assert not list((tmp_path / "killed").rglob("*.tmp"))
+
+
+def test_a_run_that_is_over_is_measured_again(run: Run, tmp_path: Path) -> None:
+    first = json.loads(run("train", *SMALL, "--run-dir", "run", "--json")[1])
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in BITWISE}
+    again = json.loads(run("train", "--resume", "run", "--json")[1])
+    assert again["results"] == first["results"]
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in BITWISE} == before
+
+
+def test_a_configuration_repeats_its_run_bit_for_bit(run: Run, tmp_path: Path) -> None:
+    assert run("train", *SMALL, "--expectile", "0.8", "--run-dir", "first")[0] == 0
+    assert run("train", "--config", "first/config.json", "--run-dir", "second")[0] == 0
+    assert_same_run(tmp_path / "first", tmp_path / "second", "bc")
+    assert Settings.read(tmp_path / "second" / "config.json")[0].hyperparameters.expectile == 0.8
+
+
+def test_what_auto_came_to_is_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "resolve_compile", lambda choice, n_steps, device: "no")
+    assert run("train", *SMALL, "--hidden-sizes", "200", "--threads", "auto", "--run-dir", "first")[0] == 0
+    settings, _ = Settings.read(tmp_path / "first" / "config.json")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("iql_plugins.cli.settings.available_cores", lambda: 64)
+    monkeypatch.setattr("iql_plugins.cli.train.available_cores", lambda: 64)
+    assert run("train", "--config", "first/config.json", "--run-dir", "second", "--workers", "1")[0] == 0
+    assert Settings.read(tmp_path / "second" / "config.json")[0] == settings
+    assert settings.hyperparameters.compile == "no"
+    assert settings.threads == available_cores()
+
+
+def test_torchs_threads_and_random_state_are_left_alone(run: Run) -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    assert run("train", *SMALL, "--threads", "2")[0] == 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_changed_dataset_is_not_gone_on_with(run: Run, stop_at: Callable[[int], None], tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d.npz")
+    stop_at(25)
+    run("train", *SMALL, "--dataset", dataset, "--run-dir", "run")
+    write_dataset(dataset, rewards=np.ones(40, np.float32))
+    status, _, err = run("train", "--resume", "run")
+    assert status == 2
+    assert "is not the dataset that the run was made with" in err
+
+
+def test_a_damaged_checkpoint_is_named(run: Run, stop_at: Callable[[int], None], tmp_path: Path) -> None:
+    stop_at(25)
+    run("train", *SMALL, "--run-dir", "run")
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    status, _, err = run("train", "--resume", "run")
+    assert status == 2
+    assert "checkpoint.safetensors" in err
+    assert "Traceback" not in err
+    (tmp_path / "run" / "config.json").write_text('{"format": 1}')
+    status, _, err = run("train", "--resume", "run")
+    assert status == 2
+    assert "config.json is no configuration of a run" in err
+
+
+def test_two_processes_do_not_train_in_one_directory(run: Run, tmp_path: Path) -> None:
+    assert run("train", *SMALL, "--run-dir", "run")[0] == 0
+    with train._locked(tmp_path / "run"):
+        status, _, err = run("train", "--resume", "run")
+    assert status == 2
+    assert "another process is training in run" in err
+
+
+# Processes
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: str | Path) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "iql_plugins.cli", "train", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
+
+
+def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def alive(session: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.fixture
+def long_run(tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
+    """Options of a run that takes long enough to be stopped on the way."""
+    options = [*SMALL, "--n-steps", "600", "--evaluate-every", "30", "--workers", "2", "--run-dir"]
+    yield options, tmp_path / "run"
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_kill_9_leaves_no_process_and_a_run_that_goes_on_bit_for_bit(
+    run: Run, long_run: tuple[list[str], Path], tmp_path: Path
+) -> None:
+    options, folder = long_run
+    process = start(*options, folder)
+    wait_for(folder / "bc" / "checkpoint.safetensors", process)
+    time.sleep(float(np.random.default_rng().uniform(0.0, 0.5)))
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    until = time.monotonic() + 5.0
+    while alive(process.pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not alive(process.pid)
+    assert run("train", "--resume", folder, "--workers", "1")[0] == 0
+    # One process or several, stopped or not: the same.
+    assert run("train", *options, "whole", "--workers", "1")[0] == 0
+    assert_same_run(tmp_path / "whole", folder, "bc")
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+def test_ctrl_c_ends_all_processes_with_status_130(long_run: tuple[list[str], Path]) -> None:
+    options, folder = long_run
+    process = start(*options, folder, "--json")
+    wait_for(folder / "bc" / "checkpoint.safetensors", process)
+    # As a terminal does: to all processes of the group.
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert json.loads(out)["error"].startswith("interrupted: go on with iql-plugins train --resume")
+    assert "Traceback" not in err
+    assert not alive(process.pid)
+
+
+def test_an_error_in_another_process_is_reported(run: Run, tmp_path: Path) -> None:
+    options = [*SMALL, "--critic-learning-rate", "1e38", "--workers", "2", "--run-dir", "run"]
+    status, _, err = run("train", *options)
+    assert status == 1
+    assert "not finite at step" in err
+
+
+def test_a_process_that_dies_is_noticed(run: Run, tmp_path: Path) -> None:
+    class Dead:
+        exitcode = -signal.SIGKILL
+
+    class Nothing:
+        def get(self, timeout: float) -> Any:
+            import queue
+
+            raise queue.Empty
+
+    with pytest.raises(workers.WorkerError, match="signal 9, out of memory"):
+        workers._collect([Unit(0, "iql")], [Dead()], Nothing(), lambda progress: None)
+
+
+# Learning
+
+
+@pytest.mark.slow
+def test_iql_is_above_behaviour_cloning_and_the_data(run: Run) -> None:
+    status, out, _ = run("train", "--json")
+    assert status == 0
+    results = {name: entry["mean_return"] for name, entry in json.loads(out)["results"].items()}
+    assert results["IQL final"] > results["behaviour cloning"]
+    assert results["IQL final"] > results["data"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("reagent_pendulum_mixed.npz", ["--env", "Pendulum-v1", "--n-steps", "3000"]),
+        ("reagent_cartpole_mixed.npz", ["--env", "CartPole-v0", "--n-steps", "2000"]),
+    ],
+)
+def test_iql_is_above_the_data_of_others(name: str, options: list[str], run: Run) -> None:
+    path = Path(__file__).parents[2] / "shared" / "data" / name
+    if not path.exists():
+        pytest.skip("needs the datasets of others beside the repository")
+    assert gymnasium.spec(options[1]) is not None
+    status, out, _ = run("train", "--dataset", path, "--preset", "pendulum", *options, "--json")
+    assert status == 0
+    results = {name: entry["mean_return"] for name, entry in json.loads(out)["results"].items()}
+    assert results["IQL final"] > results["data"]
+    if "Pendulum" in options[1]:
+        assert results["IQL final"] > results["behaviour cloning"]
+
+
+def test_the_results_that_are_kept_hold_what_is_claimed() -> None:
+    for path in (Path(__file__).parent / "learning" / "results").glob("*.json"):
+        document = json.loads(path.read_text())
+        assert document["summary"]["above_data"], path.name
+        assert document["command"].startswith("iql-plugins train ")
+        if "pendulum" in document["env"].lower():
+            assert document["summary"]["above_behaviour_cloning"], path.name
+        if path.stem == "shipped":
+            assert document["summary"]["above_both_at_every_seed"]
+        if path.stem == "reagent-pendulum":
+            assert document["summary"]["intervals_do_not_overlap"]
+
+
+def test_a_checkpoint_has_the_same_bytes_in_every_process(tmp_path: Path) -> None:
+    code = """
+import sys, torch
+from iql_plugins import checkpoint
+checkpoint.write(sys.argv[1], {"b": 1, "a": "é"}, {"x": torch.arange(3), "y": torch.ones(2)})
+"""
+    contents = set()
+    for index in range(3):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / f"{index}")], check=True)
+        contents.add((tmp_path / f"{index}").read_bytes())
+    assert len(contents) == 1
+    document, tensors = checkpoint.read(tmp_path / "0")
+    assert document == {"a": "é", "b": 1}
+    assert tensors["x"].tolist() == [0, 1, 2]

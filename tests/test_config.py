@@ -1,0 +1,97 @@
+"""The hyper-parameters: their range, their presets, their JSON."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from iql_plugins.config import PRESETS, IQLConfig, preset
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("n_steps", 0, "an integer >= 1"),
+        ("n_steps", 1e6, "an integer >= 1"),
+        ("batch_size", True, "an integer >= 1"),
+        ("n_critics", 0, "an integer >= 1"),
+        ("hidden_sizes", (256, 0), "a tuple of integers >= 1"),
+        ("hidden_sizes", 256, "a tuple of integers >= 1"),
+        ("discount", 1.01, r"in \[0, 1\]"),
+        ("discount", math.nan, r"in \[0, 1\]"),
+        ("expectile", 0.0, r"in \(0, 1\]"),
+        ("expectile", 1.5, r"in \(0, 1\]"),
+        ("temperature", -1.0, "a finite number >= 0"),
+        ("max_weight", math.inf, "a finite number > 0"),
+        ("loss_function", "huber", "one of 'l1', 'l2', 'smooth_l1'"),
+        ("actor_dropout", 1.0, r"in \[0, 1\)"),
+        ("squashed", "no", "True or False"),
+        ("actor_learning_rate", -1e-3, "a finite number >= 0"),
+        ("critic_learning_rate", math.inf, "a finite number >= 0"),
+        ("value_learning_rate", math.nan, "a finite number >= 0"),
+        ("actor_schedule", "linear", "one of 'cosine', 'constant'"),
+        ("polyak", -0.1, r"in \[0, 1\]"),
+        ("max_grad_norm", 0.0, "a finite number > 0"),
+        ("normalize_observations", 1, "True or False"),
+        ("reward_scale", 0.0, "a finite number > 0 or 'return_range'"),
+        ("reward_scale", "max", "a finite number > 0 or 'return_range'"),
+        ("reward_shift", math.inf, "a finite number"),
+        ("compile", True, "one of 'auto', 'yes', 'no'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be {expected}.*, got"):
+        IQLConfig(**{name: value})
+
+
+def test_temperatures_above_one_and_of_zero_are_normal() -> None:
+    assert IQLConfig(temperature=10.0).temperature == 10.0
+    assert IQLConfig(temperature=0.0).temperature == 0.0
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_survives_json(name: str) -> None:
+    config = preset(name, hidden_sizes=[32, 16])
+    assert config.hidden_sizes == (32, 16)
+    assert IQLConfig.from_json(json.loads(json.dumps(config.to_json(), allow_nan=False))) == config
+
+
+#: Expectile, temperature, dropout, shift and scale of the authors' configurations; CORL's for maze2d.
+SOURCES: dict[str, tuple[float, float, float, float, object]] = {
+    "locomotion": (0.7, 3.0, 0.0, 0.0, "return_range"),
+    "antmaze": (0.9, 10.0, 0.0, -1.0, 1.0),
+    "antmaze-finetune": (0.9, 10.0, 0.0, -1.0, 1.0),
+    "kitchen": (0.7, 0.5, 0.1, 0.0, 1.0),
+    "adroit": (0.7, 0.5, 0.1, 0.0, 1.0),
+    "maze2d": (0.7, 3.0, 0.0, 0.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_presets_are_those_of_their_sources(name: str) -> None:
+    config = preset(name)
+    values = (config.expectile, config.temperature, config.actor_dropout, config.reward_shift, config.reward_scale)
+    assert values == SOURCES[name]
+    assert config.actor_schedule == ("constant" if name == "antmaze-finetune" else "cosine")
+    assert config.normalize_observations is (name == "maze2d")
+    shared = (config.batch_size, config.hidden_sizes, config.discount, config.polyak, config.max_weight)
+    assert shared == (256, (256, 256), 0.99, 0.005, 100.0)
+    assert {config.actor_learning_rate, config.critic_learning_rate, config.value_learning_rate} == {3e-4}
+    assert (config.n_steps, config.n_critics, config.loss_function) == (1_000_000, 2, "l2")
+
+
+def test_unknown_names_are_refused_and_the_known_ones_listed() -> None:
+    with pytest.raises(ValueError, match=r"preset must be one of locomotion, antmaze, .*, got 'hopper'"):
+        preset("hopper")
+    for make in (IQLConfig().replace, lambda **names: preset("kitchen", **names), lambda **n: IQLConfig.from_json(n)):
+        with pytest.raises(TypeError, match=r"tau: no hyper-parameter of IQL; they are n_steps, .* expectile"):
+            make(tau=0.7)
+
+
+def test_a_configuration_is_frozen() -> None:
+    config = IQLConfig()
+    with pytest.raises(AttributeError):
+        config.expectile = 0.9  # type: ignore[misc]
+    assert config.replace(expectile=0.9) != config
+    assert config.expectile == 0.7

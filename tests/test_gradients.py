@@ -1,0 +1,252 @@
+"""Losses and gradients in one call: eager, traced, compiled."""
+
+from typing import Any
+
+import pytest
+import torch
+from agents import SPACES, make_agent, make_dataset
+from conftest import ACTIONS, OBSERVATION, keywords, make_batch, make_loss
+from tensordict.nn import TensorDictModule
+from torch import nn
+
+from iql_plugins import IQLLoss, gradients
+from iql_plugins.data.packed import transitions
+from iql_plugins.gradients import LossGradients, compiler_available
+from iql_plugins.value_estimators import ValueEstimators
+
+needs_compiler = pytest.mark.skipif(not compiler_available(torch.device("cpu")), reason="there is no compiler")
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The graphs that are traced meanwhile, run as they are: what compilers do to them is not our business."""
+    traced: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda graph, **options: traced.append(graph) or graph)
+    monkeypatch.setattr(gradients, "compiler_available", lambda device: True)
+    return traced
+
+
+def both(loss: IQLLoss, batch: dict[str, torch.Tensor], compiled: LossGradients) -> None:
+    """Asserts that traced and eager losses and gradients are equal."""
+    results = []
+    for compute in (LossGradients(loss), compiled):
+        torch.manual_seed(7)
+        outputs = compute(batch)
+        results.append((outputs, [parameter.grad for parameter in loss.parameters()]))
+    (eager, eager_grads), (traced, traced_grads) = results
+    assert all(not output.requires_grad and output.shape == () for output in traced)
+    torch.testing.assert_close(traced, eager)
+    for first, second in zip(eager_grads, traced_grads, strict=True):
+        assert (first is None) == (second is None)
+        if first is not None:
+            torch.testing.assert_close(first, second)
+    assert any(grad is not None and grad.any() for grad in traced_grads)
+
+
+def test_the_graph_computes_what_autograd_does(kind: str, graphs: list[Any]) -> None:
+    loss = make_loss(kind)
+    compiled = LossGradients(loss, compile=True)
+    for _ in range(2):
+        both(loss, keywords(make_batch(kind)), compiled)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_the_graph_takes_every_kind_of_observation(kind: str, graphs: list[Any]) -> None:
+    dataset = make_dataset(SPACES[kind])
+    agent = make_agent(kind, dataset, actor_dropout=0.5)
+    source = transitions(dataset, agent.normalizers)
+    both(agent.loss, source.batch(torch.arange(8)), LossGradients(agent.loss, compile=True))
+
+
+def test_a_graph_is_traced_for_each_signature_of_a_batch(kind: str, graphs: list[Any]) -> None:
+    loss = make_loss(kind)
+    compiled = LossGradients(loss, compile=True)
+    batches = [keywords(make_batch(kind, (size,))) for size in (6, 7)]
+    batches.append({name: tensor.double() if name == "next_reward" else tensor for name, tensor in batches[0].items()})
+    batches.append(batches[0] | {"priority_weight": torch.rand(6)})
+    batches.append(batches[0] | {"steps_to_next_obs": torch.full((6, 1), 3)})
+    wide = torch.randn(6, 2 * OBSERVATION)
+    batches.append(batches[0] | {"observation": wide[:, ::2]})
+    for batch in [*batches, *batches]:
+        both(loss, batch, compiled)
+    assert len(graphs) == len(batches)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("expectile", 0.9), ("temperature", 0.5), ("max_weight", 0.1), ("loss_function", "l1"), ("reduction", "sum")],
+)
+def test_a_hyper_parameter_counts_from_the_next_call(kind: str, graphs: list[Any], name: str, value: Any) -> None:
+    loss, batch = make_loss(kind), keywords(make_batch(kind))
+    compiled = LossGradients(loss, compile=True)
+    before = compiled(batch)
+    setattr(loss, name, value)
+    both(loss, batch, compiled)
+    assert not all(torch.equal(first, second) for first, second in zip(before, compiled(batch), strict=True))
+
+
+def test_another_discount_or_estimator_counts_from_the_next_call(kind: str, graphs: list[Any]) -> None:
+    loss, batch = make_loss(kind), keywords(make_batch(kind))
+    compiled = LossGradients(loss, compile=True)
+    before = compiled(batch)
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=0.5)
+    both(loss, batch, compiled)
+    assert compiled(batch)[1] != before[1]
+
+
+def test_weights_that_are_loaded_count_from_the_next_call(kind: str, graphs: list[Any]) -> None:
+    loss, batch = make_loss(kind), keywords(make_batch(kind))
+    compiled = LossGradients(loss, compile=True)
+    compiled(batch)
+    loss.load_state_dict(make_loss(kind).state_dict())
+    both(loss, batch, compiled)
+    assert len(graphs) == 1
+
+
+def test_evaluation_mode_is_another_graph(graphs: list[Any]) -> None:
+    loss = make_agent("continuous", actor_dropout=0.5).loss
+    batch = transitions(make_dataset(SPACES["continuous"])).batch(torch.arange(8))
+    compiled = LossGradients(loss, compile=True)
+    trained, evaluated = compiled(batch), None
+    loss.eval()
+    evaluated = compiled(batch)
+    assert len(graphs) == 2
+    assert torch.equal(evaluated[3], compiled(batch)[3])
+    assert not torch.equal(evaluated[3], trained[3])
+
+
+def test_frozen_parameters_get_no_gradient_and_the_others_keep_theirs(kind: str, graphs: list[Any]) -> None:
+    loss, batch = make_loss(kind), keywords(make_batch(kind))
+    compiled = LossGradients(loss, compile=True)
+    both(loss, batch, compiled)
+    first = next(iter(loss.actor_network.parameters()))
+    first.requires_grad_(False)
+    both(loss, batch, compiled)
+    assert first.grad is None
+
+
+class Unused(nn.Module):
+    """A critic with a layer that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = nn.Linear(OBSERVATION, ACTIONS), nn.Linear(2, 2)
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.used(observation)
+
+
+def test_a_parameter_that_nothing_uses_gets_no_gradient(graphs: list[Any]) -> None:
+    critic = TensorDictModule(Unused(), ["observation"], ["state_action_value"])
+    loss = make_loss("discrete", qvalue_network=critic, num_qvalue_nets=1)
+    both(loss, keywords(make_batch("discrete")), LossGradients(loss, compile=True))
+    assert loss.qvalue_network.module.unused.weight.grad is None
+
+
+class Normalised(nn.Module):
+    """V with running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(OBSERVATION), nn.Linear(OBSERVATION, 1)
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.norm(observation))
+
+
+def test_tracing_changes_neither_statistics_nor_random_numbers(graphs: list[Any]) -> None:
+    states = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        value = TensorDictModule(Normalised(), ["observation"], ["state_value"])
+        loss = make_loss("continuous", value_network=value)
+        compute = LossGradients(loss, compile=compile)
+        for _ in range(3):
+            compute(keywords(make_batch("continuous")))
+        states.append(({name: buffer.clone() for name, buffer in loss.named_buffers()}, torch.rand(1)))
+    (eager, eager_draw), (traced, traced_draw) = states
+    assert any("running_mean" in name for name in eager)
+    for name, buffer in eager.items():
+        assert torch.allclose(buffer, traced[name], atol=1e-6), name
+    assert torch.equal(eager_draw, traced_draw)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_batch_that_is_refused_leaves_the_gradients(kind: str, compile: bool, graphs: list[Any]) -> None:
+    loss, batch = make_loss(kind), keywords(make_batch(kind))
+    compute = LossGradients(loss, compile=compile)
+    compute(batch)
+    before = [parameter.grad.clone() for parameter in loss.parameters() if parameter.grad is not None]
+    with pytest.raises(ValueError, match="must have shape"):
+        compute(batch | {"next_reward": torch.zeros(6, 2)})
+    with pytest.raises(KeyError, match="terminated"):
+        compute({name: tensor for name, tensor in batch.items() if name != "next_terminated"})
+    with pytest.raises(TypeError, match="unexpected tensor 'reward'"):
+        compute(batch | {"reward": torch.zeros(6, 1)})
+    after = [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_a_discrete_action_out_of_range_is_refused_by_the_graph(graphs: list[Any]) -> None:
+    loss, batch = make_loss("discrete"), keywords(make_batch("discrete"))
+    compiled = LossGradients(loss, compile=True)
+    compiled(batch)
+    with pytest.raises(RuntimeError, match="'action' must be from 0 to 3"):
+        compiled(batch | {"action": torch.full((6,), ACTIONS)})
+
+
+def test_a_loss_without_all_of_its_outputs_is_refused(kind: str) -> None:
+    for loss in (make_loss(kind, reduction="none"), make_loss(kind).select_out_keys("loss_value")):
+        with pytest.raises(ValueError, match=r"must return loss_actor, .* use reduction='mean' or 'sum'"):
+            LossGradients(loss)
+
+
+def test_compiling_without_a_compiler_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "compiler_available", lambda device: False)
+    with pytest.raises(RuntimeError, match=r"there is no compiler for .*: install one"):
+        LossGradients(make_loss(kind), compile=True)
+
+
+def test_a_compiler_is_looked_for_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert not compiler_available(torch.device("cpu"))
+    assert not compiler_available(torch.device("meta"))
+
+
+def test_there_are_as_many_graphs_as_batch_sizes_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda graph, fullgraph, dynamic, mode: compile(graph, fullgraph=fullgraph, dynamic=dynamic, backend="eager"),
+    )
+    monkeypatch.setattr(gradients, "compiler_available", lambda device: True)
+    loss = make_loss("discrete")
+    compiled = LossGradients(loss, compile=True)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for size in (2, 3, 4):
+            both(loss, keywords(make_batch("discrete", (size,))), compiled)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_a_compiled_training_is_the_eager_one(kind: str) -> None:
+    dataset = make_dataset(SPACES[kind])
+    with torch._inductor.config.patch(fallback_random=True):
+        agents = [
+            make_agent(kind, dataset, compile=compile, n_steps=100, max_grad_norm=0.5, actor_dropout=0.2)
+            for compile in ("no", "yes")
+        ]
+        for agent in agents:
+            agent.fit(dataset, 50)
+            agent.loss.expectile = 0.9
+            agent.fit(dataset, 50)
+    eager, compiled = (agent.loss.state_dict() for agent in agents)
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, atol=1e-5, rtol=1e-5)
+    invalid = {"continuous": {"next_reward": torch.zeros(8, 2)}, "discrete": {"action": torch.full((8, 1), 4)}}[kind]
+    batch = transitions(dataset, agents[1].normalizers).batch(torch.arange(8))
+    with pytest.raises((ValueError, RuntimeError), match=r"must (have shape|be from 0 to 3)"):
+        agents[1].learner.step(batch | invalid)

@@ -1,0 +1,355 @@
+"""Replay buffers, datasets and mini-batches of the d3rlpy adapter."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import d3rlpy
+import numpy as np
+import pytest
+import torch
+from d3rlpy.dataset import (
+    BasicTransitionPicker,
+    Episode,
+    FIFOBuffer,
+    FrameStackTransitionPicker,
+    InfiniteBuffer,
+    MDPDataset,
+    MixedReplayBuffer,
+    MultiStepTransitionPicker,
+    ReplayBuffer,
+    Signature,
+    SparseRewardTransitionPicker,
+    create_fifo_replay_buffer,
+)
+from d3rlpy.torch_utility import TorchMiniBatch
+from d3rlpy_helpers import CONTINUOUS, DISCRETE, QUIET, VECTOR, assert_same_weights, config, dataset, weights
+from tensordict import TensorDict
+
+from iql_d3rlpy import FastReplayBuffer, as_fast_buffer, plugin, to_replay_buffer
+from iql_d3rlpy.buffer import UnsupportedBufferError
+from iql_plugins.data import load_dataset
+
+FIELDS = ("observations", "actions", "rewards", "next_observations", "next_actions", "terminals", "intervals")
+PICKERS = {
+    "basic": BasicTransitionPicker(),
+    "three_steps": MultiStepTransitionPicker(3, 0.9),
+    "twenty_steps": MultiStepTransitionPicker(20, 0.9),
+    "sparse": SparseRewardTransitionPicker(-1.0),
+}
+
+
+def assert_same_batches(first: Any, second: Any, count: int = 200, fields: Sequence[str] = FIELDS) -> None:
+    """Both draw the very same mini-batch from the same random state."""
+    batches = []
+    for buffer in (first, second):
+        np.random.seed(3)
+        batches.append(buffer.sample_transition_batch(count))
+    for field in fields:
+        expected, got = (getattr(batch, field) for batch in batches)
+        pairs = zip(expected, got, strict=True) if isinstance(expected, list) else [(expected, got)]
+        for theirs, ours in pairs:
+            assert ours.dtype == theirs.dtype == np.float32
+            np.testing.assert_array_equal(ours, theirs, err_msg=field)
+    for expected, got in zip(batches[0].transitions[:20], batches[1].transitions[:20], strict=True):
+        np.testing.assert_array_equal(got.action, expected.action)
+        assert got.rewards_to_go.sum() == pytest.approx(expected.rewards_to_go.sum(), abs=1e-4) or fields != FIELDS
+    assert len(batches[1].transitions) == len(batches[1]) == count
+
+
+@pytest.mark.parametrize("picker", PICKERS)
+def test_mini_batches_are_the_very_ones_of_d3rlpy(kind: str, picker: str) -> None:
+    data = dataset(kind, transition_picker=PICKERS[picker])
+    fast = as_fast_buffer(data)
+    assert isinstance(fast, ReplayBuffer)
+    assert_same_batches(data, fast)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_frames_are_stacked_as_d3rlpy_does(frames: int) -> None:
+    data = dataset(CONTINUOUS, (2, 5, 5), transition_picker=FrameStackTransitionPicker(frames))
+    fast = as_fast_buffer(data)
+    assert fast.sample_transition_batch(3).observations.shape == (3, 2 * frames, 5, 5)
+    assert_same_batches(data, fast)
+
+
+def test_tuples_and_other_dtypes() -> None:
+    rng = np.random.default_rng(0)
+    data = MDPDataset(
+        [rng.normal(size=(30, 3)), rng.integers(0, 256, (30, 3, 4, 4)).astype(np.uint8), rng.integers(0, 9, (30, 2))],
+        rng.normal(size=(30, 2)),
+        rng.normal(size=30),
+        np.eye(30)[14],
+        np.eye(30)[29],
+        transition_picker=MultiStepTransitionPicker(2, 0.9),
+    )
+    assert_same_batches(data, as_fast_buffer(data))
+
+
+def test_every_transition_is_as_likely(kind: str) -> None:
+    data = dataset(kind)
+    batch = as_fast_buffer(data).sample_transition_batch(20_000)
+    counts = Counter(batch.rewards.reshape(-1).tolist())
+    assert len(counts) == data.transition_count == 58
+    # 345 each, give or take 5 deviations of 18.6.
+    assert all(250 < count < 440 for count in counts.values())
+
+
+@pytest.mark.parametrize("limit", [None, 23, 500])
+@pytest.mark.parametrize("picker", PICKERS)
+def test_online_data_is_followed(picker: str, limit: int | None) -> None:
+    rng = np.random.default_rng(0)
+    signature = Signature(dtype=[np.dtype(np.float32)], shape=[(2,)])
+    buffers = [
+        ReplayBuffer(
+            InfiniteBuffer() if limit is None else FIFOBuffer(limit),
+            transition_picker=PICKERS[picker],
+            observation_signature=signature,
+            action_signature=signature,
+            reward_signature=Signature(dtype=[np.dtype(np.float32)], shape=[(1,)]),
+            action_space=d3rlpy.constants.ActionSpace.CONTINUOUS,
+            action_size=2,
+        )
+        for _ in range(2)
+    ]
+    plain, fast = buffers[0], as_fast_buffer(buffers[1])
+    with pytest.raises(ValueError, match="no transition to sample"):
+        fast.sample_transition_batch(1)
+    for step in range(150):
+        # Through either of the two that share it.
+        writers = (plain, fast if step % 3 else buffers[1])
+        observation, action, reward = rng.normal(size=2), rng.normal(size=2), float(rng.normal())
+        ends = rng.random() < 0.1
+        for writer in writers:
+            writer.append(observation, action, reward)
+            if ends:
+                writer.clip_episode(step % 2 == 0)
+            if step == 70:
+                # A whole episode comes in between the steps of another.
+                episode = Episode(np.ones((5, 2), "f"), np.ones((5, 2), "f"), np.ones((5, 1), "f"), True)
+                writer.append_episode(episode)
+        if plain.transition_count and step % 4 == 0:
+            assert fast.transition_count == plain.transition_count
+            assert_same_batches(plain, fast, 50)
+    assert fast.size() == plain.size()
+
+
+def test_old_rows_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iql_d3rlpy.buffer._SLACK", 20)
+    base = create_fifo_replay_buffer(50, episodes=dataset(CONTINUOUS).episodes)
+    fast = as_fast_buffer(base)
+    for _ in range(30):
+        base.append_episode(dataset(CONTINUOUS).episodes[0])
+        assert_same_batches(base, fast, 20)
+        columns = fast._columns
+        assert columns is not None
+        assert columns._transitions.count <= 2 * 50 + 20 + 20
+
+
+def test_a_buffer_of_our_own_class_from_the_start(kind: str) -> None:
+    episodes = dataset(kind).episodes
+    fast = FastReplayBuffer(InfiniteBuffer(), episodes=episodes)
+    assert_same_batches(ReplayBuffer(InfiniteBuffer(), episodes=episodes), fast)
+    assert as_fast_buffer(fast) is fast
+
+
+class OtherPicker(BasicTransitionPicker):  # type: ignore[misc]
+    """A user's own."""
+
+
+class OtherBuffer(MDPDataset):  # type: ignore[misc]
+    """A user's own, which prefers something."""
+
+    def sample_transition(self) -> Any:
+        return self._transition_picker(self.episodes[0], 0)
+
+
+def test_what_cannot_be_followed_is_refused() -> None:
+    data = dataset(CONTINUOUS)
+    with pytest.raises(UnsupportedBufferError, match="has a OtherPicker; fast are BasicTransitionPicker"):
+        as_fast_buffer(dataset(CONTINUOUS, transition_picker=OtherPicker()))
+    with pytest.raises(UnsupportedBufferError, match="has a sample_transition of its own"):
+        as_fast_buffer(OtherBuffer(np.ones((3, 1), "f"), np.full((3, 1), 0.5), np.ones(3), np.eye(3)[2]))
+    with pytest.raises(UnsupportedBufferError, match="got MixedReplayBuffer: pass each part"):
+        as_fast_buffer(MixedReplayBuffer(data, data, 0.5))
+    with pytest.raises(UnsupportedBufferError, match="got list"):
+        as_fast_buffer([data])  # type: ignore[arg-type]
+    episodes = [Episode(np.ones((3, 1, 2, 2), dtype), np.full((3, 1), 0.5), np.ones((3, 1)), True) for dtype in "Bf"]
+    with pytest.raises(UnsupportedBufferError, match="must have the same dtypes, got float32 after uint8"):
+        as_fast_buffer(ReplayBuffer(InfiniteBuffer(), episodes=episodes))
+
+
+def test_fit_takes_the_fast_way_where_it_is_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for data, fast in ((dataset(kind), True), (dataset(kind, transition_picker=OtherPicker()), False)):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        algorithm, drawn = config(kind).create(), []
+        batch = FastReplayBuffer.sample_transition_batch
+
+        def sample(self: Any, size: int, drawn: list[int] = drawn, batch: Any = batch) -> Any:
+            drawn.append(size)
+            return batch(self, size)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FastReplayBuffer, "sample_transition_batch", sample)
+            algorithm.fit(data, n_steps=3, n_steps_per_epoch=3, **QUIET)
+        assert drawn == ([16] * 3 if fast else [])
+        results.append(weights(algorithm))
+    assert_same_weights(*results)
+
+
+@pytest.mark.parametrize("name", ["CQLConfig", "IQLConfig"])
+def test_other_algorithms_of_d3rlpy_learn_the_same_on_it(name: str) -> None:
+    results = []
+    for data in (dataset(CONTINUOUS), as_fast_buffer(dataset(CONTINUOUS))):
+        d3rlpy.seed(0)
+        algorithm = getattr(d3rlpy.algos, name)(batch_size=8).create()
+        algorithm.fit(data, n_steps=2, n_steps_per_epoch=2, **QUIET)
+        results.append(algorithm.impl.policy.state_dict())
+    assert_same_weights(*results)
+
+
+# Datasets
+
+
+@pytest.mark.parametrize(("source", "count"), [("pendulum-v1-sac", 20_000)])
+def test_no_transition_is_lost_where_mdp_dataset_loses_one_an_episode(source: str, count: int) -> None:
+    data = load_dataset(source)
+    buffer = to_replay_buffer(source)
+    assert isinstance(buffer, ReplayBuffer)
+    assert buffer.transition_count == count == len(data)
+    timeouts = (data["next", "done"] & ~data["next", "terminated"]).numpy().reshape(-1)
+    assert timeouts.sum() == 100
+    assert buffer.size() == 100
+    terminals = data["next", "terminated"].numpy().reshape(-1).astype(float)
+    arrays = [data[key].numpy() for key in ("observation", "action", ("next", "reward"))]
+    theirs = MDPDataset(*arrays, terminals, timeouts.astype(float))
+    assert theirs.transition_count == count - 100
+
+    back = load_dataset(buffer)
+    torch.testing.assert_close(back.select(*data.keys(True, True)), data, rtol=0.0, atol=0.0)
+    assert len(load_dataset(theirs)) == count - 100
+
+
+def transitions(kind: str) -> TensorDict:
+    """Episodes that terminate, are cut, and are broken off; with a gap between two rows that no flag tells of."""
+    rng = np.random.default_rng(0)
+    observation = torch.tensor(rng.normal(size=(9, 2)), dtype=torch.float32, device="cpu")
+    following = observation.roll(-1, 0)
+    following[[2, 5, 6, 8]] += 1.0
+    done = torch.zeros(9, 1, dtype=torch.bool, device="cpu")
+    done[[2, 5]] = True
+    terminated = torch.zeros_like(done)
+    terminated[2] = True
+    action = torch.tensor(rng.normal(size=(9, 2)), dtype=torch.float32, device="cpu")
+    reward = torch.arange(9.0, device="cpu").unsqueeze(-1)
+    index = torch.tensor(rng.integers(0, 3, (9, 1)), device="cpu")
+    return TensorDict(
+        {
+            "observation": observation,
+            "action": index if kind == DISCRETE else action,
+            "next": {"observation": following, "reward": reward, "done": done, "terminated": terminated},
+        },
+        [9],
+    )
+
+
+def test_each_transition_is_what_it_was(kind: str) -> None:
+    data = transitions(kind)
+    buffer = to_replay_buffer(data, action_size=4 if kind == DISCRETE else None)
+    assert [episode.transition_count for episode in buffer.episodes] == [3, 3, 1, 2]
+    assert [episode.terminated for episode in buffer.episodes] == [True, False, False, False]
+    buffer.draw = lambda count, size: np.arange(count)
+    batch = buffer.sample_transition_batch(9)
+    expected = {
+        "observations": data["observation"],
+        "actions": data["action"].float(),
+        "rewards": data["next", "reward"],
+        "terminals": data["next", "terminated"].float(),
+        "next_observations": data["next", "observation"] * ~data["next", "terminated"],
+    }
+    for field, tensor in expected.items():
+        np.testing.assert_array_equal(getattr(batch, field), tensor.numpy(), err_msg=field)
+    info = buffer.dataset_info
+    assert info.action_size == (4 if kind == DISCRETE else 2)
+    assert info.action_space.name == kind.upper()
+
+
+def test_dict_observations_become_tuples_sorted_by_name() -> None:
+    data = transitions(CONTINUOUS)
+    for base in (data, data["next"]):
+        base["observation"] = TensorDict({"b": base["observation"], "a": 2.0 * base["observation"]}, [9])
+    buffer = to_replay_buffer(data)
+    buffer.draw = lambda count, size: np.arange(count)
+    first, second = buffer.sample_transition_batch(9).observations
+    np.testing.assert_array_equal(first, 2.0 * second)
+    assert buffer.transition_count == 9
+
+
+def test_n_step_transitions_are_left_to_d3rlpy() -> None:
+    data = transitions(CONTINUOUS).set("steps_to_next_obs", torch.full((9, 1), 3, device="cpu"))
+    with pytest.raises(ValueError, match="MultiStepTransitionPicker"):
+        to_replay_buffer(data)
+
+
+def test_files_of_d3rlpy_load_and_come_back(kind: str, tmp_path: Path) -> None:
+    data = dataset(kind)
+    with (tmp_path / "data.h5").open("w+b") as file:
+        data.dump(file)
+    loaded = load_dataset(tmp_path / "data.h5", discrete=kind == DISCRETE)
+    assert len(loaded) == data.transition_count
+    # The action after a cut is in no dataset.
+    known = [field for field in FIELDS if field != "next_actions"]
+    assert_same_batches(data, to_replay_buffer(loaded), fields=known)
+
+
+# Mini-batches
+
+
+def test_transition_mini_batches_are_mapped(kind: str) -> None:
+    batch = dataset(kind, transition_picker=MultiStepTransitionPicker(3, 0.9)).sample_transition_batch(200)
+    mapped = plugin.iql_map_batch(batch)
+    assert mapped is not None
+    assert mapped.batch_size == (200,)
+    for key, array in {
+        "observation": batch.observations,
+        "action": batch.actions,
+        ("next", "observation"): batch.next_observations,
+        ("next", "reward"): batch.rewards,
+        ("next", "terminated"): batch.terminals,
+        ("next", "done"): batch.terminals,
+        "steps_to_next_obs": batch.intervals,
+    }.items():
+        np.testing.assert_array_equal(mapped[key].cpu().numpy(), array)
+    assert mapped["next", "terminated"].dtype == torch.bool
+    assert mapped["steps_to_next_obs"].dtype == torch.int64
+    assert mapped["action"].dtype == (torch.int64 if kind == DISCRETE else torch.float32)
+    assert mapped["next", "terminated"].any()
+    assert set(mapped["steps_to_next_obs"].reshape(-1).tolist()) == {1, 2, 3}
+
+
+def test_torch_mini_batches_are_mapped(kind: str, device: torch.device) -> None:
+    batch = dataset(kind).sample_transition_batch(8)
+    torch_batch = TorchMiniBatch.from_batch(batch, 0.99, False, str(device))
+    mapped, expected = plugin.iql_map_batch(torch_batch), plugin.iql_map_batch(batch)
+    torch.testing.assert_close(mapped, expected)
+    assert mapped is not None
+    # Without a copy where dtypes agree.
+    assert mapped["observation"] is torch_batch.observations
+
+
+def test_fast_batches_and_tuples_are_mapped() -> None:
+    data = transitions(CONTINUOUS)
+    for base in (data, data["next"]):
+        base["observation"] = TensorDict({"b": base["observation"], "a": 2.0 * base["observation"]}, [9])
+    mapped = plugin.iql_map_batch(to_replay_buffer(data).sample_transition_batch(4))
+    assert mapped is not None
+    torch.testing.assert_close(mapped["observation", "0"], 2.0 * mapped["observation", "1"])
+    assert mapped["next", "observation", "0"].shape == (4, 2)
+
+
+def test_other_objects_are_nobodys() -> None:
+    for other in (None, {"observations": np.ones(3)}, dataset(CONTINUOUS), np.ones(VECTOR)):
+        assert plugin.iql_map_batch(other) is None
