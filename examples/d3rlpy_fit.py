@@ -12,29 +12,32 @@ from pathlib import Path
 
 import d3rlpy
 import gymnasium
+import numpy as np
 from d3rlpy.metrics import EnvironmentEvaluator
 from d3rlpy.models import VectorEncoderFactory
 from d3rlpy.preprocessing import ReturnBasedRewardScaler, StandardObservationScaler
+
 from iql_d3rlpy import BoundedActionScaler, IQLConfig, to_replay_buffer
 
 STEPS = 4000
+MAX_TORQUE = np.full(1, 2.0)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--output", type=Path, default=Path("pendulum"))
     arguments = parser.parse_args()
     d3rlpy.seed(arguments.seed)
     env = gymnasium.make("Pendulum-v1")
     d3rlpy.envs.seed_env(env, arguments.seed)
 
+    evaluator = EnvironmentEvaluator(env, n_trials=20)
     dataset = to_replay_buffer("pendulum-v1-sac")
     factory = VectorEncoderFactory(hidden_units=[128, 128])
     algorithm = IQLConfig(
         observation_scaler=StandardObservationScaler(),
-        action_scaler=BoundedActionScaler(minimum=env.action_space.low, maximum=env.action_space.high),
+        action_scaler=BoundedActionScaler(minimum=-MAX_TORQUE, maximum=MAX_TORQUE),
         reward_scaler=ReturnBasedRewardScaler(multiplier=1000.0),
         actor_learning_rate=1e-3,
         critic_learning_rate=1e-3,
@@ -46,12 +49,11 @@ if __name__ == "__main__":
         dataset,
         n_steps=arguments.steps,
         n_steps_per_epoch=max(arguments.steps // 4, 1),
-        evaluators={"environment": EnvironmentEvaluator(env, n_trials=arguments.episodes)},
+        evaluators={"environment": evaluator},
         logger_adapter=d3rlpy.logging.FileAdapterFactory(str(arguments.output)),
     )
     algorithm.save(arguments.output / "iql.d3")
     algorithm.save_policy(arguments.output / "policy.onnx")
-    loaded = d3rlpy.load_learnable(str(arguments.output / "iql.d3"))
-    score = EnvironmentEvaluator(env, n_trials=arguments.episodes)(loaded, dataset)
+    score = evaluator(d3rlpy.load_learnable(str(arguments.output / "iql.d3")), dataset)
     behaviour = sum(episode.compute_return() for episode in dataset.episodes) / dataset.size()
     print(f"mean return {score:.0f}, that of the data {behaviour:.0f}")

@@ -152,6 +152,7 @@ class Agent:
         self.config = config.replace(compile=resolve_compile(config.compile, config.n_steps, parameter.device))
         self.loss = loss
         self.normalizers = (Normalizers(spaces) if normalizers is None else normalizers).to(parameter.device)
+        self.normalizers.discount = config.discount
         self.learner = Learner.from_config(loss, self.config, seed=seed) if learner is None else learner
         if self.learner.loss is not loss:
             raise ValueError("the learner must train the agent's loss, it was made for another one")

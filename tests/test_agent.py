@@ -206,6 +206,10 @@ def test_a_loss_with_other_hyper_parameters_is_refused() -> None:
         Agent(SPACES["continuous"], IQLConfig(), loss=discounting)
 
 
+def test_the_discount_is_that_of_n_step_rewards() -> None:
+    assert make_agent("continuous", discount=0.5).normalizers.discount == 0.5
+
+
 def test_a_learner_of_another_loss_is_refused() -> None:
     with pytest.raises(ValueError, match="the learner must train the agent's loss"):
         Agent(SPACES["continuous"], IQLConfig(), loss=custom_loss(), learner=Learner(custom_loss()))

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import d3rlpy
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from d3rlpy.models import PixelEncoderFactory
+from d3rlpy.models import PixelEncoderFactory, VectorEncoderFactory
 from d3rlpy.preprocessing import (
     ClipRewardScaler,
     ConstantShiftRewardScaler,
@@ -43,7 +44,15 @@ from d3rlpy_helpers import (
 from tensordict import TensorDict
 from torch import nn
 
-from iql_d3rlpy import BoundedActionScaler, IQLConfig, from_agent, plugin, to_agent
+from iql_d3rlpy import (
+    BoundedActionScaler,
+    DiscreteIQLConfig,
+    IQLConfig,
+    from_agent,
+    plugin,
+    to_agent,
+    to_replay_buffer,
+)
 from iql_plugins.agent import Agent, build_loss
 from iql_plugins.config import IQLConfig as Hyperparameters
 from iql_plugins.data.normalizers import Normalizers
@@ -427,6 +436,57 @@ def test_several_processes_need_a_group(kind: str) -> None:
     algorithm = config(kind).create("cpu:0", enable_ddp=True)
     with pytest.raises(RuntimeError, match="init_process_group"):
         algorithm.create_impl(VECTOR, 3)
+
+
+def mean_return(algorithm: Any, env: gymnasium.Env[Any, Any], episodes: int) -> float:
+    """Of the greedy policy."""
+    returns = []
+    for seed in range(episodes):
+        observation, _ = env.reset(seed=seed)
+        total, over = 0.0, False
+        while not over:
+            observation, reward, terminated, truncated, _ = env.step(algorithm.predict(observation[None])[0])
+            total, over = total + float(reward), terminated or truncated
+        returns.append(total)
+    return float(np.mean(returns))
+
+
+def learning() -> dict[str, Any]:
+    """What learns within seconds. Scalers remember what they were fitted to."""
+    names = ("actor", "critic", "value")
+    return {
+        "observation_scaler": StandardObservationScaler(),
+        **{f"{name}_encoder_factory": VectorEncoderFactory([64, 64]) for name in names},
+        **{f"{name}_learning_rate": 1e-3 for name in names},
+    }
+
+
+@pytest.mark.slow
+def test_it_learns_more_than_the_data_show(place: str) -> None:
+    d3rlpy.seed(0)
+    data = to_replay_buffer("pendulum-v1-sac")
+    algorithm = IQLConfig(
+        **learning(),
+        action_scaler=BoundedActionScaler(minimum=np.full(1, -2.0), maximum=np.full(1, 2.0)),
+        reward_scaler=MultiplyRewardScaler(0.1),
+        actor_schedule_steps=2500,
+    ).create(place)
+    algorithm.fit(data, n_steps=2500, n_steps_per_epoch=500, **QUIET)
+    shown = np.mean([episode.compute_return() for episode in data.episodes])
+    assert shown == pytest.approx(-326.0, abs=1.0)
+    assert mean_return(algorithm, gymnasium.make("Pendulum-v1"), 10) > shown + 40.0
+
+
+@pytest.mark.slow
+def test_discrete_actions_learn_more_than_the_data_show(place: str) -> None:
+    path = Path(__file__).parents[2] / "shared" / "data" / "reagent_cartpole_mixed.npz"
+    if not path.exists():
+        pytest.skip("needs the dataset of others beside the repository")
+    d3rlpy.seed(0)
+    data = to_replay_buffer(path)
+    algorithm = DiscreteIQLConfig(**learning()).create(place)
+    algorithm.fit(data, n_steps=1500, n_steps_per_epoch=500, **QUIET)
+    assert mean_return(algorithm, gymnasium.make("CartPole-v1", max_episode_steps=200), 10) > 58.0
 
 
 def test_small_images_are_no_trouble_for_an_encoder_of_ones_own(kind: str, place: str) -> None:

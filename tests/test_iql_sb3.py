@@ -35,7 +35,7 @@ from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import load_dataset
 from iql_plugins.networks import MLP
-from iql_plugins.spaces import Spaces
+from iql_plugins.spaces import Box, Spaces
 from iql_sb3 import IQL, IQLPolicy
 
 pytestmark = [
@@ -278,6 +278,27 @@ def test_spaces_of_a_dataset_give_way_to_the_environments(dataset: TensorDict) -
     other = model_of(None, dataset=dataset)
     with pytest.raises(ValueError, match="observation"):
         other.set_env(gym.make("CartPole-v1"))
+    other.save(file := io.BytesIO())
+    file.seek(0)
+    loaded = IQL.load(file, env=gym.make("Pendulum-v1"))
+    assert loaded.learn(4).replay_buffer.size() == 4
+    file.seek(0)
+    with pytest.raises(ValueError, match="observation"):
+        IQL.load(file, env=gym.make("CartPole-v1"))
+    narrow = model_of(None, dataset=dataset.clone().apply_(lambda tensor: tensor))
+    narrow.policy.spaces = Spaces(narrow.policy.spaces.observation, Box((1,), low=(-1.0,), high=(1.0,)))
+    with pytest.raises(ValueError, match="the action space must be"):
+        narrow.set_env(gym.make("Pendulum-v1"))
+
+
+def test_statistics_of_vecnormalize_reach_the_evaluations(dataset: TensorDict) -> None:
+    def env(training: bool) -> VecNormalize:
+        return VecNormalize(make_vec_env("Pendulum-v1", env_kwargs={"max_episode_steps": 5}), training=training)
+
+    model, evaluated = model_of(env(True), dataset=dataset), env(False)
+    model.learn_offline(2, callback=EvalCallback(evaluated, eval_freq=2, n_eval_episodes=1, verbose=0))
+    np.testing.assert_array_equal(evaluated.obs_rms.mean, model.get_vec_normalize_env().obs_rms.mean)
+    assert evaluated.obs_rms.count > 999
 
 
 # Callbacks, logger, progress bar, schedules

@@ -247,6 +247,10 @@ def test_hindsight_replay_is_learned_from(tmp_path: Path) -> None:
         assert torch.equal(loaded.policy.state_dict()[name], tensor)
     offline = IQL("MultiInputPolicy", env, dataset=model.replay_buffer, policy_kwargs=NETWORKS, **SMALL)
     offline.learn_offline(1)
+    without = IQL.load(tmp_path / "model")
+    without.set_env(env)
+    assert without.replay_buffer.env is without.env
+    without.learn(30)
 
 
 def test_frames_are_stacked() -> None:

@@ -1,5 +1,7 @@
 """Between the environment's units and the networks'."""
 
+from typing import Any
+
 import pytest
 import torch
 from agents import SPACES, make_dataset
@@ -79,6 +81,21 @@ def test_discrete_actions_are_counted_from_zero_and_back() -> None:
 def test_rewards_are_scaled_then_shifted() -> None:
     normalizers = Normalizers(CONTINUOUS, reward_scale=2.0, reward_shift=-1.0)
     assert normalizers.reward(torch.tensor([3.0])).item() == 5.0
+
+
+@pytest.mark.parametrize("discount", [0.5, 1.0])
+@pytest.mark.parametrize("key", ["steps_to_next_obs", ("next", "discount")])
+def test_each_reward_of_an_n_step_transition_is_shifted(discount: float, key: Any) -> None:
+    # Three rewards of 1, 2 and 4: their shifted discounted sum is the discounted sum of the shifted ones.
+    total = 1.0 + 2.0 * discount + 4.0 * discount**2
+    shifted = 9.0 + 10.0 * discount + 12.0 * discount**2
+    batch = TensorDict({"next": {"reward": torch.tensor([[1.0], [total]])}}, [2])
+    batch["steps_to_next_obs"] = torch.tensor([1, 3])
+    if key != "steps_to_next_obs":
+        batch[key] = discount ** torch.tensor([[1.0], [3.0]])
+    normalizers = Normalizers(CONTINUOUS, reward_shift=8.0)
+    normalizers.discount = discount
+    torch.testing.assert_close(normalizers(batch)["next", "reward"], torch.tensor([[9.0], [shifted]]))
 
 
 def test_the_range_of_returns_is_a_thousand_afterwards() -> None:

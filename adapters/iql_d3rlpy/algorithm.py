@@ -237,13 +237,13 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
     @property
     def grad_step(self) -> int:
         """Gradient steps taken, those of a loaded model included."""
-        return int(self._grad_step) if self._impl is None else self._impl.agent.learner.step_count
+        return int(self._grad_step) if self.impl is None else implementation(self).agent.learner.step_count
 
     def set_grad_step(self, grad_step: int) -> None:
         """Sets the number of gradient steps taken, on which the policy's schedule depends."""
         self._grad_step = grad_step
-        if self._impl is not None:
-            self._impl.agent.learner.step_count = grad_step
+        if self.impl is not None:
+            implementation(self).agent.learner.step_count = grad_step
 
     def save(self, fname: str | os.PathLike[str]) -> None:
         """Writes what ``d3rlpy.load_learnable`` loads, in a process that knows nothing of this adapter as well.

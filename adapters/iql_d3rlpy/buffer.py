@@ -103,7 +103,7 @@ def as_fast_buffer(dataset: ReplayBuffer) -> FastReplayBuffer:
         return dataset
     _check(dataset)
     fast = FastReplayBuffer.__new__(FastReplayBuffer)
-    vars(fast).update(vars(dataset))
+    fast.__dict__.update(dataset.__dict__)
     fast._synchronized()
     return fast
 
@@ -134,6 +134,12 @@ class _Growing:
     def __init__(self, shape: Sequence[int], dtype: Any) -> None:
         self._array = np.empty((0, *shape), dtype)
         self.count = 0
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the rows."""
+        dtype: np.dtype[Any] = self._array.dtype
+        return dtype
 
     def __getitem__(self, rows: Array) -> Array:
         gathered: Array = self._array.take(rows, axis=0)
@@ -170,9 +176,10 @@ class _Columns:
     def __init__(self, buffer: Any, picker: Any) -> None:
         self._buffer = buffer
         self._picker = picker
+        self._frames: int | None = picker._n_frames if isinstance(picker, FrameStackTransitionPicker) else None
         multi_step = isinstance(picker, MultiStepTransitionPicker)
-        self._frames = picker._n_frames if isinstance(picker, FrameStackTransitionPicker) else None
-        self._n_steps, self._gamma = (picker._n_steps, picker._gamma) if multi_step else (1, None)
+        self._n_steps: int = picker._n_steps if multi_step else 1
+        self._gamma: float | None = picker._gamma if multi_step else None
         self._start_over()
 
     def _start_over(self) -> None:
@@ -224,8 +231,8 @@ class _Columns:
         if number is None:
             number = self._numbers[id(episode)] = len(self._episodes)
             self._episodes.append(episode)
-            for column, value in ((self._first, self._steps[0].count), (self._size, 0), (self._terminated, False)):
-                column.extend(np.array([value]))
+            for known, value in ((self._first, self._steps[0].count), (self._size, 0), (self._terminated, False)):
+                known.extend(np.array([value]))
         stored, size = int(self._size[np.array(number)]), episode.size()
         if size > stored:
             if int(self._first[np.array(number)]) + stored != self._steps[0].count:
@@ -233,9 +240,9 @@ class _Columns:
                 self._first.set(number, self._steps[0].count)
                 stored = 0
             for steps, column in zip(self._steps, _columns(episode), strict=True):
-                if steps._array.dtype not in (_stored(column), column.dtype):
+                if steps.dtype not in (_stored(column), column.dtype):
                     raise UnsupportedBufferError(
-                        f"the episodes must have the same dtypes, got {column.dtype} after {steps._array.dtype}"
+                        f"the episodes must have the same dtypes, got {column.dtype} after {steps.dtype}"
                     )
                 steps.extend(column[stored:size])
             self._size.set(number, size)
@@ -288,7 +295,7 @@ class _Columns:
         return total
 
 
-class _Picked(Sequence[Transition]):  # type: ignore[misc]
+class _Picked(Sequence[Transition]):
     """The transitions of a mini-batch, made by d3rlpy's picker when somebody looks at them."""
 
     def __init__(self, picker: Any, episodes: Sequence[Any], number: Array, step: Array) -> None:

@@ -18,6 +18,7 @@ from d3rlpy.preprocessing import (
     StandardRewardScaler,
     TupleObservationScaler,
     register_action_scaler,
+    register_observation_scaler,
 )
 from tensordict.utils import NestedKey
 from torch import Tensor
@@ -25,7 +26,7 @@ from torch import Tensor
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.spaces import Box, Spaces
 
-__all__ = ["BoundedActionScaler", "action_bounds", "normalizers_of", "scalers_of"]
+__all__ = ["BoundedActionScaler", "UnchangedObservationScaler", "action_bounds", "normalizers_of", "scalers_of"]
 
 Moments = tuple[Tensor, Tensor]
 
@@ -80,7 +81,23 @@ class BoundedActionScaler(MinMaxActionScaler):  # type: ignore[misc]
         return "iql_plugins_bounded"
 
 
+class UnchangedObservationScaler(PixelObservationScaler):  # type: ignore[misc]
+    """Leaves an observation as it is: an image or an integer in a tuple of which other entries are scaled."""
+
+    def transform(self, x: Tensor) -> Tensor:
+        """``x``."""
+        return x
+
+    reverse_transform = transform_numpy = reverse_transform_numpy = transform
+
+    @staticmethod
+    def get_type() -> str:
+        """The name in d3rlpy's files."""
+        return "iql_plugins_unchanged"
+
+
 register_action_scaler(BoundedActionScaler)
+register_observation_scaler(UnchangedObservationScaler)
 
 
 def action_bounds(scaler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -107,7 +124,7 @@ def scalers_of(normalizers: Normalizers, spaces: Spaces) -> dict[str, Any]:
     """
     scalers: dict[str, Any] = {}
     if normalizers.standardized:
-        each = [_standard(normalizers, key, spaces) for key in spaces.observations]
+        each = [_standard(normalizers, key) for key in spaces.observations]
         single = not isinstance(spaces.observation, Mapping)
         scalers["observation_scaler"] = each[0] if single else TupleObservationScaler(each)
     if isinstance(spaces.action, Box):
@@ -136,19 +153,17 @@ def normalizers_of(config: Any, spaces: Spaces, keys: Sequence[NestedKey]) -> No
     moments = {
         key: _moments(each, spaces.observations[key])
         for key, each in zip(keys, scalers, strict=True)
-        if each is not None
+        if each is not None and not isinstance(each, UnchangedObservationScaler)
     }
     scale, shift = _scale_and_shift(config.reward_scaler)
     return Normalizers(spaces, observation_moments=moments, reward_scale=scale, reward_shift=shift)
 
 
-def _standard(normalizers: Normalizers, key: NestedKey, spaces: Spaces) -> StandardObservationScaler:
-    space = spaces.observations[key]
-    shape = space.shape if isinstance(space, Box) else (1,)
-    mean, std = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-    if key in normalizers.standardized:
-        index = normalizers.standardized.index(key)
-        mean, std = (_array(normalizers.get_buffer(f"{name}_{index}")) for name in ("mean", "std"))
+def _standard(normalizers: Normalizers, key: NestedKey) -> StandardObservationScaler | UnchangedObservationScaler:
+    if key not in normalizers.standardized:
+        return UnchangedObservationScaler()
+    index = normalizers.standardized.index(key)
+    mean, std = (_array(normalizers.get_buffer(f"{name}_{index}")) for name in ("mean", "std"))
     return StandardObservationScaler(mean=mean, std=std, eps=0.0)
 
 

@@ -19,6 +19,8 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, configure_logger
+from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from tensordict import TensorDictBase
 
 from iql_plugins.agent import Agent
@@ -26,6 +28,7 @@ from iql_plugins.config import ActorSchedule, Compile, IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.encoders import is_plain
 from iql_plugins.functional import LossFunction
+from iql_plugins.gradients import compiler_available
 from iql_plugins.keys import next_key
 from iql_plugins.learner import NETWORKS, Learner, resolve_compile
 from iql_plugins.spaces import Box, Space, Spaces
@@ -240,6 +243,10 @@ class IQL(OffPolicyAlgorithm):
         config = self.config
         if self.env is None:
             self.env = stand_in(self.observation_space, self.action_space, self.n_envs)
+        loaded = self._generator_state is not None
+        if loaded and config.compile == "yes" and not compiler_available(self.device):
+            # Compiled or not, a training goes on.
+            config = config.replace(compile="no")
         agent, self._agent = self._agent, None
         # The user's arguments stay his, so that a saved model compares with them.
         given = self.policy_kwargs
@@ -623,30 +630,37 @@ class IQL(OffPolicyAlgorithm):
             wrapped = self._wrap_env(env, self.verbose)
             if self._spaces_from_dataset:
                 _check_fits(layout_spaces(wrapped.observation_space, wrapped.action_space), self.policy.spaces)
-                for holder in (self, self.policy, self.replay_buffer):
-                    assert holder is not None
-                    holder.observation_space, holder.action_space = wrapped.observation_space, wrapped.action_space
-                self._spaces_from_dataset = False
-            check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
-            if wrapped.num_envs != self.n_envs:
-                self._resize_replay_buffer(wrapped.num_envs)
+            else:
+                check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
+            self._replace_stand_in(wrapped)
             env = wrapped
         super().set_env(env, force_reset)
 
-    def _resize_replay_buffer(self, n_envs: int) -> None:
+    def _replace_stand_in(self, env: VecEnv) -> None:
+        """Takes an environment's spaces and number, which an empty replay buffer is made for anew."""
         buffer = self.replay_buffer
-        if buffer is not None and buffer.size():
-            raise ValueError(f"the replay buffer is that of {self.n_envs} environments, the new one has {n_envs}")
-        self.n_envs = n_envs
-        if buffer is not None:
+        filled = buffer is not None and buffer.size() > 0
+        if buffer is not None and filled and buffer.n_envs != env.num_envs:
+            raise ValueError(
+                f"the replay buffer is that of {buffer.n_envs} environments, the new one has {env.num_envs}"
+            )
+        for holder in (self, self.policy):
+            holder.observation_space, holder.action_space = env.observation_space, env.action_space
+        self._spaces_from_dataset = False
+        self.n_envs = env.num_envs
+        hindsight: dict[str, Any] = {"env": env} if isinstance(buffer, HerReplayBuffer) else {}
+        if isinstance(buffer, HerReplayBuffer) and filled:
+            buffer.env = env
+        elif buffer is not None and not filled:
             self.replay_buffer = type(buffer)(
                 self.buffer_size,
                 self.observation_space,
                 self.action_space,
                 device=self.device,
-                n_envs=n_envs,
+                n_envs=self.n_envs,
                 optimize_memory_usage=self.optimize_memory_usage,
                 **self.replay_buffer_kwargs,
+                **hindsight,
             )
 
     # Saving, loading and moving
@@ -694,7 +708,20 @@ class IQL(OffPolicyAlgorithm):
         **kwargs: Any,
     ) -> "IQL":
         """As in any algorithm; ``dataset`` is loaded with it, see :meth:`load_dataset`."""
-        model = super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+        start = path.tell() if isinstance(path, io.IOBase) else None
+        arguments: Any = (device, custom_objects, print_system_info, force_reset)
+        try:
+            model = super().load(path, env, *arguments, **kwargs)
+        except ValueError:
+            if env is None:
+                raise
+            if start is not None:
+                path.seek(start)  # type: ignore[union-attr]
+            model = super().load(path, None, *arguments, **kwargs)
+            # A dataset does not tell the bounds of observations.
+            if not model._spaces_from_dataset:
+                raise
+            model.set_env(env)
         if dataset is not None:
             model.load_dataset(dataset, trust_pickle=trust_pickle)
         return model
@@ -871,7 +898,10 @@ def _check_fits(given: Spaces, own: Spaces) -> None:
         if not same:
             raise ValueError(f"the space of {key!r} must be {space}, got {other}")
     if not _equal_actions(given.action, own.action):
-        raise ValueError(f"the action space must be {own.action}, got {given.action}")
+        raise ValueError(
+            f"the action space must be {own.action}, got {given.action}; a dataset alone does not tell the bounds: "
+            "pass observation_space and action_space with it"
+        )
 
 
 def _equal_actions(first: Space, second: Space) -> bool:

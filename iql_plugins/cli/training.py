@@ -16,6 +16,7 @@ import torch
 
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
+from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.rollouts import rollouts
 from iql_plugins.cli.settings import METHODS, Settings, Unit
@@ -148,7 +149,8 @@ class _Trainer:
         self.metrics: dict[str, float] = {}
         torch.manual_seed(unit.seed)
         if (self.folder / CHECKPOINT).exists():
-            agent = Agent.load(self.folder / CHECKPOINT, device=settings.device)
+            with mistakes(CheckpointError):
+                agent = Agent.load(self.folder / CHECKPOINT, device=settings.device)
             self.state = _State.from_json(agent.extra[_EXTRA])
         else:
             agent = settings.agent(self.dataset, unit)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.episodes import episode_returns
-from iql_plugins.keys import AcceptedKeys, next_key
+from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 __all__ = ["Normalizers"]
@@ -43,7 +43,10 @@ class Normalizers(nn.Module):
         observation_moments: mean and standard deviation, each of the observation's shape, by observation key;
             keys that are missing are left as they are.
         reward_scale: factor c of rewards.
-        reward_shift: d, added to the scaled rewards.
+        reward_shift: d, added to the scaled rewards, to each of an n-step transition's.
+
+    Attributes:
+        discount: of the n rewards in an n-step transition's; an agent sets its own.
 
     Raises:
         ValueError: if a Box action space has no bounds, or moments do not fit the observations.
@@ -62,6 +65,7 @@ class Normalizers(nn.Module):
         reward_shift: float = 0.0,
     ) -> None:
         super().__init__()
+        self.discount = 0.99
         moments = observation_moments or {}
         for key, (mean, std) in moments.items():
             space = spaces.observations.get(key)
@@ -138,9 +142,14 @@ class Normalizers(nn.Module):
         low, high = self.get_buffer("action_low"), self.get_buffer("action_high")
         return (low + 0.5 * (action + 1.0) * (high - low)).clamp(low, high)
 
-    def reward(self, reward: Tensor) -> Tensor:
-        """Rewards as the critics learn them."""
-        return self.get_buffer("reward_scale") * reward + self.get_buffer("reward_shift")
+    def reward(self, reward: Tensor, count: Tensor | float = 1.0) -> Tensor:
+        r"""Rewards as the critics learn them.
+
+        Args:
+            reward: ``[*B, 1]``; of n-step transitions the discounted sum of their rewards.
+            count: how often the shift is in that sum, :math:`\sum_{k<n} \gamma^k`, of ``reward``'s shape.
+        """
+        return self.get_buffer("reward_scale") * reward + self.get_buffer("reward_shift") * count
 
     def forward(self, batch: TensorDictBase) -> TensorDictBase:
         """A batch by the key layout in the networks' units; entries that are not normalised are shared.
@@ -149,7 +158,10 @@ class Normalizers(nn.Module):
             batch: in the environment's units; it is not changed.
         """
         result = batch.copy()
-        ways: dict[NestedKey, Callable[[Tensor], Tensor]] = {_KEYS.action: self.policy_action, _REWARD: self.reward}
+        ways: dict[NestedKey, Callable[[Tensor], Tensor]] = {
+            _KEYS.action: self.policy_action,
+            _REWARD: lambda reward: self.reward(reward, self._shifts(batch, reward)),
+        }
         for key in self.standardized:
             ways[key] = ways[next_key(key)] = partial(self.observation, key)
         for key, way in ways.items():
@@ -157,6 +169,17 @@ class Normalizers(nn.Module):
             if (value := batch.get(key, None)) is not None:
                 result.set(key, way(value))
         return result
+
+    def _shifts(self, batch: TensorDictBase, reward: Tensor) -> Tensor | float:
+        """What :meth:`reward` calls ``count``."""
+        steps, discounts = batch.get(STEPS_TO_NEXT_OBS, None), batch.get(DISCOUNT, None)
+        if discounts is None and steps is None:
+            return 1.0
+        if self.discount == 1.0:
+            return 1.0 if steps is None else steps.reshape(reward.shape)
+        discounts = self.discount**steps if discounts is None else discounts
+        count: Tensor = (1.0 - discounts.reshape(reward.shape)) / (1.0 - self.discount)
+        return count
 
     def extra_state(self) -> dict[str, Any]:
         """Which observations are standardised, as JSON values; the numbers are in ``state_dict()``."""

@@ -20,6 +20,7 @@ import numpy as np
 import structlog
 import torch
 from d3rlpy.logging import NoopAdapterFactory
+
 from iql_d3rlpy import IQLConfig, as_fast_buffer
 
 OBSERVATION, ACTION, BATCH = 17, 6, 256

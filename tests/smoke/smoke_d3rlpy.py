@@ -8,6 +8,7 @@ import gymnasium
 import numpy as np
 from d3rlpy.logging import NoopAdapterFactory
 from gradient_step import check_gradient_step
+
 from iql_d3rlpy import IQLConfig, as_fast_buffer, plugin
 
 MAX_TORQUE = 2.0

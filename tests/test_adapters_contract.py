@@ -1,0 +1,77 @@
+"""All four adapters keep to the contract that every adapter must keep to."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from agents import SPACES, make_dataset
+
+import iql_plugins
+from iql_plugins.hookspecs import Adapter
+from iql_plugins.testing import check_adapter
+
+
+def tensors() -> Any:
+    return {"action": torch.zeros(5, 1)} | {
+        name: torch.zeros(5, *shape, dtype=dtype)
+        for name, shape, dtype in (
+            ("observation", (3,), torch.float32),
+            ("next_observation", (3,), torch.float32),
+            ("next_reward", (1,), torch.float32),
+            ("next_done", (1,), torch.bool),
+            ("next_terminated", (1,), torch.bool),
+        )
+    }
+
+
+def sb3_samples() -> Any:
+    import numpy as np
+    from gymnasium.spaces import Box
+    from stable_baselines3.common.buffers import ReplayBuffer
+
+    buffer = ReplayBuffer(5, Box(-1.0, 1.0, (3,)), Box(-1.0, 1.0, (1,)), "cpu")
+    for _ in range(5):
+        buffer.add(np.zeros(3), np.zeros(3), np.zeros(1), np.zeros(1), np.zeros(1), [{}])
+    return buffer.sample(4)
+
+
+def d3rlpy_mini_batch() -> Any:
+    from iql_d3rlpy import to_replay_buffer
+
+    return to_replay_buffer(make_dataset(SPACES["continuous"])).sample_transition_batch(4)
+
+
+def torchrl_sample() -> Any:
+    from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(80), batch_size=4)
+    buffer.extend(make_dataset(SPACES["continuous"]))
+    return buffer.sample()
+
+
+BATCHES: dict[str, Callable[[], Any]] = {
+    "tensor": tensors,
+    "sb3": sb3_samples,
+    "d3rlpy": d3rlpy_mini_batch,
+    "torchrl": torchrl_sample,
+}
+
+
+def test_the_four_adapters_are_there() -> None:
+    ours = {name for name, info in iql_plugins.available().items() if info.distribution == "iql-plugins"}
+    assert ours == BATCHES.keys()
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_an_adapter_keeps_to_the_contract(name: str) -> None:
+    check_adapter(name, batch=BATCHES[name]())
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_command_line_can_train_with_an_adapter(name: str) -> None:
+    adapter = iql_plugins.load(name)
+    assert isinstance(adapter, Adapter)
+    assert adapter.training is not None
+    suffixes = {iql_plugins.load(other).training.suffix for other in BATCHES}  # type: ignore[union-attr]
+    assert len(suffixes) == len(BATCHES)
