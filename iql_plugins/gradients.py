@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._triton import has_triton
@@ -60,6 +60,7 @@ class LossGradients:
         if compile and not compiler_available(device):
             raise RuntimeError(f"there is no compiler for {device.type}: install one (g++), or do not compile")
         self._graphs: dict[Any, Any] = {}
+        self._look_up()
 
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """Computes, and replaces the gradients.
@@ -72,17 +73,27 @@ class LossGradients:
         """
         return self._compiled(batch) if self.compile else self._eager(batch)
 
+    def _look_up(self) -> None:
+        # Walking the modules takes longer than small kernels: where their tensors are is looked up once, which ones
+        # these are (they may be replaced, or frozen) at every step.
+        self._estimator = self.loss.value_estimator
+        self._modules = list(self.loss.modules())
+        self._parameters = _slots(self.loss, "_parameters")
+        self._buffers = _slots(self.loss, "_buffers")
+
     def _eager(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.loss(**batch)
-        for parameter in self.loss.parameters():
-            parameter.grad = None
+        for registry, key in self._parameters.values():
+            registry[key].grad = None
         (outputs[0] + outputs[1] + outputs[2]).backward()
         return tuple(output.detach() for output in outputs)
 
     def _compiled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        parameters = dict(self.loss.named_parameters())
+        if self._estimator is not self.loss.value_estimator:
+            self._look_up()
+        parameters = {name: registry[key] for name, (registry, key) in self._parameters.items()}
         trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        state = parameters | dict(self.loss.named_buffers())
+        state = parameters | {name: registry[key] for name, (registry, key) in self._buffers.items()}
         signature = (
             tuple((name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in batch.items()),
             tuple(trained),
@@ -105,7 +116,7 @@ class LossGradients:
             (loss.expectile, loss.temperature, loss.max_weight, loss.loss_function, loss.reduction),
             (loss.use_prioritized_weights, loss.loss_mask_key, *vars(loss.tensor_keys).values()),
             (loss.value_estimator, loss.vmap_randomness, loss.deactivate_vmap),
-            tuple(module.training for module in loss.modules()),
+            tuple([module.training for module in self._modules]),
         )
 
     def _traced(self, state: Mapping[str, Tensor], trained: Sequence[str], batch: Mapping[str, Tensor]) -> Any:
@@ -127,3 +138,16 @@ class LossGradients:
             graph = make_fx(losses_and_gradients)(*copies, *(tensor.detach() for tensor in batch.values()))
         # Not the module: its wrapper hides what a check of the graph has to say.
         return torch.compile(graph.forward, fullgraph=True, dynamic=False, mode=self.mode)
+
+
+def _slots(module: nn.Module, registry: str) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where each parameter or buffer is registered, by its full name; one with several names under the first."""
+    slots: dict[str, tuple[dict[str, Any], str]] = {}
+    seen: set[int] = set()
+    for prefix, submodule in module.named_modules():
+        tensors = getattr(submodule, registry)
+        for key, tensor in tensors.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                slots[f"{prefix}.{key}" if prefix else key] = (tensors, key)
+    return slots

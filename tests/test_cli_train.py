@@ -28,7 +28,8 @@ TINY = [
     *("--n-steps", "40", "--hidden-sizes", "8", "--batch-size", "16", "--evaluate-every", "20", "--log-every", "10"),
     *("--episodes", "2", "--evaluation-episodes", "2", "--workers", "1", "--actor-dropout", "0.1"),
 ]
-SMALL = [*TINY, "--env", ENV]
+SMALL = [*TINY, "--env", ENV, "--baseline", "none"]
+BOTH = [*TINY, "--env", ENV]
 BITWISE = ("checkpoint.safetensors", "policy.safetensors", "policy_best.safetensors", "metrics.csv")
 
 Run = Callable[..., tuple[int, str, str]]
@@ -147,7 +148,7 @@ def test_a_run_leaves_policy_picture_metrics_and_its_configuration(run: Run, tmp
 
 
 def test_json_has_the_table_and_every_seed(run: Run, tmp_path: Path) -> None:
-    status, out, _ = run("train", *SMALL, "--seeds", "2", "--seed", "3", "--run-dir", "many", "--json")
+    status, out, _ = run("train", *BOTH, "--seeds", "2", "--seed", "3", "--run-dir", "many", "--json")
     assert status == 0
     document = json.loads(out)
     assert set(document["results"]) == {"data", "behaviour cloning", "IQL final", "IQL best"}
@@ -165,7 +166,7 @@ def test_json_has_the_table_and_every_seed(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_table_is_what_evaluate_measures(run: Run) -> None:
-    document = json.loads(run("train", *SMALL, "--baseline", "none", "--run-dir", "run", "--json")[1])
+    document = json.loads(run("train", *SMALL, "--run-dir", "run", "--json")[1])
     assert set(document["results"]) == {"data", "IQL final", "IQL best"}
     measured = json.loads(run("evaluate", "run", "--episodes", "2", "--json")[1])
     assert measured["env"] == ENV
@@ -219,7 +220,8 @@ def test_discrete_actions_train_to_the_end(run: Run, tmp_path: Path) -> None:
     dataset = write_dataset(
         tmp_path / "discrete.npz", actions=actions, observations=observations, next_observations=observations
     )
-    status, out, _ = run("train", *TINY, "--dataset", dataset, "--env", "CartPole-v1", "--run-dir", "run", "--json")
+    options = ["--dataset", dataset, "--env", "CartPole-v1", "--baseline", "none"]
+    status, out, _ = run("train", *TINY, *options, "--run-dir", "run", "--json")
     assert status == 0
     assert json.loads(out)["results"]["IQL final"]["mean_return"] >= 8
     assert Agent.load(tmp_path / "run" / "policy.safetensors").spaces.discrete
@@ -271,13 +273,13 @@ def test_a_run_directory_is_never_overwritten(run: Run, tmp_path: Path) -> None:
 # Going on, and repeating
 
 
-@pytest.mark.parametrize("step", [3, 20, 33])
+@pytest.mark.parametrize("step", [3, 33])
 def test_ctrl_c_leaves_a_run_that_goes_on_bit_for_bit(
     step: int, run: Run, stop_at: Callable[[int], None], tmp_path: Path
 ) -> None:
-    assert run("train", *SMALL, "--run-dir", "whole")[0] == 0
+    assert run("train", *BOTH, "--run-dir", "whole")[0] == 0
     stop_at(step)
-    status, _, err = run("train", *SMALL, "--run-dir", "stopped")
+    status, _, err = run("train", *BOTH, "--run-dir", "stopped")
     assert status == 130
     assert err.splitlines()[-1] == "iql-plugins: interrupted: go on with iql-plugins train --resume stopped"
     torch.manual_seed(99)
@@ -298,7 +300,7 @@ def test_rows_after_the_checkpoint_and_leftovers_of_a_killed_write_are_dropped(
         file.write("40,0.5,0.")
     (tmp_path / "killed" / ".checkpoint.safetensors.abc.tmp").write_bytes(b"half of it")
     assert run("train", "--resume", "killed")[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", "bc")
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
 
@@ -313,13 +315,16 @@ def test_a_run_that_is_over_is_measured_again(run: Run, tmp_path: Path) -> None:
 def test_a_configuration_repeats_its_run_bit_for_bit(run: Run, tmp_path: Path) -> None:
     assert run("train", *SMALL, "--expectile", "0.8", "--run-dir", "first")[0] == 0
     assert run("train", "--config", "first/config.json", "--run-dir", "second")[0] == 0
-    assert_same_run(tmp_path / "first", tmp_path / "second", "bc")
+    assert_same_run(tmp_path / "first", tmp_path / "second")
     assert Settings.read(tmp_path / "second" / "config.json")[0].hyperparameters.expectile == 0.8
 
 
 def test_what_auto_came_to_is_kept(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "resolve_compile", lambda choice, n_steps, device: "no")
-    assert run("train", *SMALL, "--hidden-sizes", "200", "--threads", "auto", "--run-dir", "first")[0] == 0
+    assert (
+        run("train", *SMALL, "--hidden-sizes", "130", "--n-steps", "4", "--threads", "auto", "--run-dir", "first")[0]
+        == 0
+    )
     settings, _ = Settings.read(tmp_path / "first" / "config.json")
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -415,7 +420,7 @@ def assert_all_end(session: int) -> None:
 @pytest.fixture
 def long_run(tmp_path: Path) -> Iterator[tuple[list[str], Path]]:
     """Options of a run that takes long enough to be stopped on the way."""
-    options = [*SMALL, "--n-steps", "1000", "--evaluate-every", "30", "--workers", "2", "--run-dir"]
+    options = [*BOTH, "--n-steps", "1000", "--evaluate-every", "30", "--workers", "2", "--run-dir"]
     yield options, tmp_path / "run"
 
 
@@ -451,7 +456,7 @@ def test_ctrl_c_ends_all_processes_with_status_130(long_run: tuple[list[str], Pa
 
 
 def test_an_error_in_another_process_is_reported(run: Run, tmp_path: Path) -> None:
-    options = [*SMALL, "--critic-learning-rate", "1e38", "--workers", "2", "--run-dir", "run"]
+    options = [*BOTH, "--critic-learning-rate", "1e38", "--workers", "2", "--run-dir", "run"]
     status, _, err = run("train", *options)
     assert status == 1
     assert "not finite at step" in err

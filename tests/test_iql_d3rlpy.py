@@ -725,10 +725,18 @@ def test_the_import_registers_names_that_d3rlpy_does_not_have() -> None:
         "from d3rlpy.serializable_config import CONFIG_STORAGE\n"
         "names = CONFIG_STORAGE[LearnableConfig].config_list\n"
         "print('NAMES', [names[name].__module__ for name in ('iql', 'iql_plugins_iql', 'iql_plugins_discrete_iql')])\n"
+        "for name in [name for name in sys.modules if name.startswith('iql_d3rlpy')]:\n"
+        "    del sys.modules[name]\n"
+        "sys.modules['d3rlpy'] = None\n"
+        "try:\n"
+        "    import iql_d3rlpy\n"
+        "except ImportError as error:\n"
+        "    print('NEEDS', error)\n"
     )
     result = run(program)
     assert result.returncode == 0, result.stderr
     assert "NOBODY False" in result.stdout
+    assert "NEEDS iql_d3rlpy needs d3rlpy: pip install 'iql-plugins[d3rlpy]'" in result.stdout
     assert "NAMES ['d3rlpy.algos.qlearning.iql', 'iql_d3rlpy.algorithm', 'iql_d3rlpy.algorithm']" in result.stdout
 
 

@@ -1,7 +1,10 @@
 """What the d3rlpy adapter trains: the core's losses, agents from elsewhere, several processes, compiled graphs."""
 
+import contextlib
 import copy
 import math
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -413,19 +416,25 @@ d3rlpy.distributed.destroy_process_group()
 def test_processes_hold_equal_weights_and_draw_from_shares_of_their_own(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29507", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, program, tmp_path],
-            env={**environment, "RANK": str(rank), "PYTHONPATH": ":".join([str(Path(__file__).parent), *sys.path])},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": path}
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank in range(2):
+            process = subprocess.Popen(
+                [sys.executable, program, tmp_path],
+                env={**environment, "RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            processes.append(process)
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
     (first, first_seen), (second, second_seen) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert_same_weights(first, second)
     assert not set(first_seen) & set(second_seen)
