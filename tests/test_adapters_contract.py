@@ -8,7 +8,6 @@ import torch
 from agents import SPACES, make_dataset
 
 import iql_plugins
-from iql_plugins.hookspecs import Adapter
 from iql_plugins.testing import check_adapter
 
 
@@ -58,6 +57,9 @@ BATCHES: dict[str, Callable[[], Any]] = {
 }
 
 
+FRAMEWORKS = {"tensor": "torch", "sb3": "stable_baselines3", "d3rlpy": "d3rlpy", "torchrl": "torchrl"}
+
+
 def test_the_four_adapters_are_there() -> None:
     ours = {name for name, info in iql_plugins.available().items() if info.distribution == "iql-plugins"}
     assert ours == BATCHES.keys()
@@ -65,13 +67,12 @@ def test_the_four_adapters_are_there() -> None:
 
 @pytest.mark.parametrize("name", BATCHES)
 def test_an_adapter_keeps_to_the_contract(name: str) -> None:
+    pytest.importorskip(FRAMEWORKS[name])
     check_adapter(name, batch=BATCHES[name]())
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_the_command_line_can_train_with_an_adapter(name: str) -> None:
-    adapter = iql_plugins.load(name)
-    assert isinstance(adapter, Adapter)
-    assert adapter.training is not None
-    suffixes = {iql_plugins.load(other).training.suffix for other in BATCHES}  # type: ignore[union-attr]
-    assert len(suffixes) == len(BATCHES)
+def test_the_command_line_knows_a_native_file_by_its_suffix() -> None:
+    for framework in FRAMEWORKS.values():
+        pytest.importorskip(framework)
+    suffixes = {name: getattr(iql_plugins.load(name).training, "suffix", None) for name in BATCHES}
+    assert suffixes == {"tensor": ".safetensors", "sb3": ".zip", "d3rlpy": ".d3", "torchrl": ".pt"}

@@ -5,24 +5,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import iql_d3rlpy
-import iql_sb3
-import iql_tensor
-import iql_torchrl
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("d3rlpy")
+pytest.importorskip("stable_baselines3")
+pytest.importorskip("torchrl")
+
 from agents import SPACES, make_agent, make_dataset, observations, same, weights
 from tensordict import TensorDict
 from torch import Tensor, nn
 
+import iql_d3rlpy
 import iql_plugins
+import iql_sb3
+import iql_tensor
+import iql_torchrl
 from iql_plugins.agent import Agent, build_loss
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.cli import main
 from iql_plugins.config import IQLConfig
 from iql_plugins.hookspecs import Training
-from iql_plugins.networks import value_function
+from iql_plugins.networks import critic, value_function
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 ADAPTERS = ("tensor", "sb3", "d3rlpy", "torchrl")
@@ -72,17 +77,13 @@ def as_float(action: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_a_moved_agent_acts_the_same_and_trains_on_alike(
-    source: str, target: str, kind: str, tmp_path: Path
-) -> None:
+def test_a_moved_agent_acts_the_same_and_trains_on_alike(source: str, target: str, kind: str, tmp_path: Path) -> None:
     dataset = make_dataset(SPACES[kind])
     algorithm = trained(source, kind, dataset)
     other = moved(algorithm, source, target, tmp_path)
     agent, moved_agent = training_of(source).to_agent(algorithm), training_of(target).to_agent(other)
     states = observations(SPACES[kind], 1000)
-    torch.testing.assert_close(
-        as_float(moved_agent.act(states)), as_float(agent.act(states)), rtol=0.0, atol=1e-6
-    )
+    torch.testing.assert_close(as_float(moved_agent.act(states)), as_float(agent.act(states)), rtol=0.0, atol=1e-6)
     assert moved_agent.learner.step_count == BEFORE
     expected = losses_of(source, algorithm, dataset)
     torch.testing.assert_close(losses_of(target, other, dataset), expected, rtol=1e-6, atol=1e-6)
@@ -128,7 +129,9 @@ def test_every_adapter_saves_and_loads_the_common_checkpoint(algorithm: Any, kin
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_the_command_line_converts(source: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_line_converts(
+    source: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     dataset = make_dataset(SPACES["continuous"])
     algorithm = trained(source, "continuous", dataset)
     old, new = (tmp_path / f"agent{training_of(name).suffix}" for name in (source, target))
@@ -187,18 +190,19 @@ def agent_with_a_network_of_its_own() -> Agent:
 
 
 def build_critics(agent: Agent) -> list[nn.Module]:
-    from iql_plugins.networks import critic
-
     return [critic(3, 2, hidden_sizes=agent.config.hidden_sizes) for _ in range(agent.config.n_critics)]
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_networks_that_cannot_move_are_refused_by_name(name: str, tmp_path: Path) -> None:
     agent, training = agent_with_a_network_of_its_own(), training_of(name)
-    path = tmp_path / f"agent{training.suffix}"
-    with pytest.raises(ValueError, match=r"^value_network .*not the default ones"):
+
+    def move(path: Path) -> None:
         training.save(training.from_agent(agent), path)
         training.load(path)
+
+    with pytest.raises(ValueError, match=r"^value_network .*not the default ones"):
+        move(tmp_path / f"agent{training.suffix}")
 
 
 @pytest.mark.parametrize("target", ADAPTERS)
@@ -225,7 +229,7 @@ def test_networks_of_ones_own_load_into_networks_like_them(tmp_path: Path) -> No
         assert same(weights(other), weights(agent))
 
 
-def test_a_policy_class_of_ones_own_moves_to_nobody(tmp_path: Path) -> None:
+def test_networks_of_ones_own_in_one_framework_move_to_no_other(tmp_path: Path) -> None:
     dataset = make_dataset(SPACES["continuous"])
     model = iql_sb3.IQL("MlpPolicy", dataset=dataset, policy_kwargs={"net_arch": {"pi": [4], "qf": [5]}})
     agent = model.to_agent()
@@ -235,3 +239,11 @@ def test_a_policy_class_of_ones_own_moves_to_nobody(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="qvalue_network"):
         iql_torchrl.IQL.load(tmp_path / "agent.pt")
     assert np.isfinite(agent.act(np.zeros(3, np.float32))).all()
+
+
+def test_images_with_channels_last_do_not_move_to_stable_baselines3() -> None:
+    agent = make_agent("image")
+    with pytest.raises(
+        ValueError, match=r"'camera'.* must be uint8 of shape \(36, 36, 3\), got uint8 of shape \(3, 36,"
+    ):
+        iql_sb3.IQL.from_agent(agent)

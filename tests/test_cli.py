@@ -73,7 +73,7 @@ def plugin(name: str, **hooks: Any) -> types.SimpleNamespace:
 
 def test_the_version_and_the_help_are_printed(run: Run) -> None:
     assert run("--version") == (0, f"iql-plugins {version('iql-plugins')}\n", "")
-    for command in ((), ("train",), ("evaluate",), ("export",), ("convert",), ("inspect",), ("adapters",)):
+    for command in ((), ("train",), ("evaluate",), ("export",), ("convert",), ("inspect",), ("adapters",), ("bench",)):
         status, out, err = run(*command, "--help")
         assert (status, err) == (0, "")
         assert out.startswith("usage: iql-plugins")
@@ -254,6 +254,21 @@ def test_a_plugins_dataset_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -
     status, _, err = run("inspect", "stranger://other")
     assert status == 2
     assert "there is no dataset, file or folder 'stranger://other'" in err
+
+
+# Speed
+
+
+@pytest.mark.slow
+def test_the_speed_is_measured(run: Run) -> None:
+    size = ["--observation", "3", "--action", "1", "--batch", "8", "--hidden", "8", "--transitions", "100"]
+    status, out, _ = run("bench", *size, "--rounds", "1", "--steps", "2", "--json")
+    assert status == 0
+    assert json.loads(out)["timings"]["iql-plugins"]["ratio"] == 1.0
+    status, _, err = run("bench", *size, "--peers", "nobody")
+    assert status == 2
+    assert "nobody" in err
+    assert run("bench", "--rounds", "0")[0] == 2
 
 
 # Policies

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-import iql_d3rlpy
-import iql_d3rlpy.training
-import iql_sb3
-import iql_sb3.plugin
-import iql_tensor
-import iql_torchrl
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("d3rlpy")
+pytest.importorskip("stable_baselines3")
+pytest.importorskip("torchrl")
+
 import torchrl.objectives
 from conftest import keywords
 from d3rlpy.dataset import BasicTransitionPicker, TransitionMiniBatch
@@ -20,6 +20,12 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from tensordict import TensorDict
 from torch import Tensor
 
+import iql_d3rlpy
+import iql_d3rlpy.training
+import iql_sb3
+import iql_sb3.plugin
+import iql_tensor
+import iql_torchrl
 from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
@@ -57,6 +63,7 @@ def on_grid(tensor: Tensor) -> Tensor:
 def make_dataset(kind: str) -> TensorDict:
     """Walks that end in terminal states and at time limits by turns."""
     rows = EPISODES * EPISODE
+    torch.manual_seed(0)
     walk = on_grid(0.3 * torch.randn(EPISODES, EPISODE + 1, 3)).cumsum(1)
     action = SPACES[kind].action
     if isinstance(action, Discrete):
@@ -101,9 +108,7 @@ def make_agent(kind: str, **hyperparameters: Any) -> Agent:
 def indices(agent: Agent) -> Iterator[Tensor]:
     """The transitions of each batch, as an agent draws them."""
     for _ in range(STEPS):
-        yield torch.randint(
-            EPISODES * EPISODE, (BATCH,), generator=agent.generator, device=agent.generator.device
-        )
+        yield torch.randint(EPISODES * EPISODE, (BATCH,), generator=agent.generator, device=agent.generator.device)
 
 
 Path = Callable[[Agent, TensorDict], Record]
@@ -258,6 +263,12 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
     torch.set_default_dtype(before)
 
 
+@cache
+def expected_record(kind: str, dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> Record:
+    """That of keyword tensors; one for all paths. The default dtype is ``dtype``."""
+    return tensor_updates(make_agent(kind, **dict(options)), make_dataset(kind))
+
+
 def assert_equal_records(record: Record, expected: Record, dtype: torch.dtype) -> None:
     assert len(record.losses) == len(expected.losses) == STEPS
     losses, expected_losses = torch.stack(record.losses), torch.stack(expected.losses)
@@ -270,12 +281,14 @@ def assert_equal_records(record: Record, expected: Record, dtype: torch.dtype) -
         torch.testing.assert_close(getattr(record, name), getattr(expected, name), rtol=0.0, atol=1e-9)
 
 
+PLAIN = {"actor_schedule": "constant"}
+ALL = {"actor_dropout": 0.1, "max_grad_norm": 0.5, "discount": 0.95, "loss_function": "smooth_l1"}
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)
 def test_every_adapter_trains_the_same(path: Path, kind: str, dtype: torch.dtype) -> None:
-    dataset = make_dataset(kind)
-    plain = {"actor_schedule": "constant"}
-    expected = tensor_updates(make_agent(kind, **plain), dataset)
-    assert_equal_records(path(make_agent(kind, **plain), dataset), expected, dtype)
+    expected = expected_record(kind, dtype, tuple(PLAIN.items()))
+    assert_equal_records(path(make_agent(kind, **PLAIN), make_dataset(kind)), expected, dtype)
     names = expected.gradients[0].keys()
     assert {name.split(".")[0] for name in names} == {f"{n}_network_params" for n in ("actor", "qvalue", "value")}
     assert all(not torch.equal(expected.parameters[0][name], expected.parameters[-1][name]) for name in names)
@@ -283,13 +296,12 @@ def test_every_adapter_trains_the_same(path: Path, kind: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("path", [sb3_dataset, d3rlpy_fit, torchrl_fit], ids=lambda path: path.__name__)
 def test_every_adapter_has_the_same_schedule_dropout_and_clipping(path: Path, kind: str, dtype: torch.dtype) -> None:
-    dataset = make_dataset(kind)
-    options = {"actor_dropout": 0.1, "max_grad_norm": 0.5, "discount": 0.95, "loss_function": "smooth_l1"}
-    expected = tensor_updates(make_agent(kind, **options), dataset)
-    # What random numbers were drawn elsewhere does not matter.
+    expected = expected_record(kind, dtype, tuple(ALL.items()))
+    agent, dataset = make_agent(kind, **ALL), make_dataset(kind)
+    # What random numbers are drawn elsewhere does not matter.
     torch.manual_seed(1)
     np.random.seed(1)
-    assert_equal_records(path(make_agent(kind, **options), dataset), expected, dtype)
+    assert_equal_records(path(agent, dataset), expected, dtype)
 
 
 def test_a_time_limit_bootstraps_in_every_adapter_and_a_terminal_state_in_none(kind: str) -> None:

@@ -13,14 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import iql_torchrl
-import iql_torchrl.losses
 import pytest
 import torch
 import torchrl.data.replay_buffers.samplers.prioritized as prioritized
 import torchrl.objectives
 from conftest import gradients, make_batch, total
-from iql_torchrl import plugin
 from tensordict import TensorDict
 from tensordict.nn import (
     CompositeDistribution,
@@ -74,6 +71,9 @@ from torchrl.objectives import HardUpdate, LossModule, SoftUpdate, ValueEstimato
 from torchrl.objectives.value import TD0Estimator, TD1Estimator, TDLambdaEstimator, ValueEstimatorBase
 
 import iql_plugins
+import iql_torchrl
+import iql_torchrl.losses
+from iql_torchrl import plugin
 
 ROOT = Path(__file__).parents[1]
 Networks = tuple[nn.Module, nn.Module, nn.Module]
@@ -1017,12 +1017,6 @@ def test_the_script_evaluates_what_it_trained(
 
 
 # The plugin
-
-
-def test_the_plugin_describes_the_losses() -> None:
-    adapter = plugin.iql_adapter()
-    assert (adapter.name, adapter.framework) == ("torchrl", "torchrl")
-    assert adapter.algorithms == {"IQLLoss": iql_torchrl.IQLLoss, "DiscreteIQLLoss": iql_torchrl.DiscreteIQLLoss}
 
 
 def test_a_sample_of_a_replay_buffer_is_in_the_key_layout_already() -> None:

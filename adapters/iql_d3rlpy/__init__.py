@@ -57,7 +57,7 @@ def _imported(module: str) -> Any:
     try:
         return import_module(f"{__name__}.{module}")
     except ModuleNotFoundError as error:
-        if error.name != "d3rlpy":
+        if (error.name or "").split(".")[0] != "d3rlpy":
             raise
         raise ImportError("iql_d3rlpy needs d3rlpy: pip install 'iql-plugins[d3rlpy]'") from error
 

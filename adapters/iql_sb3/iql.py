@@ -896,7 +896,9 @@ def _check_fits(given: Spaces, own: Spaces) -> None:
             else other == space
         )
         if not same:
-            raise ValueError(f"the space of {key!r} must be {space}, got {other}")
+            # Without the bounds: an image has one for each of its pixels.
+            named = [f"{s.dtype} of shape {s.shape}" if isinstance(s, Box) else str(s) for s in (space, other)]
+            raise ValueError(f"the space of {key!r} must be {named[0]}, got {named[1]}")
     if not _equal_actions(given.action, own.action):
         raise ValueError(
             f"the action space must be {own.action}, got {given.action}; a dataset alone does not tell the bounds: "

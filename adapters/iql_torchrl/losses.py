@@ -121,8 +121,9 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
         module: IQLLoss = kind.__new__(kind)
         module.__dict__["_shown_estimator"] = None
         LossModule.__init__(module)
-        torchs = vars(nn.Module()).keys() - {"training"}
-        vars(module).update({name: copy.copy(value) for name, value in vars(loss).items() if name not in torchs})
+        # Hooks and the tables of a module are each one's own, all else is what the core has set.
+        own = vars(nn.Module()).keys() - {"training"}
+        module.__dict__.update({name: copy.copy(value) for name, value in vars(loss).items() if name not in own})
         module._modules.update(loss._modules)
         module._register_estimator(copy.deepcopy(loss._estimator))
         return module

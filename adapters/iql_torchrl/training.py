@@ -1,4 +1,4 @@
-"""An agent in TorchRL's hands: its loss as a ``LossModule``, batches from TorchRL's replay buffer, files of ``torch``."""
+"""An agent in TorchRL's hands: its loss a ``LossModule``, batches from TorchRL's replay buffer, files of torch."""
 
 import io
 import os
@@ -146,8 +146,9 @@ class IQL:
         except Exception as error:
             # Whatever torch raises for a file that is none of its own.
             raise CheckpointError(f"{name!r} is no {_CONTAINER}, or damaged: {error}") from error
-        metadata = content if isinstance(content, dict) else {}
-        tensors = _tensors(metadata.get("loss"), "loss.") | _tensors(metadata.get("tensors"), "")
+        entries = content if isinstance(content, dict) else {}
+        metadata = {key: value for key, value in entries.items() if isinstance(value, str)}
+        tensors = _tensors(entries.get("loss"), "loss.") | _tensors(entries.get("tensors"), "")
         document = checkpoint.unseal(metadata, tensors, name, _CONTAINER)
         return cls(Agent.from_state(document, tensors, name=name, **arguments))
 

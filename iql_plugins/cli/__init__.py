@@ -7,6 +7,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from iql_plugins.cli.arguments import Bench
     from iql_plugins.cli.output import Result
 
 __all__ = ["main"]
@@ -95,6 +96,28 @@ def _run(given: Sequence[str]) -> "Result":
             return listings.inspect(arguments)
         case options.Adapters():
             return listings.adapters(arguments)
+        case options.Bench():
+            return _bench(arguments)
+
+
+def _bench(arguments: "Bench") -> "Result":
+    from pathlib import Path
+
+    from iql_plugins.cli.bench import bench
+    from iql_plugins.cli.errors import UserError
+
+    for name in ("rounds", "steps"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    return bench(
+        arguments.peers,
+        size=arguments.size,
+        adapters=arguments.adapters,
+        rounds=arguments.rounds,
+        steps=arguments.steps,
+        threads=arguments.threads,
+        plot=None if arguments.plot is None else Path(arguments.plot),
+    )
 
 
 def _failed(text: str, status: int, write: Write | None) -> int:

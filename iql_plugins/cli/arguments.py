@@ -9,12 +9,24 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
 from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.cli.peers import Size
 from iql_plugins.cli.sources import SHIPPED
 from iql_plugins.config import PRESETS, IQLConfig, preset
 
 tyro = imported("tyro")
 
-__all__ = ["Adapters", "Arguments", "Convert", "Evaluate", "Export", "HelpRequest", "Inspect", "Train", "parse"]
+__all__ = [
+    "Adapters",
+    "Arguments",
+    "Bench",
+    "Convert",
+    "Evaluate",
+    "Export",
+    "HelpRequest",
+    "Inspect",
+    "Train",
+    "parse",
+]
 
 PROGRAM = "iql-plugins"
 DEFAULT_DATASET = "pendulum-v1-sac"
@@ -155,7 +167,28 @@ class Adapters:
     """Print one JSON document on stdout, and nothing else."""
 
 
-Arguments = Train | Evaluate | Export | Convert | Inspect | Adapters
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Measures gradient steps a second, of this package and of other libraries side by side."""
+
+    peers: tuple[str, ...] = ()
+    """Libraries to measure beside it, by name or as Python files."""
+    adapters: tuple[str, ...] = ()
+    """Further adapters to measure, beside the one for plain tensors."""
+    size: Annotated[Size, tyro.conf.arg(name="")] = field(default_factory=Size)
+    rounds: int = 9
+    """How often each is measured; rounds are interleaved."""
+    steps: int = 50
+    """Gradient steps in a round."""
+    threads: int | None = None
+    """Torch's threads; by default as many as torch takes."""
+    plot: str | None = None
+    """File for a bar chart."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+Arguments = Train | Evaluate | Export | Convert | Inspect | Adapters | Bench
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -167,7 +200,14 @@ def parse(arguments: Sequence[str]) -> Arguments:
     """
     with mistakes(ValueError):
         train = tyro.conf.subcommand("train", default=Train(hyperparameters=_starting_point(arguments)))
-    others = {"evaluate": Evaluate, "export": Export, "convert": Convert, "inspect": Inspect, "adapters": Adapters}
+    others = {
+        "evaluate": Evaluate,
+        "export": Export,
+        "convert": Convert,
+        "inspect": Inspect,
+        "adapters": Adapters,
+        "bench": Bench,
+    }
     commands: Any = Annotated[Train, train]
     for name, kind in others.items():
         commands = commands | Annotated[kind, tyro.conf.subcommand(name)]

@@ -20,6 +20,10 @@ from iql_plugins.cli.training import DivergenceError, Outcome, Progress, train
 __all__ = ["WorkerError", "train_all"]
 
 
+#: Processes that have no more work may take so long to end by themselves, and clean up.
+SECONDS_TO_END = 5.0
+
+
 class WorkerError(RuntimeError):
     """A process that trained and came to no regular end."""
 
@@ -72,7 +76,10 @@ def train_all(
         with _interrupts_ignored():
             for process in processes:
                 process.start()
-        return _collect(units, processes, answers, report)
+        outcomes = _collect(units, processes, answers, report)
+        for process in processes:
+            process.join(SECONDS_TO_END)
+        return outcomes
     finally:
         for process in processes:
             if process.is_alive():
