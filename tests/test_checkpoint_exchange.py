@@ -35,6 +35,11 @@ PAIRS = list(itertools.permutations(ADAPTERS, 2))
 BEFORE, AFTER = 12, 10
 
 
+@pytest.fixture(autouse=True)
+def device() -> None:
+    """The CPU alone, where native files are read to."""
+
+
 def training_of(name: str) -> Training:
     training = iql_plugins.load(name).training
     assert training is not None

@@ -13,8 +13,13 @@ from iql_plugins.cli import main, training
 OPTIONS = [
     *("--n-steps", "40", "--hidden-sizes", "8", "--batch-size", "16", "--evaluate-every", "20", "--log-every", "10"),
     *("--episodes", "2", "--evaluation-episodes", "2", "--workers", "1", "--actor-dropout", "0.1"),
-    *("--baseline", "none", "--env", "short_pendulum:ShortPendulum-v0"),
+    *("--baseline", "none", "--device", "cpu", "--env", "short_pendulum:ShortPendulum-v0"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def device() -> None:
+    """The CPU alone; the command line chooses devices itself."""
 
 
 def results(run: Path) -> Any:

@@ -19,6 +19,11 @@ for package in ("onnxruntime", "onnxscript", "stable_baselines3", "torchrl"):
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_offline_then_serve.py"
 
 
+@pytest.fixture(autouse=True)
+def device() -> None:
+    """The CPU alone: where it is served, there may be no other."""
+
+
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("train_offline_then_serve", EXAMPLE)

@@ -55,4 +55,5 @@ def _save(model: "IQL", path: str | os.PathLike[str]) -> None:
 def _load(path: str | os.PathLike[str]) -> "IQL":
     from iql_sb3.iql import IQL
 
-    return IQL.load(os.fspath(path))
+    # As all adapters do: an agent that is converted must act where the original does.
+    return IQL.load(os.fspath(path), device="cpu")
