@@ -11,9 +11,6 @@ from importlib.resources import as_file, files
 
 import numpy as np
 import torch
-
-# Before: from torchrl.objectives import IQLLoss
-from iql_torchrl import IQLLoss
 from tensordict import TensorDict
 from tensordict.nn import NormalParamExtractor, TensorDictModule, TensorDictSequential
 from torch import Tensor, nn
@@ -21,6 +18,9 @@ from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDic
 from torchrl.envs import ExplorationType, PendulumEnv, set_exploration_type
 from torchrl.modules import MLP, IndependentNormal, ProbabilisticActor, ValueOperator
 from torchrl.objectives import SoftUpdate, ValueEstimators
+
+# Before: from torchrl.objectives import IQLLoss
+from iql_torchrl import IQLLoss
 
 OBSERVATION, ACTION, MAX_TORQUE = 3, 1, 2.0
 HIDDEN = {"num_cells": [128, 128], "activation_class": nn.ReLU}

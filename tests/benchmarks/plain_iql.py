@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 
 def mlp(size: int, out: int, hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out))
+    return nn.Sequential(
+        nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out)
+    )
 
 
 class TwinQ(nn.Module):

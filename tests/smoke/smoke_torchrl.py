@@ -2,7 +2,6 @@
 
 import torch
 from gradient_step import check_gradient_step
-from iql_torchrl import IQLLoss
 from tensordict.nn import NormalParamExtractor, TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector
@@ -11,6 +10,8 @@ from torchrl.envs import EnvBase, GymEnv, RewardSum, TransformedEnv
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import SoftUpdate
 from torchrl.trainers.algorithms import IQLTrainer
+
+from iql_torchrl import IQLLoss
 
 STEPS = 300
 MAX_TORQUE = 2.0

@@ -1,0 +1,186 @@
+"""IQL in Stable-Baselines3 on Pendulum: offline beside the tensor adapter, fine-tuned online, and from scratch.
+
+From the repository's root (some ten minutes on one core)::
+
+    python tests/learning/learn_sb3.py
+
+``results/sb3.json`` has the command, the returns of each seed, and intervals over seeds: the mean, give or take twice
+its standard error. Every return is a mean over episodes that start the same. A policy is below another by more than
+noise if its return is below the 95 % interval of the other's over those episodes.
+"""
+
+import argparse
+import json
+import math
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+import iql_tensor
+from iql_plugins.config import preset
+from iql_plugins.data import load_dataset
+from iql_sb3 import IQL
+from iql_sb3.zoo import HYPERPARAMETERS as ZOO
+
+ENV, DATASET = "Pendulum-v1", "pendulum-v1-sac"
+CONFIG = preset("pendulum")
+#: The preset by Stable-Baselines3's names.
+HYPERPARAMETERS: dict[str, Any] = {
+    "learning_rate": CONFIG.actor_learning_rate,
+    "normalize_observations": CONFIG.normalize_observations,
+    "reward_scale": CONFIG.reward_scale,
+    "actor_schedule_steps": CONFIG.n_steps,
+    "policy_kwargs": {"net_arch": list(CONFIG.hidden_sizes)},
+    "device": "cpu",
+}
+#: The first transitions of the dataset are those of an agent that has hardly begun to learn.
+FINE_TUNING = {
+    "fine-tuning after poor data": {"transitions": 4000, "offline": 1500, "online": 4000},
+    "fine-tuning after all data": {"transitions": None, "offline": CONFIG.n_steps, "online": 4000},
+}
+EVERY = 1000
+RESULTS = Path(__file__).parent / "results" / "sb3.json"
+
+
+class Acting:
+    """An agent with Stable-Baselines3's ``predict``."""
+
+    def __init__(self, agent: Any) -> None:
+        self.agent = agent
+
+    def predict(self, observation: Any, **_: Any) -> tuple[Any, None]:
+        return self.agent.act(observation), None
+
+
+def measured(model: Any, episodes: int) -> tuple[float, float]:
+    """Mean return, and half the width of its 95 % interval over episodes that start the same."""
+    env = make_vec_env(ENV, n_envs=episodes, seed=1000)
+    returns, _ = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True)
+    return statistics.mean(returns), 2.0 * statistics.stdev(returns) / math.sqrt(episodes)
+
+
+def mean_return(model: Any, episodes: int) -> float:
+    return round(measured(model, episodes)[0], 1)
+
+
+def with_interval(returns: list[float]) -> dict[str, Any]:
+    """Of all seeds."""
+    mean = statistics.mean(returns)
+    error = statistics.stdev(returns) / math.sqrt(len(returns)) if len(returns) > 1 else 0.0
+    return {
+        "returns": returns,
+        "mean": round(mean, 1),
+        "interval": [round(mean - 2 * error, 1), round(mean + 2 * error, 1)],
+    }
+
+
+def offline(seeds: int, episodes: int) -> dict[str, Any]:
+    """Both adapters with the same hyper-parameters on the whole dataset."""
+    dataset = load_dataset(DATASET)
+    ours, tensors = [], []
+    for seed in range(seeds):
+        tensor = iql_tensor.IQL.build(dataset=dataset, config=CONFIG, seed=seed)
+        tensors.append(mean_return(Acting(tensor.fit(dataset, CONFIG.n_steps)), episodes))
+        model = IQL("MlpPolicy", ENV, dataset=dataset, seed=seed, **HYPERPARAMETERS)
+        ours.append(mean_return(model.learn_offline(CONFIG.n_steps, log_interval=None), episodes))
+    mine, theirs = with_interval(ours), with_interval(tensors)
+    return {
+        "gradient_steps": CONFIG.n_steps,
+        "stable_baselines3": mine,
+        "tensor": theirs,
+        "reaches_the_level": mine["interval"][1] >= theirs["interval"][0] and mine["mean"] > theirs["mean"] - 20.0,
+    }
+
+
+def fine_tuning(seeds: int, episodes: int, transitions: int | None, offline: int, online: int) -> dict[str, Any]:
+    """Offline on the first transitions, then online."""
+    dataset = load_dataset(DATASET)[:transitions]
+    before, after, by_seed = [], [], []
+    for seed in range(seeds):
+        model = IQL(
+            "MlpPolicy", ENV, dataset=dataset, seed=seed, **HYPERPARAMETERS | {"actor_schedule": "constant"}
+        ).learn_offline(offline, log_interval=None)
+        first, noise = measured(model, episodes)
+        curve = [
+            mean_return(model.learn(EVERY, log_interval=None, reset_num_timesteps=step == 0), episodes)
+            for step in range(online // EVERY)
+        ]
+        before.append(round(first, 1))
+        after.append(curve[-1])
+        by_seed.append(
+            {
+                "seed": seed,
+                "offline": round(first, 1),
+                "noise": round(noise, 1),
+                "online": curve,
+                "never_below_offline_by_more_than_noise": min(curve) >= first - noise,
+            }
+        )
+    return {
+        "transitions": len(dataset),
+        "gradient_steps": offline,
+        "environment_steps": online,
+        "offline": with_interval(before),
+        "online": with_interval(after),
+        "gain": with_interval([round(last - first, 1) for first, last in zip(before, after, strict=True)]),
+        "improves_at_every_seed": all(last > first for first, last in zip(before, after, strict=True)),
+        "never_collapses": all(unit["never_below_offline_by_more_than_noise"] for unit in by_seed),
+        "by_seed": by_seed,
+    }
+
+
+def from_scratch(seeds: int, episodes: int) -> dict[str, Any]:
+    """Online alone, with the hyper-parameters that RL Zoo3 gets."""
+    tuned = yaml.safe_load(ZOO.read_text())[ENV]
+    steps, policy = int(tuned.pop("n_timesteps")), tuned.pop("policy")
+    tuned["policy_kwargs"] = eval(tuned["policy_kwargs"])
+    untrained, trained = [], []
+    for seed in range(seeds):
+        model = IQL(policy, ENV, seed=seed, device="cpu", **tuned)
+        untrained.append(mean_return(model, episodes))
+        trained.append(mean_return(model.learn(steps, log_interval=None), episodes))
+    return {
+        "environment_steps": steps,
+        "untrained": with_interval(untrained),
+        "trained": with_interval(trained),
+        # What the agents that are known to have solved it reach.
+        "solves_pendulum_at_every_seed": min(trained) > -200.0,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--episodes", type=int, default=50)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds, episodes = arguments.seeds, arguments.episodes
+    start = time.perf_counter()
+    document: dict[str, Any] = {
+        "command": shlex.join(["python", "tests/learning/learn_sb3.py", *sys.argv[1:]]),
+        "env": ENV,
+        "dataset": DATASET,
+        "seeds": seeds,
+        "episodes": episodes,
+        "offline": offline(seeds, episodes),
+        **{name: fine_tuning(seeds, episodes, **sizes) for name, sizes in FINE_TUNING.items()},
+        "from scratch": from_scratch(seeds, episodes),
+    }
+    document["seconds"] = round(time.perf_counter() - start)
+    text = json.dumps(document, indent=1) + "\n"
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()
