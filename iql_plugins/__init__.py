@@ -1,10 +1,41 @@
 """Implicit Q-Learning (Kostrikov et al. 2021, arXiv:2110.06169), one loss for every framework."""
 
-from iql_plugins.host import available, load, load_dataset, map_batch
-from iql_plugins.keys import AcceptedKeys
-from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
-from iql_plugins.targets import HardUpdate, SoftUpdate
-from iql_plugins.value_estimators import ValueEstimators, default_value_kwargs
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from iql_plugins.host import available, load, load_dataset, map_batch
+    from iql_plugins.keys import AcceptedKeys
+    from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
+    from iql_plugins.targets import HardUpdate, SoftUpdate
+    from iql_plugins.value_estimators import ValueEstimators, default_value_kwargs
+else:
+    # Torch takes seconds to import; listing plugins and asking for the version do without it.
+    _HOMES = {
+        "AcceptedKeys": "keys",
+        "DiscreteIQLLoss": "loss",
+        "HardUpdate": "targets",
+        "IQLLoss": "loss",
+        "SoftUpdate": "targets",
+        "ValueEstimators": "value_estimators",
+        "available": "host",
+        "default_value_kwargs": "value_estimators",
+        "load": "host",
+        "load_dataset": "host",
+        "map_batch": "host",
+    }
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *_HOMES})
+
 
 __all__ = [
     "AcceptedKeys",

@@ -26,7 +26,7 @@ from iql_plugins.learner import Groups, Learner, adam, resolve_compile
 from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
-from iql_plugins.value_estimators import ValueEstimators
+from iql_plugins.value_estimators import ValueEstimator, ValueEstimators
 
 __all__ = ["Agent", "Observation", "assemble_loss", "build_loss"]
 
@@ -305,8 +305,6 @@ class Agent:
             CheckpointError: if it is no checkpoint, or holds no agent that fits ``loss`` and ``make_optimizers``;
                 a loss that was given is as it was.
         """
-        # An unknown device is no fault of the file.
-        device = torch.empty(0, device=device).device
         document, tensors = checkpoint.read(path)
         return cls.from_state(
             document, tensors, name=os.fspath(path), device=device, loss=loss, make_optimizers=make_optimizers
@@ -336,21 +334,27 @@ class Agent:
         Raises:
             CheckpointError: as :meth:`load`.
         """
-        device = torch.device(device)
+        # An unknown device is no fault of the file.
+        device = torch.empty(0, device=device).device
         try:
             spaces = Spaces.from_json(document["spaces"])
             config = IQLConfig.from_json(document["config"])
             custom = document["custom"]
-            if custom and loss is None:
+            # The dtype is in the tensors.
+            modules = [part for part in custom if part != _DTYPE]
+            if modules and loss is None:
                 raise CheckpointError(
-                    f"{', '.join(custom)} of {name!r} are not the default ones: pass loss=, "
+                    f"{', '.join(modules)} of {name!r} are not the default ones: pass loss=, "
                     "built like the one that was saved"
                 )
             if config.compile == "yes" and not compiler_available(device):
                 config = config.replace(compile="no")
             parts = {part: _part(tensors, part) for part in ("loss", "normalizers")}
             normalizers = Normalizers.restored(spaces, document["normalizers"], parts["normalizers"])
-            loss = _seeded_loss(spaces, config, seed=0).to(device) if loss is None else loss
+            normalizers.to(_dtype(parts["normalizers"]))
+            if loss is None:
+                loss = _seeded_loss(spaces, config, seed=0).to(device, _dtype(_of_networks(parts["loss"])))
+            _check_dtypes(name, _of_networks(parts["loss"]), loss)
             learner = Learner.from_config(loss, config, seed=0, make_optimizers=make_optimizers)
             agent = cls(spaces, config, normalizers=normalizers, loss=loss, learner=learner, seed=0)
             learner.load_state_dict(checkpoint.unflatten(document["learner"], tensors))
@@ -366,7 +370,7 @@ class Agent:
             loss.load_state_dict(parts["loss"])
         except CheckpointError:
             raise
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{name!r} does not hold a whole agent: {error}") from error
         return agent
 
@@ -377,7 +381,13 @@ class Agent:
         custom = [
             name for name in _NETWORKS if _structure(getattr(self.loss, name)) != _structure(getattr(default, name))
         ]
-        return custom + [name for name in _OPTIONS if _option(self.loss, name) != _option(default, name)]
+        custom += [name for name in _OPTIONS if _option(self.loss, name) != _option(default, name)]
+        # A framework's class has the name of the core's.
+        if type(self.loss).__name__ != type(default).__name__:
+            custom.append("class")
+        if any(parameter.dtype != torch.float32 for parameter in self.loss.parameters()):
+            custom.append(_DTYPE)
+        return custom
 
     def _config_in_force(self) -> IQLConfig:
         """The configuration with what was changed in the loss or the learner since."""
@@ -393,6 +403,7 @@ class Agent:
 
 
 _NETWORKS = ("actor_network", "value_network", "qvalue_network")
+_DTYPE = "dtype"
 #: Settings of a loss that are not hyper-parameters.
 _OPTIONS = (
     "value_type",
@@ -407,6 +418,10 @@ _OPTIONS = (
 
 def _option(loss: IQLLoss, name: str) -> Any:
     value = getattr(loss, name, None)
+    estimator = dict(loss.named_children())["_value_estimator"]
+    if name == "value_type" and not isinstance(estimator, ValueEstimator):
+        # A framework's own, with an equation of its own, may go by the name of one of ours.
+        return type(estimator).__name__
     # A framework's enumeration of estimators has the same names.
     return value.name if isinstance(value, Enum) else value
 
@@ -439,18 +454,43 @@ def _seeded_loss(spaces: Spaces, config: IQLConfig, seed: int | None) -> IQLLoss
 
 
 def _structure(network: nn.Module) -> tuple[object, ...]:
-    """What two networks have in common that differ in their weights alone."""
-    numbers = [
-        {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | tuple)}
-        | {"training": None}
-        for module in network.modules()
+    """What two networks have in common that differ in their weights and their device alone."""
+    modules = [
+        (
+            name,
+            type(module).__qualname__,
+            module.extra_repr(),
+            [getattr(module, keys, None) for keys in ("in_keys", "out_keys")],
+            {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | tuple | type)}
+            | {"training": None},
+        )
+        for name, module in network.named_modules()
     ]
-    return repr(network), numbers, {name: tensor.shape for name, tensor in network.state_dict().items()}
+    return modules, {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
 def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     prefix = f"{name}."
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _of_networks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if "_network_params." in key}
+
+
+def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
+    """The one dtype of all numbers that are not integers; None if there are several."""
+    dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _check_dtypes(name: str, saved: Mapping[str, Tensor], loss: IQLLoss) -> None:
+    own = loss.state_dict()
+    for key, tensor in saved.items():
+        if key in own and own[key].dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{key} of {name!r} is {tensor.dtype}, that of the loss {own[key].dtype}: pass a loss of the same dtype"
+            )
 
 
 def _batched(key: NestedKey, space: Space, value: Tensor, dtype: torch.dtype) -> tuple[Tensor, bool | None]:

@@ -107,7 +107,11 @@ def unseal(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
             f"another release of {FORMAT}"
         )
     text = metadata.get("document", "")
-    if metadata.get("checksum") != _checksum(text, tensors):
+    try:
+        checksum = _checksum(text, tensors)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{name!r} has tensors that no checkpoint has, sparse ones, say: {error}") from error
+    if metadata.get("checksum") != checksum:
         raise CheckpointError(f"{name!r} is not as it was written: its checksum is another one")
     try:
         document = json.loads(text)

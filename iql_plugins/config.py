@@ -22,16 +22,16 @@ Compile = Literal["auto", "yes", "no"]
 
 @dataclass(frozen=True, kw_only=True)
 class IQLConfig:
-    r"""The hyper-parameters of a training; the defaults are those of the authors for locomotion.
+    """The hyper-parameters of a training; the defaults are those of the authors for locomotion.
 
     Attributes:
         n_steps: gradient steps of the whole training, the horizon of the actor's schedule.
         batch_size: transitions a step.
-        discount: :math:`\gamma` in [0, 1].
-        expectile: :math:`\tau` in (0, 1]; discrete actions below 1.
-        temperature: inverse temperature :math:`\beta` >= 0, relative to the scale of returns; 0 is behaviour cloning.
+        discount: γ, what a reward is worth one step later, in [0, 1].
+        expectile: τ of the returns that V is; in (0, 1], with discrete actions below 1.
+        temperature: inverse temperature β >= 0, relative to the scale of returns; 0 is behaviour cloning.
         max_weight: the largest weight of an action in the policy's loss.
-        loss_function: distance of Q to its target: ``"l1"``, ``"l2"`` or ``"smooth_l1"``.
+        loss_function: distance of Q to its target: "l1", "l2" or "smooth_l1".
         n_critics: number of critics.
         hidden_sizes: widths of the hidden layers, in every network.
         actor_dropout: probability of dropping a hidden unit of the actor while it trains.
@@ -39,13 +39,13 @@ class IQLConfig:
         actor_learning_rate: Adam's rate for the policy.
         critic_learning_rate: Adam's rate for the critics.
         value_learning_rate: Adam's rate for V.
-        actor_schedule: ``"cosine"`` takes the policy's rate to 0 at ``n_steps`` and holds it there; ``"constant"``.
-        polyak: share :math:`\alpha` of the critics in each update of their targets, in [0, 1].
+        actor_schedule: "cosine" takes the policy's rate to 0 at n_steps and holds it there; "constant".
+        polyak: share of the critics in each update of their targets, in [0, 1].
         max_grad_norm: the largest norm of each network's gradient; None for no clipping.
         normalize_observations: whether to standardise observations by the dataset's mean and deviation.
-        reward_scale: factor of rewards, or ``"return_range"``: 1000 over the range of the dataset's returns.
+        reward_scale: factor of rewards, or "return_range": 1000 over the range of the dataset's returns.
         reward_shift: added to the scaled rewards.
-        compile: whether to compile losses and gradients: ``"yes"``, ``"no"``, or ``"auto"``: if there is a compiler
+        compile: whether to compile losses and gradients: "yes", "no", or "auto": if there is a compiler
             and the training is long enough for it.
 
     Raises:

@@ -166,11 +166,14 @@ def export_policy(agent: Agent, path: str | os.PathLike[str], format: Format = "
         ImportError: for a missing package; says how to install it.
         ExportError: if the policy's networks cannot be exported, or the exported policy acts differently.
         FileNotFoundError: if the folder of ``path`` does not exist.
+        IsADirectoryError: if ``path`` is a folder itself.
     """
     check_choice("format", format, Format)
     target = Path(path)
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write {target.name!r} to")
+    if target.is_dir():
+        raise IsADirectoryError(f"{str(target)!r} is a folder: give the file to write")
     policy = PolicyModule(agent)
     write, load = (_write_onnx, _load_onnx) if format == "onnx" else (_write_torch, _load_torch)
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder:

@@ -3,12 +3,15 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
-from tensordict import TensorDictBase
 
-from iql_plugins.agent import Agent
+# Plugins are listed without torch.
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
+    from iql_plugins.agent import Agent
 
 __all__ = ["PROJECT", "Adapter", "Training", "hookimpl", "hookspec"]
 
@@ -37,9 +40,9 @@ class Training:
         suffix: of native files.
     """
 
-    from_agent: Callable[[Agent], Any]
-    to_agent: Callable[[Any], Agent]
-    fit: Callable[[Any, TensorDictBase, int, Callable[[int], None]], object]
+    from_agent: "Callable[[Agent], Any]"
+    to_agent: "Callable[[Any], Agent]"
+    fit: "Callable[[Any, TensorDictBase, int, Callable[[int], None]], object]"
     save: Callable[[Any, str | os.PathLike[str]], None]
     load: Callable[[str | os.PathLike[str]], Any]
     suffix: str
@@ -68,7 +71,7 @@ def iql_adapter() -> Adapter:  # type: ignore[empty-body]
 
 
 @hookspec(firstresult=True)
-def iql_map_batch(batch: object) -> TensorDictBase | None:
+def iql_map_batch(batch: object) -> "TensorDictBase | None":
     """A framework's batch in the key layout, sharing memory where it can; None when it is not yours.
 
     Called for every adapter that is installed: recognise a foreign batch without importing anything.
@@ -79,7 +82,7 @@ def iql_map_batch(batch: object) -> TensorDictBase | None:
 
 
 @hookspec(firstresult=True)
-def iql_load_dataset(source: object) -> TensorDictBase | None:
+def iql_load_dataset(source: object) -> "TensorDictBase | None":
     """A dataset in the key layout, transitions along its one batch dimension; None when it is not yours.
 
     Args:

@@ -4,9 +4,9 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING
 
-from tensordict import TensorDictBase
-
 if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
     from iql_plugins.hookspecs import Adapter
     from iql_plugins.registry import PluginInfo, Registry
 
@@ -45,7 +45,7 @@ def load(name: str) -> "Adapter":
     return _registry().load(name)
 
 
-def map_batch(batch: object) -> TensorDictBase:
+def map_batch(batch: object) -> "TensorDictBase":
     """A batch of any framework whose adapter is installed, in the layout of :mod:`iql_plugins.keys`.
 
     Raises:
@@ -61,7 +61,7 @@ def load_dataset(
     trust_pickle: bool = False,
     discrete: bool | None = None,
     memmap_dir: str | os.PathLike[str] | None = None,
-) -> TensorDictBase:
+) -> "TensorDictBase":
     """A dataset in the key layout: by the formats of :func:`iql_plugins.data.load_dataset`, else by an adapter.
 
     >>> load_dataset("pendulum-v1-sac").batch_size

@@ -13,12 +13,15 @@ from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from inspect import isfunction, ismethod
+from typing import TYPE_CHECKING
 
 import pluggy
-from tensordict import TensorDictBase
 
 from iql_plugins import hookspecs
 from iql_plugins.hookspecs import PROJECT, Adapter
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
 
 __all__ = ["AdapterNotFoundError", "NotRecognizedError", "PluginError", "PluginInfo", "Registry", "framework_later"]
 
@@ -152,7 +155,7 @@ class Registry:
             self._adapters[name] = adapter
         return self._adapters[name]
 
-    def map_batch(self, batch: object) -> TensorDictBase:
+    def map_batch(self, batch: object) -> "TensorDictBase":
         """A batch of any framework in the key layout, by the first plugin that knows it.
 
         Raises:
@@ -161,7 +164,7 @@ class Registry:
         """
         return self._answered(self._all().iql_map_batch(batch=batch), "batch", batch)
 
-    def load_dataset(self, source: object) -> TensorDictBase:
+    def load_dataset(self, source: object) -> "TensorDictBase":
         """A dataset in the key layout, by the first plugin that knows its source.
 
         Raises:
@@ -229,7 +232,7 @@ class Registry:
             f"adapter {name!r} needs a package that is not installed{reason}: pip install '{info.distribution}[{name}]'"
         )
 
-    def _answered(self, answer: TensorDictBase | None, what: str, thing: object) -> TensorDictBase:
+    def _answered(self, answer: "TensorDictBase | None", what: str, thing: object) -> "TensorDictBase":
         if answer is not None:
             return answer
         broken = [info.error for info in self.available().values() if info.error]

@@ -246,6 +246,128 @@ def test_networks_of_ones_own_in_one_framework_move_to_no_other(tmp_path: Path) 
     assert np.isfinite(agent.act(np.zeros(3, np.float32))).all()
 
 
+def test_a_file_of_another_framework_whose_networks_cannot_move_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = make_dataset(SPACES["continuous"])
+    iql_sb3.IQL("MlpPolicy", dataset=dataset, policy_kwargs={"net_arch": {"pi": [4], "qf": [5]}}).save(
+        tmp_path / "own.zip"
+    )
+    for target in ("tensor", "torchrl"):
+        new = tmp_path / f"new{training_of(target).suffix}"
+        assert main(["convert", str(tmp_path / "own.zip"), str(new), "--to", target]) == 2
+        error = capsys.readouterr().err
+        assert f"qvalue_network of {tmp_path / 'own.zip'} are not the default ones" in error
+        assert "Traceback" not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["own.zip"]
+
+
+def test_a_folder_is_no_file_to_convert_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_agent("continuous").save(tmp_path / "agent.safetensors")
+    (tmp_path / "agent.pt").mkdir()
+    arguments = ["convert", str(tmp_path / "agent.safetensors"), str(tmp_path / "agent.pt"), "--to", "torchrl"]
+    assert main(arguments) == 2
+    assert "is a folder, no file to write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hyperparameters", [{"average_rewards": True}, {"shifted": True}])
+def test_an_estimator_of_ones_own_goes_by_no_name_of_ours(hyperparameters: Any, tmp_path: Path) -> None:
+    agent = make_agent("continuous")
+    loss = iql_torchrl.IQLLoss.from_core(agent.loss).make_value_estimator("TD0", gamma=0.99, **hyperparameters)
+    other = Agent(agent.spaces, agent.config, loss=loss, seed=0)
+    assert other.custom_parts() == ["value_type"]
+    other.save(tmp_path / "agent.safetensors")
+    with pytest.raises(CheckpointError, match="^value_type of"):
+        Agent.load(tmp_path / "agent.safetensors")
+
+
+class Blind(iql_plugins.IQLLoss):
+    """Computes something else."""
+
+    def _target(self, *arguments: Any) -> Tensor:
+        return super()._target(*arguments) * 0.0
+
+
+def test_a_class_of_ones_own_is_refused(tmp_path: Path) -> None:
+    agent = make_agent("continuous")
+    critics = build_critics(agent)
+    networks = (agent.loss.actor_network, critics, agent.loss.value_network)
+    loss = Blind(*networks, loss_function="l2", temperature=3.0, expectile=0.7)
+    other = Agent(agent.spaces, agent.config, loss=loss, seed=0)
+    assert other.custom_parts() == ["class"]
+    other.save(tmp_path / "agent.safetensors")
+    with pytest.raises(CheckpointError, match="^class of"):
+        Agent.load(tmp_path / "agent.safetensors")
+
+
+# Other dtypes
+
+
+def agent_of(dtype: torch.dtype, kind: str, dataset: TensorDict) -> Agent:
+    agent = make_agent(kind, dataset, normalize_observations=True)
+    agent.loss.to(dtype)
+    agent.normalizers.to(dtype)
+    return Agent(agent.spaces, agent.config, normalizers=agent.normalizers, loss=agent.loss, seed=0)
+
+
+@pytest.mark.parametrize("target", ["tensor", "torchrl"])
+def test_double_precision_is_kept(target: str, kind: str, tmp_path: Path) -> None:
+    dataset = make_dataset(SPACES[kind])
+    agent = agent_of(torch.float64, kind, dataset)
+    agent.fit(dataset, BEFORE)
+    other = training_of(target).to_agent(moved(agent_in(agent, "tensor"), "tensor", target, tmp_path))
+    assert same(weights(other), weights(agent))
+    assert {parameter.dtype for parameter in other.loss.parameters()} == {torch.float64}
+    state = observations(SPACES[kind], 100).double()
+    assert torch.equal(other.act(state), agent.act(state))
+    agent.fit(dataset, AFTER)
+    other.fit(dataset, AFTER)
+    assert same(weights(other), weights(agent))
+
+
+def agent_in(agent: Agent, name: str) -> Any:
+    return training_of(name).from_agent(agent)
+
+
+@pytest.mark.parametrize("target", ["sb3", "d3rlpy"])
+def test_a_framework_whose_files_have_single_precision_refuses_double(target: str, kind: str, tmp_path: Path) -> None:
+    agent = agent_of(torch.float64, kind, make_dataset(SPACES[kind]))
+    with pytest.raises(ValueError, match="^dtype .*not the default ones"):
+        training_of(target).save(agent_in(agent, target), tmp_path / f"agent{training_of(target).suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_of_another_dtype_than_the_file_is_left_alone(tmp_path: Path) -> None:
+    make_agent("continuous").save(tmp_path / "agent.safetensors")
+    loss = make_agent("continuous").loss.double()
+    before = {name: tensor.clone() + 0.0 for name, tensor in loss.state_dict().items()}
+    with pytest.raises(CheckpointError, match="is torch.float32, that of the loss torch.float64"):
+        Agent.load(tmp_path / "agent.safetensors", loss=loss)
+    assert same(dict(loss.state_dict()), before)
+
+
+# Documents that nobody wrote
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("config", 3), ("config", None), ("spaces", []), ("normalizers", "x"), ("learner", 3), ("extra", 3),
+        ("custom", {"a": 1}), ("learner.step_count", float("inf")), ("learner.target_updater", 3),
+        ("learner.optimizers", [3]), ("learner.optimizers", {}),
+    ],
+)  # fmt: skip
+def test_a_forged_document_is_refused_by_one_error(name: str, value: Any) -> None:
+    document, tensors = make_agent("continuous").state()
+    *parents, last = name.split(".")
+    entry = document
+    for parent in parents:
+        entry = entry[parent]
+    entry[last] = value
+    with pytest.raises(CheckpointError, match="forged"):
+        Agent.from_state(document, tensors, name="forged")
+
+
 def test_images_with_channels_last_do_not_move_to_stable_baselines3() -> None:
     agent = make_agent("image")
     with pytest.raises(

@@ -1,6 +1,9 @@
 """The command line: what it prints, where, and how it ends."""
 
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 import types
@@ -79,6 +82,35 @@ def test_the_version_and_the_help_are_printed(run: Run) -> None:
         assert out.startswith("usage: iql-plugins")
 
 
+def test_the_help_has_no_markup_and_all_hyper_parameters(run: Run) -> None:
+    from dataclasses import fields
+
+    _, out, _ = run("train", "--help")
+    assert ":math:" not in out
+    assert "``" not in out
+    for field in fields(IQLConfig):
+        assert re.search(rf"--{field.name.replace('_', '-')}[ ,]", out), field.name
+
+
+def test_the_version_is_there_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; from iql_plugins.cli import main; sys.exit(main(['--version']))"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout == f"iql-plugins {version('iql-plugins')}\n"
+
+
+def test_a_reader_that_goes_away_is_no_error_of_ours() -> None:
+    code = "import sys; from iql_plugins.cli import main; sys.exit(main(['inspect']))"
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(write)
+    assert (finished.returncode, finished.stderr) == (1, "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -88,6 +120,15 @@ def test_the_version_and_the_help_are_printed(run: Run) -> None:
         (["train", "--expectile", "high"], "--expectile"),
         (["train", "--expectile", "3"], "expectile must be in (0, 1], got 3.0"),
         (["train", "--preset", "moon"], "preset must be one of locomotion"),
+        (["train", "--seed", "-1"], "--seed must be at least 0"),
+        (
+            ["train", "--seed", str(2**63 - 1), "--seeds", "2"],
+            "--seed must be at least 0, and the last one below 2**63",
+        ),
+        (
+            ["train", "--device", "banana"],
+            "--device must be auto, cpu, cuda or another of torch's devices, got 'banana'",
+        ),
         (["train", "--adapter", "tensr"], "did you mean 'tensor'"),
         (["train", "--dataset", "nowhere.npz"], "there is no file nowhere.npz"),
         (["train", "--dataset", "pendulum"], "there is no dataset, file or folder 'pendulum'"),
@@ -210,6 +251,17 @@ def test_an_adapter_says_what_it_needs_and_what_is_wrong(run: Run, monkeypatch: 
     assert "stable-baselines4 missing: pip install 'stranger[missing]'" in " ".join(out.split())
 
 
+def test_what_is_broken_is_an_error_in_strict_mode(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> object:
+        raise SyntaxError("bad plugin")
+
+    install(monkeypatch, Entry("broken", broken))
+    monkeypatch.setenv(registry.STRICT_VARIABLE, "1")
+    status, _, err = run("adapters")
+    assert status == 2
+    assert err.startswith("iql-plugins: plugin 'broken' of stranger 1.0")
+
+
 # Datasets
 
 
@@ -259,16 +311,97 @@ def test_a_plugins_dataset_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -
 # Speed
 
 
-@pytest.mark.slow
-def test_the_speed_is_measured(run: Run) -> None:
-    size = ["--observation", "3", "--action", "1", "--batch", "8", "--hidden", "8", "--transitions", "100"]
-    status, out, _ = run("bench", *size, "--rounds", "1", "--steps", "2", "--json")
+BENCH = ["bench", *("--observation", "3", "--action", "1", "--batch", "8", "--hidden", "8", "--transitions", "200")]
+PEER = (
+    "def peer(data, batch_size, hidden):\n    return lambda count: [data['observation'][:batch_size].sum()] * count\n"
+)
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Benchmarks compile nothing, which would take most of their time."""
+    from iql_plugins.cli import bench, peers
+
+    monkeypatch.setattr(bench, "ours", lambda adapter, compile: peers.ours(adapter, "no"))
+
+
+@pytest.mark.usefixtures("eager")
+def test_the_speed_is_measured_beside_peers_that_print_nothing(run: Run, tmp_path: Path) -> None:
+    from iql_plugins.cli.peers import PEERS, installed
+
+    mine, plot = tmp_path / "mine.py", tmp_path / "speed.png"
+    mine.write_text(PEER)
+    everyone = [*installed(), mine]
+    options = ["--rounds", "1", "--steps", "2", "--threads", "1"]
+    threads = torch.get_num_threads()
+    status, out, err = run(*BENCH, *options, "--peers", *everyone, "--adapters", "tensor", "--plot", plot, "--json")
     assert status == 0
-    assert json.loads(out)["timings"]["iql-plugins"]["ratio"] == 1.0
-    status, _, err = run("bench", *size, "--peers", "nobody")
+    document = json.loads(out)
+    names = ["iql-plugins", "iql-plugins, eager", "iql-plugins through tensor", *installed(), "mine"]
+    assert list(document["timings"]) == names
+    assert document["timings"]["iql-plugins"]["ratio"] == 1.0
+    assert all(timing["ms"] > 0.0 for timing in document["timings"].values())
+    assert document["size"]["batch"] == 8
+    assert document["machine"]["threads"] == 1
+    assert torch.get_num_threads() == threads
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "[info" not in err
+    status, out, _ = run(*BENCH, *options, "--peers")
+    assert status == 0
+    assert not [name for name in PEERS if name in out]
+
+
+def test_a_benchmark_is_about_the_peers_that_are_installed_and_about_many_steps(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from iql_plugins.cli import bench, peers
+
+    asked: list[Any] = []
+    found = importlib.util.find_spec
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "d3rlpy" else found(name))
+    assert "d3rlpy" not in peers.installed()
+
+    def measured(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return output.Result({})
+
+    monkeypatch.setattr(bench, "_bench", measured)
+    assert run("bench")[0] == 0
+    made, _, size, _, steps, _ = asked[0]
+    assert list(made) == peers.installed()
+    assert size == peers.Size()
+    assert steps >= 200
+    status, _, err = run("bench", "--peers", "d3rlpy")
     assert status == 2
-    assert "nobody" in err
-    assert run("bench", "--rounds", "0")[0] == 2
+    assert "the peer 'd3rlpy' needs d3rlpy, which is not installed" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--peers", "nobody"], "there is no peer 'nobody': give one of torchrl"),
+        (["--peers", "nothing.py"], "nothing.py has no function peer(data, batch_size, hidden)"),
+        (["--peers", "broken.py"], "broken.py cannot be imported: ZeroDivisionError"),
+        (["--peers", "mine.py", "mine.py"], "the peer 'mine' is there twice"),
+        (["--adapters", "tensr"], "did you mean 'tensor'"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--batch", "0"], "batch must be at least 1, got 0"),
+        (["--plot", "speed.xyz"], "--plot must be a file with one of the suffixes"),
+        (["--plot", "nowhere/speed.png"], "there is no folder 'nowhere'"),
+    ],
+)
+def test_a_mistake_ends_a_benchmark_before_anything_is_measured(
+    options: list[str], message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("nothing.py").write_text("")
+    Path("broken.py").write_text("1 / 0")
+    Path("mine.py").write_text(PEER)
+    status, out, err = run("bench", *options)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert len(err.splitlines()) == 1
 
 
 # Policies
@@ -292,6 +425,7 @@ def test_a_policy_needs_an_environment_like_its_own(run: Run, policy: Path) -> N
         ((policy,), "does not say which environment it is for: give --env"),
         ((policy, "--env", "CartPole-v1"), "the policy's observation space"),
         ((policy, "--env", "Pendulum-v1", "--episodes", "0"), "--episodes must be at least 1"),
+        ((policy, "--env", "Pendulum-v1", "--seed", "-1"), "--seed must be at least 0, got -1"),
     ):
         status, _, err = run("evaluate", *arguments)
         assert status == 2
@@ -316,6 +450,19 @@ def test_a_policy_is_exported(format: str, run: Run, policy: Path) -> None:
     assert Path(document["output"]) == policy.with_suffix({"onnx": ".onnx", "torch": ".pt2"}[format])
     assert Path(document["output"]).exists()
     assert document["largest_difference"] <= 1e-5
+
+
+def test_what_cannot_be_written_is_a_mistake(run: Run, policy: Path, tmp_path: Path) -> None:
+    status, _, err = run("export", policy, "--output", tmp_path)
+    assert status == 2
+    assert "is a folder: give the file to write" in err
+    # Not even root can write there.
+    if Path("/proc").is_dir():
+        for arguments in (["export", policy, "--output", "/proc/a.onnx"], ["convert", policy, "/proc/a.safetensors"]):
+            status, _, err = run(*arguments, *(["--to", "tensor"] if arguments[0] == "convert" else []))
+            assert status == 2
+            assert "/proc/.a." in err
+    assert [file.name for file in tmp_path.iterdir()] == [policy.name]
 
 
 def test_an_export_without_its_packages_names_the_extra(

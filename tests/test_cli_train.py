@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.cli import main, train, workers
 from iql_plugins.cli.settings import Settings, Unit, available_cores
-from iql_plugins.cli.training import SELECTION_SEED, metrics_rows
+from iql_plugins.cli.training import SELECTION_SEED, adapter_training, metrics_rows
 
 ENV = "short_pendulum:ShortPendulum-v0"
 #: Small, so that a run takes no second.
@@ -67,6 +68,14 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(training._Trainer, "after_step", interrupted)
 
     return stop
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of :data:`BOTH` that nobody stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(["train", *BOTH, "--run-dir", str(folder)]) == 0
+    return folder
 
 
 def write_dataset(path: Path, **arrays: Any) -> Path:
@@ -255,6 +264,44 @@ def test_a_memory_mapped_dataset_trains_the_same(run: Run, tmp_path: Path) -> No
         np.testing.assert_allclose(list(row.values()), list(other.values()), rtol=1e-4, atol=1e-5)
 
 
+def test_a_folder_of_another_dataset_is_not_trained_on(run: Run, tmp_path: Path) -> None:
+    first, second = (write_dataset(tmp_path / f"{name}.npz", rewards=np.full(40, name)) for name in (1, 2))
+    options = [*TINY, "--baseline", "none", "--memmap-dir", "mapped"]
+    assert run("train", *options, "--dataset", first, "--run-dir", "run")[0] == 0
+    status, _, err = run("train", *options, "--dataset", second, "--run-dir", "other")
+    assert status == 2
+    assert "memmap_dir must be a new or an empty folder" in err
+    assert not (tmp_path / "other").exists()
+    # The run itself goes on with what it has written there, as long as that is what it was.
+    first.unlink()
+    assert run("train", "--resume", "run")[0] == 0
+    reward = tmp_path / "mapped" / "next" / "reward.memmap"
+    reward.write_bytes(np.full(40, 3, np.float32).tobytes())
+    status, _, err = run("train", "--resume", "run")
+    assert status == 2
+    assert "mapped is not the dataset that the run was made with" in err
+
+
+def test_a_name_that_ships_wins_over_a_folder_of_that_name(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "pendulum-v1-sac").mkdir()
+    assert run("train", *SMALL, "--run-dir", "run")[0] == 0
+    assert Settings.read(tmp_path / "run")[0].dataset == "pendulum-v1-sac"
+
+
+def test_a_framework_that_does_not_take_the_spaces_is_a_mistake(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(agent: Agent) -> None:
+        raise ValueError("no framework takes this space")
+
+    training = replace(adapter_training("tensor"), from_agent=refuse)
+    monkeypatch.setattr(train, "adapter_training", lambda name: training)
+    status, _, err = run("train", *SMALL, "--run-dir", "run")
+    assert status == 2
+    assert err.endswith("iql-plugins: no framework takes this space\n")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_training_that_diverges_ends_with_an_error(run: Run, tmp_path: Path) -> None:
     status, out, _ = run("train", *SMALL, "--critic-learning-rate", "1e38", "--run-dir", "run", "--json")
     assert status == 1
@@ -270,24 +317,40 @@ def test_a_run_directory_is_never_overwritten(run: Run, tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
+def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.time, "strftime", lambda format: "now")
+    assert [str(train._made(None, "a dataset")) for _ in range(3)] == [
+        f"runs/a-dataset-now{end}" for end in ("", "-2", "-3")
+    ]
+
+
+def test_a_folder_that_cannot_be_written_to_is_a_mistake(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    status, _, err = run("train", *SMALL, "--run-dir", "file/run")
+    assert status == 2
+    assert "Not a directory: 'file/run'" in err
+    assert "Traceback" not in err
+
+
 # Going on, and repeating
 
 
-@pytest.mark.parametrize("step", [3, 33])
+@pytest.mark.parametrize(("step", "processes"), [(3, 1), (33, 2)])
 def test_ctrl_c_leaves_a_run_that_goes_on_bit_for_bit(
-    step: int, run: Run, stop_at: Callable[[int], None], tmp_path: Path
+    step: int, processes: int, whole: Path, run: Run, stop_at: Callable[[int], None], tmp_path: Path
 ) -> None:
-    assert run("train", *BOTH, "--run-dir", "whole")[0] == 0
     stop_at(step)
     status, _, err = run("train", *BOTH, "--run-dir", "stopped")
     assert status == 130
     assert err.splitlines()[-1] == "iql-plugins: interrupted: go on with iql-plugins train --resume stopped"
     torch.manual_seed(99)
-    assert run("train", "--resume", "stopped")[0] == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped", "bc")
-    assert (tmp_path / "whole" / "learning_curve.png").read_bytes() == (
-        tmp_path / "stopped" / "learning_curve.png"
-    ).read_bytes()
+    assert run("train", "--resume", "stopped", "--workers", str(processes))[0] == 0
+    assert_same_run(whole, tmp_path / "stopped", "bc")
+    picture = (tmp_path / "stopped" / "learning_curve.png").read_bytes()
+    assert (whole / "learning_curve.png").read_bytes() == picture
 
 
 def test_rows_after_the_checkpoint_and_leftovers_of_a_killed_write_are_dropped(
@@ -314,7 +377,7 @@ def test_a_run_that_is_over_is_measured_again(run: Run, tmp_path: Path) -> None:
 
 def test_a_configuration_repeats_its_run_bit_for_bit(run: Run, tmp_path: Path) -> None:
     assert run("train", *SMALL, "--expectile", "0.8", "--run-dir", "first")[0] == 0
-    assert run("train", "--config", "first/config.json", "--run-dir", "second")[0] == 0
+    assert run("train", "--config", "first", "--run-dir", "second")[0] == 0  # or first/config.json
     assert_same_run(tmp_path / "first", tmp_path / "second")
     assert Settings.read(tmp_path / "second" / "config.json")[0].hyperparameters.expectile == 0.8
 
@@ -334,6 +397,17 @@ def test_what_auto_came_to_is_kept(run: Run, tmp_path: Path, monkeypatch: pytest
     assert Settings.read(tmp_path / "second" / "config.json")[0] == settings
     assert settings.hyperparameters.compile == "no"
     assert settings.threads == available_cores()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "workers", "hidden", "threads"),
+    [("auto", 1, 256, 64), ("auto", 2, 256, 1), ("auto", 1, 64, 1), (3, 2, 256, 3)],
+)
+def test_several_processes_have_one_thread_each(
+    wanted: Any, workers: int, hidden: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "available_cores", lambda: 64)
+    assert train._threads(wanted, workers, (hidden,)) == threads
 
 
 def test_torchs_threads_and_random_state_are_left_alone(run: Run) -> None:
@@ -362,6 +436,17 @@ def test_a_damaged_checkpoint_is_named(run: Run, stop_at: Callable[[int], None],
     assert status == 2
     assert "checkpoint.safetensors" in err
     assert "Traceback" not in err
+    (tmp_path / "run" / "metrics.csv").write_text("step,loss_actor\n20,half\n")
+    Agent.load(tmp_path / "run" / "policy_best.safetensors").save(path)
+    status, _, err = run("train", "--resume", "run")
+    assert status == 2
+    assert "metrics.csv is damaged in line 2" in err
+    agent = Agent.load(path)
+    agent.extra = {}
+    agent.save(path)
+    status, _, err = run("train", "--resume", "run")
+    assert status == 2
+    assert "checkpoint.safetensors is not this run's" in err
     (tmp_path / "run" / "config.json").write_text('{"format": 1}')
     status, _, err = run("train", "--resume", "run")
     assert status == 2
@@ -420,7 +505,7 @@ def assert_all_end(session: int) -> None:
 @pytest.fixture
 def long_run(tmp_path: Path) -> tuple[list[str], Path]:
     """Options of a run that takes long enough to be stopped on the way."""
-    options = [*BOTH, "--n-steps", "1000", "--evaluate-every", "30", "--workers", "2", "--run-dir"]
+    options = [*BOTH, "--n-steps", "300", "--evaluate-every", "30", "--workers", "2", "--run-dir"]
     return options, tmp_path / "run"
 
 
@@ -431,7 +516,7 @@ def test_kill_9_leaves_no_process_and_a_run_that_goes_on_bit_for_bit(
     options, folder = long_run
     process = start(*options, folder)
     wait_for(folder / "bc" / "checkpoint.safetensors", process)
-    time.sleep(float(np.random.default_rng().uniform(0.0, 0.5)))
+    time.sleep(float(np.random.default_rng().uniform(0.0, 0.3)))
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert_all_end(process.pid)

@@ -52,6 +52,21 @@ def test_the_dataset_script_records_an_agent_that_learns(tmp_path: Path) -> None
     assert output.startswith("400 transitions, 2 episodes, mean return -")
 
 
+def test_the_example_of_d3rlpy_trains_saves_and_exports(tmp_path: Path) -> None:
+    for package in ("d3rlpy", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    output = run(ROOT / "examples" / "d3rlpy_fit.py", "--steps", "8", folder=tmp_path)
+    assert re.search(r"^mean return -\d+, that of the data -326$", output, re.MULTILINE)
+    for name in ("iql.d3", "policy.onnx"):
+        assert (tmp_path / "pendulum" / name).stat().st_size > 0
+
+
+def test_every_example_is_run_by_a_test() -> None:
+    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    for example in (ROOT / "examples").glob("*.py"):
+        assert f'"{example.name}"' in tests, example.name
+
+
 def test_the_benchmark_of_the_loss_runs(tmp_path: Path) -> None:
     options = ["--rounds", "1", "--repeats", "1", "--modes", "eager"]
     assert "times as fast" in run(ROOT / "tests" / "benchmarks" / "bench_loss.py", *options, folder=tmp_path)

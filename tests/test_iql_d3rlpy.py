@@ -207,8 +207,8 @@ def test_a_discrete_algorithm_takes_no_action_scaler() -> None:
         ("actor_schedule_steps", 0),
     ],
 )
-def test_a_value_out_of_range_is_refused_when_the_configuration_is_made(kind: str, field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match="must"):
+def test_a_value_out_of_range_is_refused_by_d3rlpys_name(kind: str, field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{field} must be"):
         config(kind, **{field: value})
 
 
@@ -229,6 +229,8 @@ def test_fields_have_d3rlpys_names_and_defaults() -> None:
         "squashed",
         "origin",
     }
+    # Positional arguments mean the same.
+    assert list(vars(ours))[: len(vars(theirs))] == list(vars(theirs))
 
 
 @pytest.mark.parametrize(
@@ -313,6 +315,9 @@ def tuple_dataset(kind: str) -> MDPDataset:
 def test_tuple_observations_with_an_encoder_that_takes_them(kind: str, tmp_path: Path, place: str) -> None:
     factories = {f"{name}_encoder_factory": TupleEncoderFactory() for name in ("actor", "critic", "value")}
     algorithm = fitted(config(kind, **factories).create(place), tuple_dataset(kind))
+    built = config(kind, **factories).create(place)
+    built.build_with_dataset(tuple_dataset(kind))
+    assert built.observation_shape == algorithm.observation_shape == [(3,), (2,)]
     x = [observations()[:, :3], observations()[:, 3:]]
     action = algorithm.predict(x)
     assert algorithm.predict_value(x, action).shape == (7,)
@@ -395,10 +400,18 @@ def test_v_has_a_rate_of_its_own(kind: str, place: str) -> None:
             assert torch.equal(before[key], value) == key.startswith("value"), key
 
 
+def test_v_is_trained_at_the_critics_rate_unless_told_otherwise(kind: str, place: str) -> None:
+    algorithm = config(kind, critic_learning_rate=2e-3).create(place)
+    algorithm.build_with_dataset(dataset(kind))
+    learner = algorithm.impl.agent.learner
+    assert learner.learning_rate("value") == learner.learning_rate("critic") == 2e-3
+    assert learner.learning_rate("actor") == 3e-4
+
+
 def test_n_step_transitions_are_discounted_by_their_interval(kind: str, place: str) -> None:
     algorithm = config(kind, gamma=0.5, batch_size=64).create(place)
     algorithm.build_with_dataset(dataset(kind))
-    batch = dataset(kind, transition_picker=MultiStepTransitionPicker(3, 0.5)).sample_transition_batch(64)
+    batch = dataset(kind, transition_picker=MultiStepTransitionPicker(3, 0.5)).sample_transition_batch(400)
     assert set(np.unique(batch.intervals)) == {1.0, 2.0, 3.0}
     agent = algorithm.impl.agent
 
@@ -410,7 +423,7 @@ def test_n_step_transitions_are_discounted_by_their_interval(kind: str, place: s
         target = tensor(batch.rewards) + 0.5 ** tensor(batch.intervals) * v * (1.0 - tensor(batch.terminals))
         action = tensor(batch.actions)
         inputs = {"observation": tensor(batch.observations), "action": action.long() if kind == DISCRETE else action}
-        q = agent.loss.qvalues(TensorDict(inputs, [64]))
+        q = agent.loss.qvalues(TensorDict(inputs, [400]))
         expected = (q - target.squeeze(-1)).square().mean(-1).sum()
     assert algorithm.update(batch)["q_loss"] == pytest.approx(float(expected), rel=1e-5)
 
@@ -497,6 +510,19 @@ def test_the_environment_evaluator(kind: str, place: str) -> None:
     algorithm.fit_online(env, n_steps=2, **QUIET)
     score = EnvironmentEvaluator(env, n_trials=2)(algorithm, create_fifo_replay_buffer(10, env=env))
     assert score > 0.0 if kind == DISCRETE else score < 0.0
+
+
+def test_evaluators_are_given_the_very_dataset(kind: str, place: str) -> None:
+    data, seen = dataset(kind), []
+
+    def evaluate(algorithm: Any, given: Any) -> float:
+        seen.append(given)
+        return 0.0
+
+    algorithm = fitted(config(kind).create(place), data, evaluators={"own": evaluate})
+    list(algorithm.fitter(data, 2, 2, evaluators={"own": evaluate}, **QUIET))
+    assert len(seen) == 2
+    assert all(given is data for given in seen)
 
 
 def test_fitter_yields_each_epoch(kind: str, place: str) -> None:
@@ -642,6 +668,11 @@ def test_a_model_that_does_not_fit_changes_nothing(kind: str, tmp_path: Path, pl
     wide.build_with_dataset(dataset(kind))
     with pytest.raises(RuntimeError, match="does not fit this loss"):
         wide.load_model(tmp_path / "model.pt")
+    cloned = BCConfig().create(place)
+    cloned.create_impl(VECTOR, ACTION)
+    cloned.save_model(str(tmp_path / "cloned.pt"))
+    with pytest.raises(ValueError, match="another algorithm's, an IQL of iql_d3rlpy has loss and training"):
+        algorithm.load_model(tmp_path / "cloned.pt")
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt"])
@@ -685,26 +716,30 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
 
 
-def test_a_fresh_process_loads_what_it_never_heard_of(tmp_path: Path, kind: str, place: str) -> None:
-    algorithm = fitted(config(kind).create(place), dataset(kind))
-    path = str(tmp_path / "algorithm.d3")
-    algorithm.save(path)
+def test_a_fresh_process_loads_what_it_never_heard_of(tmp_path: Path, place: str) -> None:
+    paths, expected = [], []
+    for kind in (CONTINUOUS, DISCRETE):
+        algorithm = fitted(config(kind).create(place), dataset(kind))
+        paths.append(str(tmp_path / f"{kind}.d3"))
+        algorithm.save(paths[-1])
+        expected.append(algorithm.predict(np.zeros((1, *VECTOR), np.float32)).reshape(-1))
     program = (
         "import sys, d3rlpy, numpy\n"
         "assert 'iql_d3rlpy' not in sys.modules\n"
-        "algorithm = d3rlpy.load_learnable(sys.argv[1])\n"
-        "print('RESULT', algorithm.predict(numpy.zeros((1, 5), 'f')).tolist())\n"
+        "for path in sys.argv[1:]:\n"
+        "    algorithm = d3rlpy.load_learnable(path)\n"
+        "    print('RESULT', algorithm.predict(numpy.zeros((1, 5), 'f')).reshape(-1).tolist())\n"
         "sys.modules.update(dict.fromkeys([n for n in sys.modules if n.startswith('iql_d3rlpy')]))\n"
         "try:\n"
         "    d3rlpy.load_learnable(sys.argv[1])\n"
         "except ModuleNotFoundError as error:\n"
         "    print('MISSING', error.name)\n"
     )
-    result = run(program, path)
+    result = run(program, *paths)
     assert result.returncode == 0, result.stderr
-    expected = algorithm.predict(np.zeros((1, *VECTOR), np.float32)).tolist()
-    line = next(line for line in result.stdout.splitlines() if line.startswith("RESULT"))
-    np.testing.assert_allclose(json.loads(line.removeprefix("RESULT ")), expected, rtol=1e-5)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT")]
+    for line, action in zip(lines, expected, strict=True):
+        np.testing.assert_allclose(json.loads(line.removeprefix("RESULT ")), action, rtol=1e-5)
     assert "MISSING iql_d3rlpy" in result.stdout
 
 
@@ -759,3 +794,5 @@ def test_our_loader_runs_no_code_of_a_file(kind: str, tmp_path: Path, place: str
         iql_d3rlpy.load(tmp_path / "cut.d3")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         iql_d3rlpy.load(tmp_path / "none.d3")
+    with pytest.raises(RuntimeError, match="warp"):
+        iql_d3rlpy.load(tmp_path / "algorithm.d3", device="warp:0")

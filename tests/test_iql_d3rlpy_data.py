@@ -1,5 +1,9 @@
 """Replay buffers, datasets and mini-batches of the d3rlpy adapter."""
 
+import copy
+import gc
+import pickle
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,6 +150,73 @@ def test_old_rows_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
         columns = fast._columns
         assert columns is not None
         assert columns._transitions.count <= 2 * 50 + 20 + 20
+
+
+IMAGES = (4, 32, 32)
+
+
+def image_arrays(steps: int = 1000) -> list[Any]:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (steps, *IMAGES)).astype(np.uint8)
+    return [images, rng.normal(size=(steps, 2)), rng.normal(size=steps), np.zeros(steps), np.arange(steps) % 50 == 49]
+
+
+def apart(episodes: Sequence[Any]) -> list[Episode]:
+    """Episodes with arrays of their own, as they come from a file."""
+    return [Episode(e.observations.copy(), e.actions.copy(), e.rewards.copy(), e.terminated) for e in episodes]
+
+
+@pytest.mark.parametrize("where", ["together", "some", "apart"])
+def test_a_dataset_is_not_held_twice(where: str) -> None:
+    arrays = image_arrays()
+    episodes = MDPDataset(*arrays).episodes
+    tracemalloc.start()
+    if where == "apart":
+        episodes = apart(episodes)
+    elif where == "some":
+        episodes = [episodes[number] for number in (7, 3, 5, 19)]
+    plain = ReplayBuffer(InfiniteBuffer(), episodes=episodes)
+    expected = ReplayBuffer(InfiniteBuffer(), episodes=apart(episodes))
+    try:
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        fast = as_fast_buffer(plain)
+        fast.sample_transition_batch(1)
+        gc.collect()
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    size = arrays[0].nbytes
+    assert after - before < 0.1 * size
+    # The new array is there before the last of the old ones goes.
+    assert peak - before < (1.1 if where == "apart" else 0.1) * size
+    assert_same_batches(expected, fast)
+    assert_same_batches(expected, plain)
+    # More comes behind arrays that stay where they are.
+    for buffer in (expected, fast):
+        for episode in apart(episodes[:2]):
+            buffer.append_episode(episode)
+    assert_same_batches(expected, fast)
+
+
+def test_a_queue_is_gone_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer = create_fifo_replay_buffer(100, episodes=dataset(CONTINUOUS).episodes)
+    with monkeypatch.context() as patch:
+        # To find a position in the middle takes as long as the queue is.
+        patch.delattr(FIFOBuffer, "__getitem__")
+        fast = as_fast_buffer(buffer)
+    assert_same_batches(buffer, fast)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda buffer: pickle.loads(pickle.dumps(buffer))])
+def test_copies_know_their_own_episodes(copied: Any) -> None:
+    fast = as_fast_buffer(dataset(CONTINUOUS))
+    fast.sample_transition_batch(2)
+    other = copied(fast)
+    assert isinstance(other, FastReplayBuffer)
+    assert other._columns is None
+    assert_same_batches(dataset(CONTINUOUS), other)
 
 
 def test_a_buffer_of_our_own_class_from_the_start(kind: str) -> None:

@@ -51,6 +51,7 @@ from iql_d3rlpy import (
     BoundedActionScaler,
     DiscreteIQLConfig,
     IQLConfig,
+    as_fast_buffer,
     from_agent,
     plugin,
     to_agent,
@@ -388,6 +389,22 @@ def test_a_compiled_training_is_the_same(kind: str, place: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+def test_without_a_compiler_the_same_is_done_uncompiled(
+    kind: str, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = built(kind, place, compile_graph=True)
+    assert compiled.compiled
+    compiled.save(tmp_path / "algorithm.d3")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("iql_plugins.gradients.has_triton", lambda: False)
+    assert not config(kind, compile_graph=True).create(place).compiled
+    loaded = d3rlpy.load_learnable(str(tmp_path / "algorithm.d3"), device=place)
+    assert not loaded.compiled
+    assert loaded.config.compile_graph
+    fitted(loaded, dataset(kind))
+    assert loaded.grad_step == 4
+
+
 PROGRAM = """
 import sys
 import d3rlpy, numpy as np, torch
@@ -445,6 +462,22 @@ def test_several_processes_need_a_group(kind: str) -> None:
     algorithm = config(kind).create("cpu:0", enable_ddp=True)
     with pytest.raises(RuntimeError, match="init_process_group"):
         algorithm.create_impl(VECTOR, 3)
+
+
+def test_the_shares_are_no_lasting_part_of_a_dataset(kind: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def draw(count: int, size: int) -> Any:
+        drawn.append(size)
+        return np.zeros(size, np.int64)
+
+    monkeypatch.setattr("iql_d3rlpy.ddp.draw_share", draw)
+    algorithm, data = built(kind, place), as_fast_buffer(dataset(kind))
+    algorithm._enable_ddp = True
+    fitted(algorithm, data)
+    assert drawn == [16] * 4
+    data.sample_transition_batch(7)
+    assert len(drawn) == 4
 
 
 def mean_return(algorithm: Any, env: gymnasium.Env[Any, Any], episodes: int) -> float:

@@ -19,6 +19,7 @@ from stable_baselines3.common.callbacks import (
     CallbackList,
     CheckpointCallback,
     EvalCallback,
+    StopTrainingOnMaxEpisodes,
     StopTrainingOnNoModelImprovement,
     StopTrainingOnRewardThreshold,
 )
@@ -343,6 +344,28 @@ def test_evaluations_stop_a_training_and_keep_the_best_model(dataset: TensorDict
     assert model.num_timesteps < 20
 
 
+def test_no_episodes_are_counted_offline(dataset: TensorDict) -> None:
+    model = model_of(gym.make("Pendulum-v1", max_episode_steps=5), dataset=dataset)
+    episodes = StopTrainingOnMaxEpisodes(2)
+    model.learn_offline(12, callback=episodes)
+    assert (model.num_timesteps, episodes.n_episodes) == (12, 0)
+    model.learn(50, callback=episodes)
+    assert (model.num_timesteps, episodes.n_episodes) == (10, 2)
+
+
+def test_evaluations_change_nothing_of_what_is_learned(dataset: TensorDict) -> None:
+    env = Monitor(gym.make("Pendulum-v1", max_episode_steps=5))
+    evaluation = EvalCallback(env, eval_freq=2, n_eval_episodes=1, verbose=0)
+
+    def trained(callback: BaseCallback | None) -> IQL:
+        model = model_of(dataset=dataset)
+        model.learn_offline(4, callback=callback)
+        return model.learn(105, callback=callback)
+
+    assert_same(trained(None), trained(evaluation))
+    assert evaluation.n_calls == 109
+
+
 def test_checkpoints_are_written(dataset: TensorDict, tmp_path: Path) -> None:
     model = model_of(dataset=dataset)
     model.learn_offline(4, callback=CheckpointCallback(2, str(tmp_path), save_replay_buffer=True))
@@ -383,10 +406,10 @@ def test_the_progress_bar_counts_gradient_steps(
 
 
 def test_the_logger_has_losses_entropy_and_health(dataset: TensorDict, tmp_path: Path) -> None:
-    model = model_of(dataset=dataset)
+    model = model_of(gym.make("Pendulum-v1", max_episode_steps=10), dataset=dataset, learning_starts=0)
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn_offline(4, log_interval=2)
-    model.learn(201 * 4)
+    model.learn(10 * 4)
     model.logger.close()
     header, *rows = (tmp_path / "progress.csv").read_text().splitlines()
     names = header.split(",")
@@ -418,6 +441,19 @@ def test_looking_at_the_logger_changes_nothing_of_what_is_learned(dataset: Tenso
     looked.learn_offline(4, callback=lambda local, _: bool(local["self"].logger))
     unseen.learn_offline(4, log_interval=None)
     assert_same(looked, unseen)
+
+
+def test_tensorboard_reads_the_log(dataset: TensorDict, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = model_of(gym.make("Pendulum-v1", max_episode_steps=5), dataset=dataset, tensorboard_log=str(tmp_path))
+    model.learn_offline(4, log_interval=2)
+    model.learn(20)
+    assert {path.name for path in tmp_path.iterdir()} == {"IQL_offline_1", "IQL_1"}
+    events = EventAccumulator(str(tmp_path / "IQL_offline_1"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss_qvalue")] == [2, 4]
 
 
 def test_tensorboard_gets_the_log(dataset: TensorDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,6 +528,15 @@ def test_a_loaded_model_goes_on_as_if_it_had_not_been_interrupted(
     assert resumed.learner.step_count == resumed._n_updates == 10
 
 
+def test_no_steps_change_nothing(dataset: TensorDict) -> None:
+    model = model_of(dataset=dataset)
+    before = parameters(model)
+    model.learn_offline(0)
+    model.train(0)
+    assert model.learner.step_count == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.policy.state_dict().items())
+
+
 def test_one_call_is_as_good_as_two(dataset: TensorDict) -> None:
     one, two = model_of(dataset=dataset), model_of(dataset=dataset)
     one.learn_offline(6)
@@ -518,6 +563,27 @@ def test_a_model_can_be_saved_to_a_file_object_and_loaded_with_custom_objects(da
     loaded.learn_offline(1)
     assert loaded.learner.learning_rate("critic") == 0.5
     assert float(loaded.policy.loss.value_estimator.gamma) == 0.5
+
+
+def test_a_model_moves_to_another_device_when_it_is_loaded(
+    dataset: TensorDict, tmp_path: Path, device: torch.device
+) -> None:
+    model = model_of(dataset=dataset, normalize_observations=True)
+    model.learn_offline(3)
+    model.save(tmp_path / "model")
+    observation = np.array([0.5, -0.5, 3.0], np.float32)
+    expected, _ = model.predict(observation, deterministic=True)
+    for name in ("cpu", device.type, "auto"):
+        loaded = IQL.load(tmp_path / "model", device=name, dataset=dataset)
+        assert loaded.device.type == (
+            "cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu")
+        )
+        assert {tensor.device.type for tensor in loaded.policy.state_dict().values()} == {loaded.device.type}
+        np.testing.assert_allclose(loaded.predict(observation, deterministic=True)[0], expected, atol=1e-5)
+        loaded.learn_offline(2, reset_num_timesteps=False)
+        states = loaded.learner.optimizers[0].state
+        assert {state["exp_avg"].device.type for state in states.values()} == {loaded.device.type}
+        assert loaded.learner.step_count == 5
 
 
 def test_a_loaded_model_learns_online_with_another_number_of_environments(dataset: TensorDict, tmp_path: Path) -> None:
@@ -551,6 +617,28 @@ def test_parameters_can_be_taken_and_put_back(dataset: TensorDict) -> None:
     last = list(saved["policy"])[-1]
     assert torch.equal(state[last], saved["policy"][last])
     assert all(torch.equal(state[name], tensor) for name, tensor in changed.items())
+
+
+@pytest.mark.parametrize("broken", ["policy", "optimizer"])
+def test_parameters_that_do_not_fit_change_nothing(dataset: TensorDict, broken: str) -> None:
+    model, other = model_of(dataset=dataset), model_of(dataset=dataset, seed=1)
+    for trained in (model, other):
+        trained.learn_offline(2)
+    before, given = copy.deepcopy(model.get_parameters()), copy.deepcopy(other.get_parameters())
+    if broken == "policy":
+        last = list(given["policy"])[-1]
+        given["policy"][last] = torch.zeros(7, 7, 7)
+    else:
+        given["optimizer"]["optimizers"][0]["type"] = "SGD"
+    with pytest.raises((RuntimeError, ValueError), match=r"size mismatch|state is that of SGD"):
+        model.set_parameters(given)
+    for name, tensor in before["policy"].items():
+        assert torch.equal(model.policy.state_dict()[name], tensor), name
+    state, after = (
+        parameters["optimizer"]["optimizers"][0]["state"] for parameters in (before, model.get_parameters())
+    )
+    for index, moments in state.items():
+        assert all(torch.equal(after[index][name], tensor) for name, tensor in moments.items())
 
 
 def test_learning_rates_still_reach_the_optimiser_after_parameters_were_put_back(dataset: TensorDict) -> None:

@@ -297,6 +297,30 @@ def test_n_steps_are_learned_online(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "next_discount" in model.learner._last_batch
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "steps"),
+    [
+        ({"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.99}}, 3),
+        ({"replay_buffer_class": ReplayBuffer, "n_steps": 3}, 1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*is ignored because a custom:UserWarning")
+def test_transitions_of_the_dataset_have_as_many_steps_as_those_of_the_replay_buffer(
+    kwargs: dict[str, Any], steps: int
+) -> None:
+    model = IQL("MlpPolicy", "Pendulum-v1", dataset="pendulum-v1-sac", learning_starts=5, **kwargs, **SMALL)
+    assert model._offline.n_steps == steps
+    model.learn(10)
+    discounts = model.learner._last_batch.get("next_discount")
+    assert (discounts is None) == (steps == 1)
+    if discounts is not None:
+        # Half of the batch comes from the dataset, whose episodes are long.
+        assert discounts.min().item() == pytest.approx(0.99**3)
+    model.replay_buffer = filled_buffer() if steps > 1 else filled_buffer(buffer_class=NStepReplayBuffer, n_steps=3)
+    with pytest.raises(ValueError, match=r"of the dataset have . steps, those of the replay buffer ."):
+        model.learn_offline(1)
+
+
 # VecNormalize
 
 
@@ -345,7 +369,29 @@ def test_observations_are_not_normalised_twice() -> None:
     with pytest.raises(ValueError, match="in a VecNormalize already"):
         IQL("MlpPolicy", normalized_env(), dataset="pendulum-v1-sac", normalize_observations=True, **SMALL)
     model = IQL("MlpPolicy", normalized_env(norm_reward=False), dataset="pendulum-v1-sac", reward_scale=0.1, **SMALL)
-    model.train(1)
     model.set_env(gym.make("Pendulum-v1"))
     with pytest.raises(ValueError, match="load_dataset"):
         model.train(1)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_networks_do_not_go_on_in_other_units(normalized: bool, tmp_path: Path) -> None:
+    dataset = load_dataset("pendulum-v1-sac")[:400]
+    plain = DummyVecEnv([lambda: gym.make("Pendulum-v1")])
+    model = IQL("MlpPolicy", normalized_env() if normalized else plain, dataset=dataset, **SMALL)
+    model.learn_offline(2)
+    model.save(tmp_path / "model")
+    if normalized:
+        model.get_vec_normalize_env().save(tmp_path / "statistics")
+    other = IQL.load(tmp_path / "model", env=plain if normalized else normalized_env(), dataset=dataset)
+    before = {name: tensor.clone() for name, tensor in other.policy.state_dict().items()}
+    for train in (other.learn_offline, other.train, lambda steps: other.learn(101 + steps)):
+        with pytest.raises(ValueError, match=r"trained with(out)? a VecNormalize .* now has (none|one)"):
+            train(1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.policy.state_dict().items())
+    env = VecNormalize.load(str(tmp_path / "statistics"), plain) if normalized else plain
+    same = IQL.load(tmp_path / "model", env=env, dataset=dataset)
+    same.learn_offline(2)
+    model.learn_offline(2)
+    for name, tensor in model.policy.state_dict().items():
+        assert torch.equal(same.policy.state_dict()[name], tensor), name

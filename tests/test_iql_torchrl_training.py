@@ -12,6 +12,7 @@ pytest.importorskip("torchrl")
 from agents import SPACES, make_agent, make_dataset, observations, same, weights
 from conftest import make_batch, make_loss
 from tensordict import MemoryMappedTensor, TensorDict
+from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.objectives import LossModule, SoftUpdate, ValueEstimators
 from torchrl.objectives.value import TDLambdaEstimator
@@ -20,6 +21,7 @@ import iql_plugins
 import iql_torchrl
 from iql_plugins.agent import Agent
 from iql_plugins.checkpoint import CheckpointError
+from iql_plugins.networks import critic, value_function
 from iql_torchrl import IQL, IQLLoss, plugin
 
 NORMALIZED = {"normalize_observations": True, "reward_scale": 2.0, "reward_shift": -0.5, "actor_dropout": 0.1}
@@ -159,6 +161,17 @@ def test_it_acts_as_its_agent(kind: str) -> None:
     assert torch.equal(IQL(agent).act(states), agent.act(states))
 
 
+class OwnLoss(iql_plugins.IQLLoss):
+    """May compute something else."""
+
+
+def test_a_class_of_ones_own_is_not_replaced_by_ours() -> None:
+    agent = make_agent("continuous")
+    networks = (agent.loss.actor_network, [critic(3, 2), critic(3, 2)], value_function(3))
+    with pytest.raises(TypeError, match=r"got OwnLoss: derive your class from iql_torchrl's"):
+        IQLLoss.from_core(OwnLoss(*networks))
+
+
 # Files
 
 
@@ -245,6 +258,15 @@ def test_one_weight_that_was_changed_is_found(path: Path) -> None:
 def test_a_file_of_something_else_is_refused(content: Any, path: Path) -> None:
     torch.save(content, path)
     with pytest.raises(CheckpointError, match="is a file of torch, but no checkpoint of iql-plugins"):
+        IQL.load(path)
+
+
+@pytest.mark.parametrize("change", [Tensor.to_sparse, lambda tensor: tensor.to("meta"), lambda tensor: [1.0]])
+def test_weights_that_are_no_ordinary_tensors_are_refused(change: Any, path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    content["loss"] = {name: change(tensor) for name, tensor in content["loss"].items()}
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match="no checkpoint has|checksum"):
         IQL.load(path)
 
 

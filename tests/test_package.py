@@ -6,6 +6,7 @@ import sys
 from importlib import resources
 
 import numpy as np
+import pytest
 
 FRAMEWORKS = ("torchrl", "stable_baselines3", "d3rlpy", "gymnasium", "gym", "pluggy", "matplotlib", "pandas")
 
@@ -18,7 +19,7 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_the_core_imports_no_framework() -> None:
-    imported = modules_after("import torch, tensordict, tensordict.nn, iql_plugins, iql_plugins.networks")
+    imported = modules_after("import torch, tensordict, tensordict.nn, iql_plugins.loss, iql_plugins.networks")
     needed = modules_after("import torch, tensordict, tensordict.nn")
     assert "iql_plugins" in imported
     assert not (imported - needed) & set(FRAMEWORKS)
@@ -29,11 +30,15 @@ def test_the_public_names_are_there() -> None:
 
     for name in iql_plugins.__all__:
         assert getattr(iql_plugins, name) is not None
+        assert name in dir(iql_plugins)
+    with pytest.raises(AttributeError, match="no attribute 'IQLLos'"):
+        iql_plugins.IQLLos  # noqa: B018
 
 
 def test_importing_changes_no_global_state() -> None:
     state = "(torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), warnings.filters)"
-    code = f"import torch, tensordict.nn, warnings; a = {state}; import iql_plugins; assert a == {state}"
+    ours = "iql_plugins.loss, iql_plugins.agent"
+    code = f"import torch, tensordict.nn, warnings; a = {state}; import {ours}; assert a == {state}"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -1,6 +1,9 @@
 """IQL as d3rlpy's algorithms: configurations that are registered by name, and the algorithms that they create."""
 
+import copy
 import dataclasses
+import functools
+import inspect
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -25,10 +28,23 @@ from iql_d3rlpy.scalers import action_bounds, normalizers_of, scalers_of
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig as Hyperparameters
+from iql_plugins.gradients import compiler_available
 from iql_plugins.learner import Learner
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
 
 __all__ = ["IQL", "BaseIQL", "BaseIQLConfig", "DiscreteIQL", "DiscreteIQLConfig", "IQLConfig", "from_agent", "to_agent"]
+
+
+#: What d3rlpy calls the core's hyper-parameters.
+_D3RLPY_NAMES = {
+    "n_steps": "actor_schedule_steps",
+    "discount": "gamma",
+    "temperature": "weight_temp",
+    "polyak": "tau",
+    "hidden_sizes": "hidden_units",
+    "actor_dropout": "dropout_rate",
+    "max_grad_norm": "clip_grad_norm",
+}
 
 
 @dataclasses.dataclass()
@@ -45,10 +61,10 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         observation_scaler: d3rlpy's, of any kind.
         action_scaler: d3rlpy's, continuous actions only; without one they are in [-1, 1].
         reward_scaler: d3rlpy's, of any kind.
-        compile_graph: whether to compile losses and gradients into one graph, on the CPU as well.
+        compile_graph: whether to compile losses and gradients into one graph, on the CPU as well, wherever there is a
+            compiler.
         actor_learning_rate: of the policy.
         critic_learning_rate: of the critics.
-        value_learning_rate: of V, which d3rlpy's IQL trains at the critics' rate.
         actor_optim_factory: of the policy.
         critic_optim_factory: of the critics, and of V. ``clip_grad_norm`` clips each network's gradient.
         actor_encoder_factory: of the policy.
@@ -59,6 +75,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         expectile: of V.
         weight_temp: inverse temperature :math:`\beta`.
         max_weight: the largest weight of an action in the policy's loss.
+        value_learning_rate: of V; None takes the critics' rate, as d3rlpy's IQL does.
         loss_function: distance of Q to its target: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
         actor_schedule_steps: steps in which the policy's rate falls to 0 along half a cosine, and stays there; None
             keeps the rate, as d3rlpy's IQL does.
@@ -70,7 +87,6 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
 
     actor_learning_rate: float = 3e-4
     critic_learning_rate: float = 3e-4
-    value_learning_rate: float = 3e-4
     actor_optim_factory: OptimizerFactory = make_optimizer_field()  # noqa: RUF009
     critic_optim_factory: OptimizerFactory = make_optimizer_field()  # noqa: RUF009
     actor_encoder_factory: EncoderFactory = make_encoder_field()  # noqa: RUF009
@@ -81,8 +97,10 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
     expectile: float = 0.7
     weight_temp: float = 3.0
     max_weight: float = 100.0
+    # Behind d3rlpy's own, so that positional arguments mean the same.
+    value_learning_rate: Optional[float] = None  # noqa: UP045 - d3rlpy's JSON reads this spelling alone
     loss_function: str = "l2"
-    actor_schedule_steps: Optional[int] = None  # noqa: UP045 - d3rlpy's JSON reads this spelling alone
+    actor_schedule_steps: Optional[int] = None  # noqa: UP045
     origin: Optional[dict[str, Any]] = None  # noqa: UP045
 
     def __post_init__(self) -> None:
@@ -94,30 +112,35 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         """The core's, of these fields.
 
         Raises:
-            ValueError: for a value out of range; names it by the core's name.
+            ValueError: for a value out of range; names it.
         """
+        value_rate = self.critic_learning_rate if self.value_learning_rate is None else self.value_learning_rate
         base = Hyperparameters.from_json(self.origin["config"]) if self.origin else Hyperparameters()
         plain = networks.perceptrons(self)
         sizes, dropout = (base.hidden_sizes, base.actor_dropout) if plain is None else plain
-        return base.replace(
-            n_steps=base.n_steps if self.actor_schedule_steps is None else self.actor_schedule_steps,
-            batch_size=self.batch_size,
-            discount=self.gamma,
-            expectile=self.expectile,
-            temperature=self.weight_temp,
-            max_weight=self.max_weight,
-            loss_function=self.loss_function,
-            n_critics=self.n_critics,
-            hidden_sizes=sizes,
-            actor_dropout=dropout,
-            actor_learning_rate=self.actor_learning_rate,
-            critic_learning_rate=self.critic_learning_rate,
-            value_learning_rate=self.value_learning_rate,
-            actor_schedule="constant" if self.actor_schedule_steps is None else "cosine",
-            polyak=self.tau,
-            max_grad_norm=clip_grad_norm(self),
-            compile="yes" if self.compile_graph else "no",
-        )
+        try:
+            return base.replace(
+                n_steps=base.n_steps if self.actor_schedule_steps is None else self.actor_schedule_steps,
+                batch_size=self.batch_size,
+                discount=self.gamma,
+                expectile=self.expectile,
+                temperature=self.weight_temp,
+                max_weight=self.max_weight,
+                loss_function=self.loss_function,
+                n_critics=self.n_critics,
+                hidden_sizes=sizes,
+                actor_dropout=dropout,
+                actor_learning_rate=self.actor_learning_rate,
+                critic_learning_rate=self.critic_learning_rate,
+                value_learning_rate=value_rate,
+                actor_schedule="constant" if self.actor_schedule_steps is None else "cosine",
+                polyak=self.tau,
+                max_grad_norm=clip_grad_norm(self),
+                compile="yes" if self.compile_graph else "no",
+            )
+        except ValueError as error:
+            name, _, expected = str(error).partition(" ")
+            raise ValueError(f"{_D3RLPY_NAMES.get(name, name)} {expected}") from error
 
 
 @dataclasses.dataclass()
@@ -188,7 +211,7 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
     def inner_create_impl(self, observation_shape: Any, action_size: int) -> None:
         """Builds networks and optimisers; d3rlpy calls it when it knows the shapes."""
         config = self._config
-        hyperparameters = config.hyperparameters()
+        hyperparameters = config.hyperparameters().replace(compile="yes" if self.compiled else "no")
         if config.origin is None:
             keys = observation_keys(observation_shape)
             spaces = _spaces(observation_shape, action_size, keys, self.get_action_type())
@@ -209,16 +232,28 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
     def fitter(self, dataset: Any, *args: Any, **options: Any) -> Any:
         """As d3rlpy's, but that mini-batches come from contiguous arrays if they are the same ones.
 
-        With ``enable_ddp``, each process then draws from its own share of the transitions.
+        With ``enable_ddp``, each process then draws from its own share of the transitions. Evaluators are given the
+        dataset itself.
         """
         try:
-            dataset = as_fast_buffer(dataset)
+            fast = as_fast_buffer(dataset)
         except UnsupportedBufferError:
             # It samples in a way of its own, and goes on doing so.
             return super().fitter(dataset, *args, **options)
-        if self._enable_ddp:
-            dataset.draw = ddp.draw_share
-        return super().fitter(dataset, *args, **options)
+        if self._enable_ddp and "draw" not in vars(fast):
+            fast = copy.copy(fast)
+            fast.draw = ddp.draw_share
+        given = inspect.signature(super().fitter).bind(fast, *args, **options)
+        if evaluators := given.arguments.get("evaluators"):
+            given.arguments["evaluators"] = {
+                name: functools.partial(_evaluate, evaluator, dataset) for name, evaluator in evaluators.items()
+            }
+        return super().fitter(*given.args, **given.kwargs)
+
+    def build_with_dataset(self, dataset: Any) -> None:
+        """As d3rlpy's, but with all observations of a tuple."""
+        shapes = dataset.sample_transition().observation_signature.shape
+        self.create_impl(shapes[0] if len(shapes) == 1 else shapes, dataset.dataset_info.action_size)
 
     @classmethod
     def from_agent(cls, agent: Agent) -> "BaseIQL":
@@ -231,8 +266,10 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
 
     @property
     def compiled(self) -> bool:
-        """Whether losses and gradients are compiled."""
-        return bool(self._config.compile_graph)
+        """Whether losses and gradients are compiled: if ``compile_graph`` says so, and there is a compiler."""
+        if self.impl is not None:
+            return implementation(self).agent.learner.compiled
+        return bool(self._config.compile_graph) and compiler_available(torch.device(self._device))
 
     @property
     def grad_step(self) -> int:
@@ -301,6 +338,11 @@ class DiscreteIQL(BaseIQL):
     def get_action_type(self) -> ActionSpace:
         """Discrete."""
         return ActionSpace.DISCRETE
+
+
+def _evaluate(evaluator: Any, dataset: Any, algorithm: Any, _: Any) -> Any:
+    """What an evaluator says of an algorithm and a dataset, whichever it is given."""
+    return evaluator(algorithm, dataset)
 
 
 register_learnable(IQLConfig)

@@ -1,11 +1,13 @@
 """A replay buffer that samples from contiguous arrays, and so twenty times as fast as d3rlpy's own."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 import numpy as np
 from d3rlpy.dataset import (
     BasicTransitionPicker,
+    Episode,
     FIFOBuffer,
     FrameStackTransitionPicker,
     InfiniteBuffer,
@@ -45,8 +47,11 @@ class FastReplayBuffer(ReplayBuffer):  # type: ignore[misc]
 
     Mini-batches are the very ones that ``ReplayBuffer`` would have drawn from the same NumPy random state, whatever
     the signature of observations (vectors, images, tuples), for one-step, n-step and frame-stacking transition
-    pickers. Episodes may be appended at any time. The arrays are made when the first mini-batch is drawn, and take as
-    much memory again as the episodes do.
+    pickers. Episodes may be appended at any time.
+
+    No ``Episode`` is held twice: where they are slices of common arrays, as those of an ``MDPDataset``, these are used
+    as they are; else the first mini-batch makes them so, and puts equal slices in the place of their arrays. What is
+    appended step by step is copied.
 
     Args:
         *args: as those of ``d3rlpy.dataset.ReplayBuffer``.
@@ -65,6 +70,10 @@ class FastReplayBuffer(ReplayBuffer):  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         _check(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The arrays know episodes by identity, and are made anew around those of a copy.
+        return {name: value for name, value in vars(self).items() if name != "_columns"}
 
     def sample_transition_batch(self, batch_size: int) -> TransitionMiniBatch:
         """A mini-batch of transitions, drawn uniformly with replacement.
@@ -90,7 +99,8 @@ class FastReplayBuffer(ReplayBuffer):  # type: ignore[misc]
 def as_fast_buffer(dataset: ReplayBuffer) -> FastReplayBuffer:
     """The same transitions in a buffer that samples fast, for any algorithm of d3rlpy's.
 
-    Both share episodes and writer: what is appended to one is in the other.
+    Both share episodes and writer: what is appended to one is in the other, and nothing is held twice (see
+    :class:`FastReplayBuffer`).
 
     Args:
         dataset: a ``ReplayBuffer`` or ``MDPDataset``.
@@ -129,11 +139,18 @@ def _check(dataset: Any) -> None:
 
 
 class _Growing:
-    """Rows of one shape and dtype, to which more can be added."""
+    """Rows of one shape and dtype, to which more can be added.
 
-    def __init__(self, shape: Sequence[int], dtype: Any) -> None:
+    Args:
+        shape: of a row.
+        dtype: of a row.
+        head: the first rows, which are somebody else's and stay where they are.
+    """
+
+    def __init__(self, shape: Sequence[int], dtype: Any, head: Array | None = None) -> None:
         self._array = np.empty((0, *shape), dtype)
-        self.count = 0
+        self._head = self._array if head is None else head
+        self.count = len(self._head)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -142,27 +159,36 @@ class _Growing:
         return dtype
 
     def __getitem__(self, rows: Array) -> Array:
-        gathered: Array = self._array.take(rows, axis=0)
+        start = len(self._head)
+        if start == 0:
+            return self._array.take(rows, axis=0)
+        if self.count == start:
+            return self._head.take(rows, axis=0)
+        added = rows >= start
+        gathered = self._head.take(np.where(added, 0, rows), axis=0)
+        gathered[added] = self._array.take(rows[added] - start, axis=0)
         return gathered
 
     def reserve(self, count: int) -> None:
-        """Makes room for ``count`` rows in all."""
+        """Makes room for ``count`` rows behind the head."""
         if count > len(self._array):
             array = np.empty((count, *self._array.shape[1:]), self._array.dtype)
-            array[: self.count] = self._array[: self.count]
+            own = self.count - len(self._head)
+            array[:own] = self._array[:own]
             self._array = array
 
     def extend(self, rows: Array) -> None:
         """Adds rows."""
-        stop = self.count + len(rows)
+        start = self.count - len(self._head)
+        stop = start + len(rows)
         if stop > len(self._array):
             self.reserve(max(stop, 2 * len(self._array)))
-        self._array[self.count : stop] = rows
-        self.count = stop
+        self._array[start:stop] = rows
+        self.count += len(rows)
 
     def set(self, row: int, value: Any) -> None:
-        """Changes one row."""
-        self._array[row] = value
+        """Changes one row behind the head."""
+        self._array[row - len(self._head)] = value
 
 
 class _Columns:
@@ -202,8 +228,8 @@ class _Columns:
         if self._transitions.count > 2 * count + _SLACK:
             self._start_over()
         added = []
-        for position in range(count - 1, -1, -1):
-            transition = self._buffer[position]
+        # A queue takes its time to find a position in its middle, but none to go through all of them.
+        for transition in reversed(self._buffer._transitions):
             if transition is self._last:
                 break
             added.append(transition)
@@ -217,13 +243,26 @@ class _Columns:
         self._last = added[-1]
 
     def _reserve(self, episodes: Sequence[Any]) -> None:
-        if not self._steps:
-            self._steps = [_Growing(column.shape[1:], _stored(column)) for column in _columns(episodes[0])]
+        if self._steps:
+            return
+        whole = [episode for episode in episodes if type(episode) is Episode]
+        if whole and _same_kind(whole):
+            heads, starts = _common_arrays(whole)
+            self._steps = [_Growing(head.shape[1:], head.dtype, head) for head in heads]
+            self._episodes = whole
+            self._numbers = {id(episode): number for number, episode in enumerate(whole)}
+            self._first.extend(starts)
+            self._size.extend(np.array([episode.size() for episode in whole]))
+            self._terminated.extend(np.array([episode.terminated for episode in whole]))
+        else:
+            whole = []
+            columns = _columns(episodes[0])
+            self._steps = [_Growing(column.shape[1:], _stored(column)) for column in columns]
             # The reward is the last, and is summed in the precision that it came in.
-            reward = _columns(episodes[0])[-1]
-            self._steps[-1] = _Growing(reward.shape[1:], reward.dtype)
-            for steps in self._steps:
-                steps.reserve(sum(len(episode) for episode in episodes))
+            self._steps[-1] = _Growing(columns[-1].shape[1:], columns[-1].dtype)
+        rest = sum(map(len, episodes)) - sum(map(len, whole))
+        for steps in self._steps:
+            steps.reserve(rest)
 
     def _number(self, episode: Any) -> int:
         """The number of an episode all of whose steps are stored."""
@@ -321,6 +360,72 @@ def _columns(episode: Any) -> list[Array]:
     observations = episode.observations
     parts = observations if isinstance(observations, list | tuple) else [observations]
     return [*parts, episode.actions, episode.rewards]
+
+
+def _same_kind(episodes: Sequence[Any]) -> bool:
+    """Whether one array of a kind can hold them all."""
+    kinds = {tuple((column.dtype, column.shape[1:]) for column in _columns(episode)) for episode in episodes}
+    return len(kinds) == 1
+
+
+def _common_arrays(episodes: Sequence[Episode]) -> tuple[list[Array], Array]:
+    """The arrays of which those of all episodes are slices, and the row at which each episode starts."""
+    found = _found(episodes)
+    if found is None:
+        _pack(episodes)
+        found = _found(episodes)
+    assert found is not None
+    return found
+
+
+def _found(episodes: Sequence[Episode]) -> tuple[list[Array], Array] | None:
+    """The arrays of :func:`_common_arrays`; None unless there are some."""
+    heads: list[Array] = []
+    rows: list[Array] = []
+    for column in zip(*map(_columns, episodes), strict=True):
+        first = column[0]
+        shared = len(column) == 1 or (first.base is not None and all(array.base is first.base for array in column))
+        if not shared or not all(array.flags.c_contiguous for array in column):
+            return None
+        strides = [first.itemsize * math.prod(first.shape[axis + 1 :]) for axis in range(first.ndim)]
+        addresses = np.array([array.__array_interface__["data"][0] for array in column])
+        lowest = column[int(addresses.argmin())]
+        starts, odd = np.divmod(addresses - addresses.min(), strides[0] or 1)
+        if odd.any():
+            return None
+        stop = int((starts + list(map(len, column))).max())
+        heads.append(
+            np.lib.stride_tricks.as_strided(lowest, (stop, *first.shape[1:]), strides, subok=False, writeable=False)
+        )
+        rows.append(starts)
+    same = all(np.array_equal(starts, rows[0]) for starts in rows)
+    return (heads, rows[0]) if same else None
+
+
+def _pack(episodes: Sequence[Episode]) -> None:
+    """Puts the arrays of episodes behind one another, those of each kind in one array, and lets the old ones go."""
+    stops = np.cumsum([len(episode) for episode in episodes])
+    for index in range(len(_columns(episodes[0]))):
+        first = _columns(episodes[0])[index]
+        packed = np.empty((stops[-1], *first.shape[1:]), first.dtype)
+        for episode, stop in zip(episodes, stops, strict=True):
+            rows = packed[stop - len(episode) : stop]
+            rows[...] = _columns(episode)[index]
+            _replace(episode, index, rows)
+
+
+def _replace(episode: Episode, index: int, rows: Array) -> None:
+    """Puts rows in the place of those of :func:`_columns` that they equal."""
+    observations = episode.observations
+    parts = list(observations) if isinstance(observations, list | tuple) else [observations]
+    if index < len(parts):
+        parts[index] = rows
+        value: Any = type(observations)(parts) if isinstance(observations, list | tuple) else rows
+        name = "observations"
+    else:
+        name, value = ("actions", "rewards")[index - len(parts)], rows
+    # It is frozen for those who would change its values.
+    object.__setattr__(episode, name, value)
 
 
 def _stored(column: Array) -> Any:

@@ -5,8 +5,9 @@ import os
 import pickle
 from typing import Any
 
+import torch
 from d3rlpy import __version__
-from d3rlpy.base import LearnableConfigWithShape
+from d3rlpy.base import LearnableConfigWithShape, _process_device
 
 from iql_d3rlpy.algorithm import BaseIQL
 from iql_plugins import checkpoint
@@ -49,9 +50,12 @@ def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is damaged, or no such file.
+        RuntimeError, AssertionError: torch's own, for a device that is not there.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
+    # A device that is not there is no fault of the file.
+    torch.empty(0, device=_process_device(device))
     try:
         with open(path, "rb") as file:
             document = _Reader(file).load()

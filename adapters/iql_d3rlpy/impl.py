@@ -7,7 +7,7 @@ from typing import Any, BinaryIO
 
 import torch
 from d3rlpy.algos.qlearning import QLearningAlgoImplBase
-from d3rlpy.torch_utility import Modules, map_location
+from d3rlpy.torch_utility import Modules
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import NestedKey
@@ -110,7 +110,12 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
         Raises:
             RuntimeError, KeyError, ValueError: for another model's.
         """
-        state = torch.load(f, map_location=map_location(self._device), weights_only=True)
+        state = torch.load(f, map_location="cpu", weights_only=True)
+        if not {"loss", "training"} <= state.keys():
+            raise ValueError(
+                f"the file has {', '.join(map(str, state))}: it is another algorithm's, an IQL of iql_d3rlpy has loss "
+                "and training"
+            )
         before = {name: tensor.clone() for name, tensor in self.agent.loss.state_dict().items()}
         loss, training = state["loss"], state["training"]
         self.agent.loss.load_state_dict(loss)

@@ -157,7 +157,7 @@ class OfflineData:
     def __init__(
         self, dataset: TensorDictBase, inputs: Inputs, *, scaled: bool, raw: bool, n_steps: int, device: torch.device
     ) -> None:
-        self._inputs, self._scaled, self.raw, self._n_steps, self._device = inputs, scaled, raw, n_steps, device
+        self._inputs, self._scaled, self.raw, self.n_steps, self._device = inputs, scaled, raw, n_steps, device
         self._observed = [name for key in inputs.spaces.observations for name in (key, next_key(key))]
         self._transitions = transitions(dataset, self._transform, device)
         if n_steps > 1:
@@ -194,7 +194,7 @@ class OfflineData:
         """
         index = torch.randint(len(self), (size,), generator=generator, device=generator.device).to(self._device)
         rows = self._transitions.batch(index)
-        if self._n_steps > 1:
+        if self.n_steps > 1:
             rows |= self._following(index, gamma, normalization)
         elif self.raw and normalization is not None:
             rows["next_reward"] = self._normalized(rows["next_reward"], normalization.normalize_reward)
@@ -205,7 +205,7 @@ class OfflineData:
     def _following(self, index: Tensor, gamma: float, normalization: Normalization | None) -> dict[str, Tensor]:
         """What comes after several steps, or at the end of the episode if that is nearer."""
         count = self._steps[index]
-        offsets = torch.arange(self._n_steps, device=index.device)
+        offsets = torch.arange(self.n_steps, device=index.device)
         taken = offsets < count.unsqueeze(-1)
         last = index + count - 1
         rewards = self._rewards[torch.minimum(index.unsqueeze(-1) + offsets, last.unsqueeze(-1))]

@@ -1,5 +1,6 @@
 """IQL as an off-policy algorithm of Stable-Baselines3, which learns offline as well."""
 
+import copy
 import io
 import os
 import pathlib
@@ -11,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
@@ -218,6 +219,8 @@ class IQL(OffPolicyAlgorithm):
         self._agent: Agent | None = None
         self._offline: datasets.OfflineData | None = None
         self._applied: tuple[Any, ...] | None = None
+        # Whether the networks were trained behind a VecNormalize; None before the first gradient step.
+        self._normalized_by_env: bool | None = None
         if _init_setup_model:
             self._setup_model()
             if loaded is not None:
@@ -366,7 +369,7 @@ class IQL(OffPolicyAlgorithm):
             self.policy.inputs,
             scaled=buffer is not None,
             raw=normalize is not None,
-            n_steps=self.n_steps,
+            n_steps=_steps_of(self.replay_buffer),
             device=self.device,
         )
 
@@ -461,8 +464,20 @@ class IQL(OffPolicyAlgorithm):
                 "normalize_observations and reward_scale='return_range' need the statistics of a dataset: "
                 "load_dataset(source) before the first gradient step"
             )
-        if self._offline is not None and self._offline.raw != (self._vec_normalize_env is not None):
+        normalized = self._vec_normalize_env is not None
+        if self._normalized_by_env not in (None, normalized):
+            raise ValueError(
+                f"the networks were trained {'with' if self._normalized_by_env else 'without'} a VecNormalize around "
+                f"the environment, which now has {'one' if normalized else 'none'}: load the model, or set_env(env), "
+                "with an environment as it was (VecNormalize.load(path, env) brings the statistics)"
+            )
+        if self._offline is not None and self._offline.raw != normalized:
             raise ValueError("the environment's VecNormalize came or went: load_dataset(source) again")
+        if self._offline is not None and self._offline.n_steps != _steps_of(self.replay_buffer):
+            raise ValueError(
+                f"transitions of the dataset have {self._offline.n_steps} steps, those of the replay buffer "
+                f"{_steps_of(self.replay_buffer)}: load_dataset(source) after load_replay_buffer(path)"
+            )
         self._apply_hyperparameters()
 
     def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
@@ -484,6 +499,8 @@ class IQL(OffPolicyAlgorithm):
             self.policy.set_training_mode(True)
         for _ in range(gradient_steps):
             self.learner.step(self._batch(batch_size, offline_ratio))
+        if gradient_steps:
+            self._normalized_by_env = self._vec_normalize_env is not None
         self._n_updates = self.learner.step_count
         self._logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
@@ -518,6 +535,8 @@ class IQL(OffPolicyAlgorithm):
             gradient_steps, callback, tb_log_name, reset_num_timesteps, progress_bar
         )
         offline_ratio = 1.0
+        # Callbacks that count episodes read it.
+        dones = np.zeros(self.n_envs, dtype=bool)
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total_timesteps:
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
@@ -528,7 +547,8 @@ class IQL(OffPolicyAlgorithm):
                 break
             if log_interval is not None and self.num_timesteps % log_interval == 0:
                 self.dump_logs()
-        self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        if self.num_timesteps:
+            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         callback.on_training_end()
         return self
 
@@ -678,8 +698,16 @@ class IQL(OffPolicyAlgorithm):
         exact_match: bool = True,
         device: torch.device | str = "auto",
     ) -> None:
-        """As in any algorithm. ``"optimizer"`` is all that continues a training: moments, rates and the step."""
-        super().set_parameters(load_path_or_dict, exact_match, device)
+        """As in any algorithm, but whole or not at all.
+
+        ``"optimizer"`` is all that continues a training: moments, rates and the step.
+        """
+        before = copy.deepcopy(self.get_parameters())
+        try:
+            super().set_parameters(load_path_or_dict, exact_match, device)
+        except BaseException:
+            super().set_parameters(before)  # type: ignore[arg-type]
+            raise
         # The loss has loaded its discount; the algorithm's own counts from the next step on.
         self._applied = None
         self._n_updates = self.learner.step_count
@@ -779,6 +807,7 @@ class IQL(OffPolicyAlgorithm):
         _check_fits(layout_spaces(model.observation_space, model.action_space), agent.spaces)
         model._agent = agent
         model._has_statistics = True
+        model._normalized_by_env = False if agent.learner.step_count else None
         model.extra = agent.extra
         model._setup_model()
         return model
@@ -873,6 +902,11 @@ def _without_environment(
     if required:
         raise ValueError("IQL needs an environment, a dataset, or observation_space and action_space")
     return None
+
+
+def _steps_of(buffer: ReplayBuffer | None) -> int:
+    """Steps of a replay buffer's transitions: a class of the user's own has those of its own."""
+    return buffer.n_steps if isinstance(buffer, NStepReplayBuffer) else 1
 
 
 def _check_buffer(buffer: ReplayBuffer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:

@@ -6,7 +6,7 @@ warnings.
 
 import copy
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -113,10 +113,18 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
         Training the one trains the other. Settings are copied: what is set on the one later, the other does not have.
 
         Args:
-            loss: any; one that is a ``LossModule`` is returned itself.
+            loss: one of the core's two; one that is a ``LossModule`` is returned itself.
+
+        Raises:
+            TypeError: for a class derived from the core's: what it computes otherwise would be lost.
         """
         if isinstance(loss, IQLLoss):
             return loss
+        if type(loss) not in (iql_plugins.IQLLoss, iql_plugins.DiscreteIQLLoss):
+            raise TypeError(
+                f"loss must be of the core's classes themselves, got {type(loss).__name__}: derive your class from "
+                "iql_torchrl's"
+            )
         kind = DiscreteIQLLoss if isinstance(loss, iql_plugins.DiscreteIQLLoss) else IQLLoss
         module: IQLLoss = kind.__new__(kind)
         module.__dict__["_shown_estimator"] = None
@@ -128,16 +136,32 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
         module._register_estimator(copy.deepcopy(loss._estimator))
         return module
 
+    # TorchRL's updaters hold on to the tensors that they found: a cast or a load must not put others in their place.
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # TorchRL's updaters hold on to the targets that they found: a cast must not put others in their place.
-        network = self._network("target_qvalue_network")
-        targets = parameters.leaves(network)
+        before = self._updated()
         applied = super()._apply(fn, recurse)
-        for name, tensor in parameters.leaves(network).items():
-            if tensor is not targets[name] and torch._has_compatible_shallow_copy_type(targets[name], tensor):
-                targets[name].data = tensor
-                parameters.replace_leaf(network, name, targets[name])
+        self._keep(before)
         return applied
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """See :meth:`iql_plugins.IQLLoss.load_state_dict`."""
+        before = self._updated()
+        result = super().load_state_dict(state_dict, strict, assign)
+        self._keep(before)
+        return result
+
+    def _updated(self) -> dict[str, dict[str, Tensor]]:
+        """What updaters read and write: each network's tensors by name."""
+        return {name: parameters.leaves(self._network(name)) for name in ("qvalue_network", "target_qvalue_network")}
+
+    def _keep(self, before: dict[str, dict[str, Tensor]]) -> None:
+        for network, tensors in self._updated().items():
+            for name, tensor in tensors.items():
+                kept = before[network][name]
+                if tensor is not kept and torch._has_compatible_shallow_copy_type(kept, tensor):
+                    kept.data = tensor.detach()
+                    parameters.replace_leaf(self._network(network), name, kept)
 
     @property
     def device(self) -> torch.device:

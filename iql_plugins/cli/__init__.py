@@ -1,5 +1,6 @@
 """The command line. Importing it imports no framework."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -62,6 +63,10 @@ def _status(given: Sequence[str], write: Write | None) -> int:
     except KeyboardInterrupt as interrupt:
         hint = f": go on with {PROGRAM} train --resume {interrupt}" if str(interrupt) else ""
         return _failed(f"interrupted{hint}", INTERRUPTED, write)
+    except BrokenPipeError:
+        # Whoever read (head, say) has enough. Python would complain once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILED
     except Exception as error:
         traceback.print_exc()
         return _failed(f"{type(error).__name__}: {error}", FAILED, write)
@@ -104,11 +109,7 @@ def _bench(arguments: "Bench") -> "Result":
     from pathlib import Path
 
     from iql_plugins.cli.bench import bench
-    from iql_plugins.cli.errors import UserError
 
-    for name in ("rounds", "steps"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     return bench(
         arguments.peers,
         size=arguments.size,

@@ -80,9 +80,9 @@ class Train:
     device: str = "auto"
     """Torch's name of the device; auto takes the GPU if there is one."""
     threads: Automatic = "auto"
-    """Torch's threads in each process."""
+    """Torch's threads in each process; auto takes one if there are several processes or the networks are narrow."""
     workers: Automatic = "auto"
-    """Trainings at a time, one process each; the results do not depend on it."""
+    """Trainings at a time, one process each; with the same threads, the results do not depend on it."""
     memmap_dir: str | None = None
     """New folder that the dataset is written to and read from, for data larger than memory."""
     trust_pickle: Flag = False
@@ -171,15 +171,16 @@ class Adapters:
 class Bench:
     """Measures gradient steps a second, of this package and of other libraries side by side."""
 
-    peers: tuple[str, ...] = ()
-    """Libraries to measure beside it, by name or as Python files."""
+    peers: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[NAME|FILE ...]")] = None
+    """Libraries to measure beside it, by name (torchrl, d3rlpy, sb3-sac) or as Python files; by default those that are
+    installed, and none after a bare --peers."""
     adapters: tuple[str, ...] = ()
     """Further adapters to measure, beside the one for plain tensors."""
     size: Annotated[Size, tyro.conf.arg(name="")] = field(default_factory=Size)
     rounds: int = 9
     """How often each is measured; rounds are interleaved."""
-    steps: int = 50
-    """Gradient steps in a round."""
+    steps: int = 200
+    """Gradient steps in a round: many, so that what a library does once in a call counts little."""
     threads: int | None = None
     """Torch's threads; by default as many as torch takes."""
     plot: str | None = None

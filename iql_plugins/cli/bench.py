@@ -1,5 +1,6 @@
 """Gradient steps a second of this package and of the libraries installed, measured side by side."""
 
+import io
 import platform
 import statistics
 import time
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 
-from iql_plugins.cli.errors import imported
+from iql_plugins import checkpoint
+from iql_plugins.cli.errors import UserError, imported
 from iql_plugins.cli.output import Result, note, table
-from iql_plugins.cli.peers import PEERS, Size, Steps, dataset_of, maker, ours
+from iql_plugins.cli.peers import Maker, Size, Steps, dataset_of, installed, makers, ours
 
 __all__ = ["Timing", "bench", "measure"]
 
@@ -37,19 +39,20 @@ class Timing:
 
 
 def bench(
-    peers: Sequence[str],
+    peers: Sequence[str] | None,
     *,
     size: Size,
-    adapters: Sequence[str] = (),
-    rounds: int = 9,
-    steps: int = 50,
-    threads: int | None = None,
-    plot: Path | None = None,
+    adapters: Sequence[str],
+    rounds: int,
+    steps: int,
+    threads: int | None,
+    plot: Path | None,
 ) -> Result:
     """Measures this package's step against peers, in interleaved rounds.
 
     Args:
-        peers: names of peers, or Python files; see :func:`iql_plugins.cli.peers.maker`.
+        peers: names of peers, or Python files; see :func:`iql_plugins.cli.peers.makers`. None takes those whose
+            library is installed.
         size: of the problem.
         adapters: further adapters of ours to measure, compiled, beside the plain one.
         rounds: how often each is measured.
@@ -61,25 +64,36 @@ def bench(
         A table, and the same as JSON.
 
     Raises:
-        UserError: for a peer that is unknown or not installed.
+        UserError: for a peer or an adapter that is unknown or not installed, or a picture that cannot be written.
     """
-    makers = {peer if peer in PEERS else Path(peer).stem: maker(peer) for peer in peers}
-    if threads is not None:
-        torch.set_num_threads(threads)
+    for name, value in (("rounds", rounds), ("steps", steps), ("threads", threads)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    if plot is not None:
+        _check_picture(plot)
+    made = makers(installed() if peers is None else peers)
+    own = {adapter: ours(adapter, "yes") for adapter in adapters}
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if threads is None else threads)
+    try:
+        return _bench(made, own, size, rounds, steps, plot)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _bench(
+    peers: Mapping[str, Maker], adapters: Mapping[str, Maker], size: Size, rounds: int, steps: int, plot: Path | None
+) -> Result:
     data = dataset_of(size)
-    contestants: dict[str, Steps] = {}
     begin = time.perf_counter()
-    contestants[REFERENCE] = ours("tensor", "yes")(size, data)
+    contestants = {REFERENCE: ours("tensor", "yes")(size, data)}
     contestants[REFERENCE](1)
     warm_up = time.perf_counter() - begin
     contestants[f"{REFERENCE}, eager"] = ours("tensor", "no")(size, data)
-    for adapter in adapters:
-        contestants[f"{REFERENCE} through {adapter}"] = ours(adapter, "yes")(size, data)
-    for name, make in makers.items():
-        contestants[name] = make(size, data)
+    contestants |= {f"{REFERENCE} through {name}": make(size, data) for name, make in adapters.items()}
+    contestants |= {name: make(size, data) for name, make in peers.items()}
     timings, peak = measure(contestants, size, rounds, steps)
-    own = timings[0].milliseconds
-    share = size.multiplications / (own * 1e-3) / peak
+    share = size.multiplications / (timings[0].milliseconds * 1e-3) / peak
     document = {
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "size": vars(size),
@@ -139,6 +153,15 @@ def measure(contestants: Mapping[str, Steps], size: Size, rounds: int, steps: in
     return timings, operations / statistics.median(seconds[""])
 
 
+def _check_picture(path: Path) -> None:
+    """Raises :class:`UserError` for what would fail after minutes of measuring."""
+    known = imported("matplotlib.figure").Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise UserError(f"--plot must be a file with one of the suffixes {', '.join(sorted(known))}, got {str(path)!r}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"there is no folder {str(path.parent)!r} to write {path.name!r} to")
+
+
 def _draw(timings: Sequence[Timing], path: Path) -> None:
     figure_module: Any = imported("matplotlib.figure")
     figure = figure_module.Figure(figsize=(6, 0.5 * len(timings) + 1), layout="constrained")
@@ -147,4 +170,6 @@ def _draw(timings: Sequence[Timing], path: Path) -> None:
     axes.barh(names, [1e3 / timing.milliseconds for timing in timings])
     axes.invert_yaxis()
     axes.set(xlabel="gradient steps a second")
-    figure.savefig(path, dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format=path.suffix.removeprefix(".").lower(), dpi=150)
+    checkpoint.write_bytes(path, image.getvalue())

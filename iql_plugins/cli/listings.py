@@ -12,7 +12,7 @@ from iql_plugins.cli.rollouts import environment_spaces
 from iql_plugins.cli.sources import plugin_dataset
 from iql_plugins.data import DatasetError, unknown_source
 from iql_plugins.data.doctor import Report, Statistics, examine
-from iql_plugins.registry import PluginInfo, Registry
+from iql_plugins.registry import PluginError, PluginInfo, Registry
 from iql_plugins.spaces import Box
 
 __all__ = ["adapters", "inspect"]
@@ -21,8 +21,10 @@ __all__ = ["adapters", "inspect"]
 def adapters(arguments: Adapters) -> Result:
     """The adapters; imports no framework."""
     registry = Registry()
-    duplicates = {name: info.error for name, info in registry.available().items()}
-    entries = [_entry(info, duplicates[name]) for name, info in registry.check().items()]
+    # In strict mode, what is broken is an error.
+    with mistakes(PluginError):
+        duplicates = {name: info.error for name, info in registry.available().items()}
+        entries = [_entry(info, duplicates[name]) for name, info in registry.check().items()]
     rows = [
         [entry["name"], f"{entry['distribution']} {entry['version']}", _framework(entry), entry["error"] or ""]
         for entry in entries

@@ -44,6 +44,7 @@ def show(result: Result) -> None:
     )
     for part in result.parts:
         console.print(part)
+    sys.stdout.flush()
 
 
 def note(text: str) -> None:

@@ -6,10 +6,10 @@ of gradient steps, from drawing the batch to the update of the targets.
 
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,10 +21,11 @@ from iql_plugins.config import Compile, IQLConfig
 from iql_plugins.keys import flat_name
 from iql_plugins.spaces import Box, Spaces
 
-__all__ = ["PEERS", "Size", "Steps", "dataset_of", "maker", "ours"]
+__all__ = ["PEERS", "Size", "Steps", "dataset_of", "installed", "makers", "ours"]
 
 #: Takes a number of gradient steps.
 Steps = Callable[[int], object]
+Maker: TypeAlias = "Callable[[Size, TensorDict], Steps]"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Size:
     batch: int = 256
     hidden: int = 256
     transitions: int = 100_000
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
     @property
     def multiplications(self) -> int:
@@ -103,16 +109,18 @@ def config_of(size: Size, compile: Compile) -> IQLConfig:
     return IQLConfig(batch_size=size.batch, hidden_sizes=(size.hidden, size.hidden), compile=compile)
 
 
-def ours(adapter: str, compile: Compile) -> Callable[[Size, TensorDict], Steps]:
-    """The maker of this package's steps through an adapter, as the command line trains with it."""
+def ours(adapter: str, compile: Compile) -> Maker:
+    """The maker of this package's steps through an adapter, as the command line trains with it.
+
+    Raises:
+        UserError: for an adapter that is unknown, broken or does not train.
+    """
+    from iql_plugins.agent import Agent
+    from iql_plugins.cli.training import adapter_training
+
+    training = adapter_training(adapter)
 
     def make(size: Size, data: TensorDict) -> Steps:
-        from iql_plugins.agent import Agent
-        from iql_plugins.registry import Registry
-
-        training = Registry().load(adapter).training
-        if training is None:
-            raise UserError(f"the adapter {adapter!r} does not train")
         algorithm = training.from_agent(Agent(spaces_of(size), config_of(size, compile), seed=0))
         return lambda count: training.fit(algorithm, data, count, _ignore)
 
@@ -161,8 +169,9 @@ def _torchrl(size: Size, data: TensorDict) -> Steps:
 
 
 def _d3rlpy(size: Size, data: TensorDict) -> Steps:
-    """``fit`` of d3rlpy's IQL."""
+    """``fit`` of d3rlpy's IQL, without its messages."""
     import d3rlpy
+    import structlog
 
     encoder = d3rlpy.models.VectorEncoderFactory([size.hidden, size.hidden])
     algorithm = d3rlpy.algos.IQLConfig(
@@ -171,22 +180,24 @@ def _d3rlpy(size: Size, data: TensorDict) -> Steps:
         critic_encoder_factory=encoder,
         value_encoder_factory=encoder,
     ).create(device="cpu:0")
-    dataset = d3rlpy.dataset.MDPDataset(
-        observations=data["observation"].numpy(),
-        actions=data["action"].numpy(),
-        rewards=data["next", "reward"].numpy(),
-        terminals=data["next", "terminated"].numpy().astype(np.float32),
-    )
+    with structlog.testing.capture_logs():
+        dataset = d3rlpy.dataset.MDPDataset(
+            observations=data["observation"].numpy(),
+            actions=data["action"].numpy(),
+            rewards=data["next", "reward"].numpy(),
+            terminals=data["next", "terminated"].numpy().astype(np.float32),
+        )
 
     def steps(count: int) -> None:
-        algorithm.fit(
-            dataset,
-            n_steps=count,
-            n_steps_per_epoch=count,
-            logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
-            show_progress=False,
-            save_interval=count + 1,
-        )
+        with structlog.testing.capture_logs():
+            algorithm.fit(
+                dataset,
+                n_steps=count,
+                n_steps_per_epoch=count,
+                logger_adapter=d3rlpy.logging.NoopAdapterFactory(),
+                show_progress=False,
+                save_interval=count + 1,
+            )
 
     return steps
 
@@ -223,43 +234,62 @@ def _stable_baselines3(size: Size, data: TensorDict) -> Steps:
 
 
 #: Peers by name, with the module that each needs.
-PEERS: Mapping[str, tuple[str, Callable[[Size, TensorDict], Steps]]] = {
+PEERS: Mapping[str, tuple[str, Maker]] = {
     "torchrl": ("torchrl", _torchrl),
     "d3rlpy": ("d3rlpy", _d3rlpy),
     "sb3-sac": ("stable_baselines3", _stable_baselines3),
 }
 
 
-def maker(name: str) -> Callable[[Size, TensorDict], Steps]:
-    """The maker of a peer.
+def installed() -> list[str]:
+    """The names of the peers whose library is there."""
+    return [name for name, (module, _) in PEERS.items() if importlib.util.find_spec(module) is not None]
+
+
+def makers(peers: Sequence[str]) -> dict[str, Maker]:
+    """The makers of peers by the names that a table has for them.
 
     Args:
-        name: one of :data:`PEERS`, or a Python file with a function ``peer(data, batch_size, hidden)`` from keyword
-            tensors to a function that takes a number of gradient steps.
+        peers: each is one of :data:`PEERS`, or a Python file with a function ``peer(data, batch_size, hidden)`` from
+            keyword tensors to a function that takes a number of gradient steps.
 
     Raises:
-        UserError: for an unknown name, or a library that is not installed.
+        UserError: for an unknown name, a name that is there twice, a library that is not installed, or a file that
+            cannot be imported.
     """
-    if name in PEERS:
-        module, make = PEERS[name]
-        if importlib.util.find_spec(module) is None:
-            raise UserError(f"the peer {name!r} needs {module}, which is not installed")
-        return make
+    found: dict[str, Maker] = {}
+    for peer in peers:
+        name = peer if peer in PEERS else Path(peer).stem
+        if name in found:
+            raise UserError(f"the peer {name!r} is there twice")
+        found[name] = _library(peer) if peer in PEERS else _file(peer)
+    return found
+
+
+def _library(name: str) -> Maker:
+    module, make = PEERS[name]
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"the peer {name!r} needs {module}, which is not installed")
+    return make
+
+
+def _file(name: str) -> Maker:
     path = Path(name)
-    if path.suffix != ".py" or not path.is_file():
+    spec = importlib.util.spec_from_file_location(f"iql_plugins_peer_{path.stem}", path) if path.is_file() else None
+    if spec is None or spec.loader is None:
         raise UserError(f"there is no peer {name!r}: give one of {', '.join(PEERS)}, or a Python file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module_of_peer = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module_of_peer
-    spec.loader.exec_module(module_of_peer)
-    if not hasattr(module_of_peer, "peer"):
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path} cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not callable(getattr(module, "peer", None)):
         raise UserError(f"{path} has no function peer(data, batch_size, hidden)")
 
-    def make_from_file(size: Size, data: TensorDict) -> Steps:
+    def make(size: Size, data: TensorDict) -> Steps:
         tensors = {flat_name(key): tensor for key, tensor in data.items(True, True)}
-        steps: Steps = module_of_peer.peer(tensors, size.batch, size.hidden)
+        steps: Steps = module.peer(tensors, size.batch, size.hidden)
         return steps
 
-    return make_from_file
+    return make

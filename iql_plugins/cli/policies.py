@@ -53,6 +53,8 @@ def evaluate(arguments: Evaluate) -> Result:
     """Returns of a policy's episodes."""
     if arguments.episodes < 1:
         raise UserError(f"--episodes must be at least 1, got {arguments.episodes}")
+    if arguments.seed < 0:
+        raise UserError(f"--seed must be at least 0, got {arguments.seed}")
     imported("scipy.stats")
     agent = load_agent(arguments.policy, arguments.adapter)
     env = arguments.env or agent.extra.get("run", {}).get("env")
@@ -82,7 +84,7 @@ def export(arguments: Export) -> Result:
     source = Path(arguments.policy)
     default = (source / POLICY if source.is_dir() else source).with_suffix(SUFFIXES[arguments.format])
     output = default if arguments.output is None else Path(arguments.output)
-    with mistakes(ImportError, FileNotFoundError, ExportError, IsADirectoryError):
+    with mistakes(ImportError, OSError, ExportError):
         difference = export_policy(agent, output, arguments.format)
     document = {
         "policy": arguments.policy,
@@ -105,12 +107,27 @@ def convert(arguments: Convert) -> Result:
         raise UserError(f"a file of adapter {arguments.to!r} has suffix {training.suffix}, got {str(target)!r}")
     if not target.absolute().parent.is_dir():
         raise UserError(f"there is no folder {str(target.parent)!r} to write {target.name!r} to")
+    if target.is_dir():
+        raise UserError(f"{str(target)!r} is a folder, no file to write")
     agent = load_agent(arguments.source, arguments.adapter)
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder:
+    with (
+        mistakes(OSError),
+        tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder,
+    ):
         temporary = Path(folder) / target.name
         with mistakes(ValueError, TypeError, NotImplementedError):
             training.save(training.from_agent(agent), temporary)
-        _check_same(agent, training.to_agent(training.load(temporary)))
+        try:
+            converted = training.to_agent(training.load(temporary))
+        except ValueError as error:
+            custom = ", ".join(agent.custom_parts())
+            if not custom:
+                raise
+            raise UserError(
+                f"{custom} of {arguments.source} are not the default ones, which a file of adapter {arguments.to!r} "
+                "cannot describe"
+            ) from error
+        _check_same(agent, converted)
         os.replace(temporary, target)
     document = {"source": arguments.source, "output": str(target), "to": arguments.to, "observations_checked": CHECKS}
     return Result(document, [f"wrote {target}; its actions are the same on {CHECKS} random observations"])

@@ -111,11 +111,17 @@ class Settings:
         Raises:
             UserError: if it cannot be loaded, or is another one than it was.
         """
+        # What a run has mapped once is read from there; another dataset in that folder has another digest.
+        mapped = self.memmap_dir is not None and (Path(self.memmap_dir) / "meta.json").exists()
         source = load_source(
-            self.dataset, trust_pickle=trust_pickle, discrete=self.spaces.discrete, memmap_dir=self.memmap_dir
+            self.memmap_dir if self.memmap_dir is not None and mapped else self.dataset,
+            trust_pickle=trust_pickle,
+            discrete=self.spaces.discrete,
+            memmap_dir=None if mapped else self.memmap_dir,
         )
         if digest(source.dataset) != self.dataset_sha256:
-            raise UserError(f"{self.dataset} is not the dataset that the run was made with: its content has changed")
+            name = self.memmap_dir if mapped else self.dataset
+            raise UserError(f"{name} is not the dataset that the run was made with: its content has changed")
         return source
 
     def agent(self, source: Source, unit: Unit) -> Agent:
@@ -158,11 +164,12 @@ class Settings:
 
     @classmethod
     def read(cls, path: Path) -> tuple["Settings", dict[str, Any]]:
-        """The settings in a ``config.json``, and the environment that they were written in.
+        """The settings in a ``config.json``, or in a run directory's, and the environment that they were written in.
 
         Raises:
             UserError: if there is no such file, or it holds something else.
         """
+        path = path / CONFIG if path.is_dir() else path
         if not path.is_file():
             raise UserError(f"there is no {path}: a run directory has it from its first second on")
         try:

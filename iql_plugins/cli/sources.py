@@ -3,7 +3,6 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -57,13 +56,11 @@ def load_source(
         source: path or name.
         trust_pickle: see :func:`iql_plugins.data.load_dataset`.
         discrete: likewise.
-        memmap_dir: likewise; if it holds the dataset already, it is read from there.
+        memmap_dir: likewise.
 
     Raises:
         UserError: if it cannot be loaded; one line.
     """
-    if memmap_dir is not None and (Path(memmap_dir) / "meta.json").exists():
-        source, memmap_dir = memmap_dir, None
     with mistakes(DatasetError, ImportError):
         loaded = read(source, Options(trust_pickle, discrete, memmap_dir))
         if loaded is not None:

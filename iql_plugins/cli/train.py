@@ -1,6 +1,7 @@
 """``iql-plugins train``."""
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from iql_plugins.cli.output import Result, json_text, note, table
 from iql_plugins.cli.progress import reporter
 from iql_plugins.cli.rollouts import environment_spaces
 from iql_plugins.cli.settings import CONFIG, METHODS, NARROW, Settings, available_cores, versions
-from iql_plugins.cli.sources import Source, digest, load_source
+from iql_plugins.cli.sources import SHIPPED, Source, digest, load_source
 from iql_plugins.cli.statistics import Estimate, estimate
 from iql_plugins.cli.training import POLICY, Outcome, adapter_training
 from iql_plugins.cli.workers import train_all
@@ -33,7 +34,9 @@ __all__ = ["InterruptedRun", "run"]
 
 #: Options that go with --resume and --config; all others are the run's own.
 BESIDE = {"--json", "--workers", "--trust-pickle"}
-RESULTS, PICTURE = "results.json", "learning_curve.png"
+#: Torch takes 64 bits, of which one is the sign.
+LARGEST_SEED = 2**63
+RESULTS, PICTURE, LOCK = "results.json", "learning_curve.png", ".lock"
 
 
 class InterruptedRun(KeyboardInterrupt):
@@ -50,23 +53,25 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
     check_libraries(arguments)
     if arguments.resume is not None:
         _check_alone(command_line, "--resume")
-        folder = Path(arguments.resume)
-        settings, made_on = Settings.read(folder / CONFIG)
+        folder: Path | None = Path(arguments.resume)
+        settings, made_on = Settings.read(Path(arguments.resume) / CONFIG)
         _note_differences(made_on)
         source = settings.load(trust_pickle=arguments.trust_pickle)
     elif arguments.config is not None:
         _check_alone(command_line, "--config", "--run-dir")
         settings, made_on = Settings.read(Path(arguments.config))
         _note_differences(made_on)
+        folder = _empty(arguments.run_dir)
         source = settings.load(trust_pickle=arguments.trust_pickle)
-        folder = _new_folder(arguments.run_dir, settings.dataset)
     else:
+        folder = _empty(arguments.run_dir)
         settings, source = _settings(arguments)
-        folder = _new_folder(arguments.run_dir, settings.dataset)
     _check(settings, source)
-    folder.mkdir(parents=True, exist_ok=True)
+    with mistakes(OSError):
+        folder = _made(folder, settings.dataset)
     with _locked(folder):
         if arguments.resume is None:
+            _empty(folder)
             settings.write(folder)
         note(f"run directory: {folder}")
         return _train(settings, source, folder, arguments)
@@ -85,6 +90,8 @@ def _settings(arguments: Train) -> tuple[Settings, Source]:
         value = getattr(arguments, name)
         if value != "auto" and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 0 <= arguments.seed <= LARGEST_SEED - arguments.seeds:
+        raise UserError(f"--seed must be at least 0, and the last one below 2**63, got {arguments.seed}")
     spaces = None if arguments.env is None else environment_spaces(arguments.env)
     source = load_source(
         arguments.dataset,
@@ -106,7 +113,7 @@ def _settings(arguments: Train) -> tuple[Settings, Source]:
     workers = worker_count(arguments.workers, methods * arguments.seeds, device)
     settings = Settings(
         adapter=arguments.adapter,
-        dataset=os.path.abspath(arguments.dataset) if os.path.exists(arguments.dataset) else arguments.dataset,
+        dataset=_wherever(arguments.dataset),
         dataset_sha256=digest(source.dataset),
         transitions=len(source.dataset),
         memmap_dir=None if arguments.memmap_dir is None else os.path.abspath(arguments.memmap_dir),
@@ -127,6 +134,11 @@ def _settings(arguments: Train) -> tuple[Settings, Source]:
     return settings, source
 
 
+def _wherever(dataset: str) -> str:
+    """A dataset's path or name, from whatever folder the run goes on in. A name that ships wins over a path."""
+    return os.path.abspath(dataset) if dataset not in SHIPPED and os.path.exists(dataset) else dataset
+
+
 def _environment_of(source: Source) -> tuple[str | None, Spaces | None]:
     """The environment that a dataset names, if it can be made here."""
     if source.env is None:
@@ -142,8 +154,10 @@ def _environment_of(source: Source) -> tuple[str | None, Spaces | None]:
 def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    with mistakes(RuntimeError):
+    try:
         device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device must be auto, cpu, cuda or another of torch's devices, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"there is no GPU here for --device {name}")
     return name
@@ -159,7 +173,7 @@ def worker_count(wanted: int | str, units: int, device: str) -> int:
 def _threads(wanted: int | str, workers: int, hidden_sizes: Sequence[int]) -> int:
     if isinstance(wanted, int):
         return wanted
-    return 1 if max(hidden_sizes, default=0) <= NARROW else max(1, available_cores() // workers)
+    return 1 if workers > 1 or max(hidden_sizes, default=0) <= NARROW else available_cores()
 
 
 def _every(wanted: int | str, n_steps: int, *, parts: int, most: int) -> int:
@@ -168,11 +182,14 @@ def _every(wanted: int | str, n_steps: int, *, parts: int, most: int) -> int:
 
 def _check(settings: Settings, source: Source) -> None:
     """Raises :class:`UserError` for what would fail at the first step, before there is a run directory."""
-    adapter_training(settings.adapter)
+    training = adapter_training(settings.adapter)
     if settings.env is not None:
         environment_spaces(settings.env)
     _device(settings.device)
-    settings.agent(source, settings.units[0])
+    agent = settings.agent(source, settings.units[0])
+    # Not every framework takes every space.
+    with mistakes(ValueError, TypeError, NotImplementedError):
+        training.from_agent(agent)
 
 
 def _check_alone(command_line: Sequence[str], option: str, *also: str) -> None:
@@ -192,18 +209,28 @@ def _note_differences(made_on: dict[str, Any]) -> None:
         note(f"the run was made with {', '.join(changed)}: numbers may differ in their last digits")
 
 
-def _new_folder(wanted: str | None, dataset: str) -> Path:
+def _empty(wanted: str | Path | None) -> Path | None:
+    """The folder that is wanted; :class:`UserError` if anything is in it already."""
+    if wanted is None:
+        return None
+    folder = Path(wanted)
+    if folder.exists() and (not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir())):
+        raise UserError(f"{folder} exists: give another --run-dir, or go on with it: {PROGRAM} train --resume")
+    return folder
+
+
+def _made(wanted: Path | None, dataset: str) -> Path:
+    """The run directory, which is there; by default one that no other process has made."""
     if wanted is not None:
-        folder = Path(wanted)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder} exists: give another --run-dir, or go on with it: {PROGRAM} train --resume")
-        return folder
+        wanted.mkdir(parents=True, exist_ok=True)
+        return wanted
     name = re.sub(r"[^\w.-]+", "-", Path(dataset).stem if os.path.exists(dataset) else dataset)
     stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder, count = stem, 1
-    while folder.exists():
-        count += 1
-        folder = stem.with_name(f"{stem.name}-{count}")
+    for count in itertools.count(1):
+        folder = stem if count == 1 else stem.with_name(f"{stem.name}-{count}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            break
     return folder
 
 
@@ -215,7 +242,9 @@ def _locked(folder: Path) -> Iterator[None]:
     except ImportError:
         yield
         return
-    with (folder / ".lock").open("w") as file:
+    with mistakes(OSError):
+        lock = (folder / LOCK).open("w")
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -149,8 +149,9 @@ class _Trainer:
         self.metrics: dict[str, float] = {}
         torch.manual_seed(unit.seed)
         if (self.folder / CHECKPOINT).exists():
-            with mistakes(CheckpointError):
-                agent = Agent.load(self.folder / CHECKPOINT, device=settings.device)
+            agent = self._loaded(CHECKPOINT)
+            if _EXTRA not in agent.extra:
+                raise UserError(f"{self.folder / CHECKPOINT} is not this run's: it has no state of a run")
             self.state = _State.from_json(agent.extra[_EXTRA])
         else:
             agent = settings.agent(self.dataset, unit)
@@ -178,7 +179,7 @@ class _Trainer:
         agent = self.agent
         final, best = self._returns(agent, settings.episodes), list[float]()
         if self.state.best_step is not None:
-            best = self._returns(Agent.load(self.folder / BEST, device=settings.device), settings.episodes)
+            best = self._returns(self._loaded(BEST), settings.episodes)
         return Outcome(
             self.unit,
             [(step, list(returns)) for step, returns in self.state.evaluations],
@@ -235,6 +236,10 @@ class _Trainer:
             return []
         seeds = evaluation_seeds(episodes, first_seed)
         return [episode.total for episode in rollouts(agent.act, self.settings.env, seeds)]
+
+    def _loaded(self, name: str) -> Agent:
+        with mistakes(CheckpointError, FileNotFoundError):
+            return Agent.load(self.folder / name, device=self.settings.device)
 
     def _save(self, name: str) -> None:
         agent = self.agent
@@ -327,8 +332,11 @@ def metrics_rows(path: Path) -> list[dict[str, float]]:
     rows = []
     with path.open(newline="") as file:
         reader = csv.DictReader(line for line in file if line.endswith("\n"))
-        for row in reader:
-            rows.append({name: float(value) for name, value in row.items() if value})
+        try:
+            for row in reader:
+                rows.append({name: float(value) for name, value in row.items() if value})
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged in line {reader.line_num}: {error}") from error
     return rows
 
 

@@ -384,7 +384,10 @@ def assemble(blocks: Iterable[Block], rows: int, name: str, options: Options) ->
         return dataset
     target = Path(options.memmap_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise DatasetError(f"memmap_dir must be a new or an empty folder, {target} is not")
+        raise DatasetError(
+            f"memmap_dir must be a new or an empty folder, {target} is not: "
+            "a dataset that was written there can be loaded by that folder's name"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
         written = Path(folder) / "dataset"

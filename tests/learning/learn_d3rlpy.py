@@ -3,12 +3,13 @@
 ``python tests/learning/learn_d3rlpy.py --data reagent_pendulum_mixed.npz pendulum-v1-sac --output learn_d3rlpy.json``
 trains on each dataset with each seed; datasets of discrete actions (``reagent_cartpole_mixed.npz``) train our discrete
 IQL alone, which d3rlpy lacks. The results are mean returns over episodes from the same initial states, with the
-interval of each algorithm over seeds: the mean, give or take twice its standard error.
+interval of each algorithm over seeds: the mean, give or take twice its standard error. The command is part of them.
 """
 
 import argparse
 import json
 import logging
+import shlex
 import statistics
 import sys
 import time
@@ -108,7 +109,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    results = {
+    results = {"command": f"python {shlex.join(sys.argv)}"} | {
         Path(source).stem: learn(source, arguments.steps, arguments.seeds, arguments.episodes)
         for source in arguments.data
     }
