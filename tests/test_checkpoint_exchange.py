@@ -277,7 +277,7 @@ def test_an_estimator_of_ones_own_goes_by_no_name_of_ours(hyperparameters: Any, 
     other = Agent(agent.spaces, agent.config, loss=loss, seed=0)
     assert other.custom_parts() == ["value_type"]
     other.save(tmp_path / "agent.safetensors")
-    with pytest.raises(CheckpointError, match="^value_type of"):
+    with pytest.raises(CheckpointError, match=r"^value_type of"):
         Agent.load(tmp_path / "agent.safetensors")
 
 
@@ -296,7 +296,7 @@ def test_a_class_of_ones_own_is_refused(tmp_path: Path) -> None:
     other = Agent(agent.spaces, agent.config, loss=loss, seed=0)
     assert other.custom_parts() == ["class"]
     other.save(tmp_path / "agent.safetensors")
-    with pytest.raises(CheckpointError, match="^class of"):
+    with pytest.raises(CheckpointError, match=r"^class of"):
         Agent.load(tmp_path / "agent.safetensors")
 
 
@@ -332,7 +332,7 @@ def agent_in(agent: Agent, name: str) -> Any:
 @pytest.mark.parametrize("target", ["sb3", "d3rlpy"])
 def test_a_framework_whose_files_have_single_precision_refuses_double(target: str, kind: str, tmp_path: Path) -> None:
     agent = agent_of(torch.float64, kind, make_dataset(SPACES[kind]))
-    with pytest.raises(ValueError, match="^dtype .*not the default ones"):
+    with pytest.raises(ValueError, match=r"^dtype .*not the default ones"):
         training_of(target).save(agent_in(agent, target), tmp_path / f"agent{training_of(target).suffix}")
     assert not list(tmp_path.iterdir())
 
@@ -341,7 +341,7 @@ def test_a_loss_of_another_dtype_than_the_file_is_left_alone(tmp_path: Path) -> 
     make_agent("continuous").save(tmp_path / "agent.safetensors")
     loss = make_agent("continuous").loss.double()
     before = {name: tensor.clone() + 0.0 for name, tensor in loss.state_dict().items()}
-    with pytest.raises(CheckpointError, match="is torch.float32, that of the loss torch.float64"):
+    with pytest.raises(CheckpointError, match=r"is torch\.float32, that of the loss torch\.float64"):
         Agent.load(tmp_path / "agent.safetensors", loss=loss)
     assert same(dict(loss.state_dict()), before)
 
@@ -350,7 +350,7 @@ def test_a_loss_of_another_dtype_than_the_file_is_left_alone(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "name, value",
+    ("name", "value"),
     [
         ("config", 3), ("config", None), ("spaces", []), ("normalizers", "x"), ("learner", 3), ("extra", 3),
         ("custom", {"a": 1}), ("learner.step_count", float("inf")), ("learner.target_updater", 3),

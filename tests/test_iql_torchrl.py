@@ -408,17 +408,16 @@ def test_an_updaters_targets_are_those_that_the_loss_evaluates_after_a_cast() ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_updater_goes_on_after_weights_were_assigned(dtype: torch.dtype) -> None:
     loss, other = pair(updated=False)
-    updater = SoftUpdate(loss, tau=1.0)
+    updater = SoftUpdate(loss, tau=0.5)
     parameter = next(loss.qvalue_network.parameters())
     state = {name: tensor.to(dtype) + 1.0 for name, tensor in other.state_dict().items()}
     loss.load_state_dict(state, assign=True)
     torch.testing.assert_close(dict(loss.state_dict()), state)
     assert next(loss.qvalue_network.parameters()) is parameter
-    loss.qvalue_network_params.data.add_(1.0)
+    target = loss.target_qvalue_network_params.data.clone()
+    loss.qvalue_network_params.data.copy_(target + 1.0)
     updater.step()
-    torch.testing.assert_close(
-        loss.target_qvalue_network_params.data.to_dict(), loss.qvalue_network_params.data.to_dict()
-    )
+    torch.testing.assert_close(loss.target_qvalue_network_params.data.to_dict(), (target + 0.5).to_dict())
 
 
 def test_the_cores_updater_works_as_well() -> None:

@@ -266,7 +266,7 @@ def test_weights_that_are_no_ordinary_tensors_are_refused(change: Any, path: Pat
     content = torch.load(path, weights_only=True)
     content["loss"] = {name: change(tensor) for name, tensor in content["loss"].items()}
     torch.save(content, path)
-    with pytest.raises(CheckpointError, match="no checkpoint has|checksum"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint has|checksum"):
         IQL.load(path)
 
 
