@@ -351,6 +351,15 @@ def test_the_speed_is_measured_beside_peers_that_print_nothing(run: Run, tmp_pat
     assert not [name for name in PEERS if name in out]
 
 
+@pytest.mark.slow
+def test_a_benchmark_prints_its_table_alone() -> None:
+    code = "import sys; from iql_plugins.cli import main; sys.exit(main())"
+    options = [*BENCH, "--rounds", "1", "--steps", "2"]
+    finished = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, check=True)
+    assert finished.stdout.split()[:3] == ["ms", "a", "step"]
+    assert "[info" not in finished.stdout + finished.stderr
+
+
 def test_a_benchmark_is_about_the_peers_that_are_installed_and_about_many_steps(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,10 @@
 """Gradient steps a second of this package and of the libraries installed, measured side by side."""
 
+import contextlib
 import io
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,12 +73,14 @@ def bench(
             raise UserError(f"--{name} must be at least 1, got {value}")
     if plot is not None:
         _check_picture(plot)
-    made = makers(installed() if peers is None else peers)
-    own = {adapter: ours(adapter, "yes") for adapter in adapters}
     before = torch.get_num_threads()
     torch.set_num_threads(before if threads is None else threads)
     try:
-        return _bench(made, own, size, rounds, steps, plot)
+        # What libraries have to say is not the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            made = makers(installed() if peers is None else peers)
+            own = {adapter: ours(adapter, "yes") for adapter in adapters}
+            return _bench(made, own, size, rounds, steps, plot)
     finally:
         torch.set_num_threads(before)
 

@@ -4,7 +4,9 @@ Each maker takes the size of the problem and a dataset of keyword tensors, and r
 of gradient steps, from drawing the batch to the update of the targets.
 """
 
+import contextlib
 import importlib.util
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +172,9 @@ def _torchrl(size: Size, data: TensorDict) -> Steps:
 
 def _d3rlpy(size: Size, data: TensorDict) -> Steps:
     """``fit`` of d3rlpy's IQL, without its messages."""
-    import d3rlpy
+    # The first message comes when it is imported.
+    with contextlib.redirect_stdout(io.StringIO()):
+        import d3rlpy
     import structlog
 
     encoder = d3rlpy.models.VectorEncoderFactory([size.hidden, size.hidden])
