@@ -361,9 +361,9 @@ class Agent:
             # The state of another kind of device's generator means nothing to this one's.
             if document["generator"] == agent.generator.device.type:
                 agent.generator.set_state(tensors["generator"])
-            if (parts_of_loss := agent.custom_parts()) != custom:
+            if (parts_of_loss := [part for part in agent.custom_parts() if part != _DTYPE]) != modules:
                 raise CheckpointError(
-                    f"{name!r} has other networks than the default ones in {custom}, the loss in {parts_of_loss}"
+                    f"{name!r} has other networks than the default ones in {modules}, the loss in {parts_of_loss}"
                 )
             agent.extra = dict(document["extra"])
             # Last, because it is the one part that may be the caller's: all of it is loaded, or nothing.
@@ -385,7 +385,7 @@ class Agent:
         # A framework's class has the name of the core's.
         if type(self.loss).__name__ != type(default).__name__:
             custom.append("class")
-        if any(parameter.dtype != torch.float32 for parameter in self.loss.parameters()):
+        if any(parameter.dtype != torch.get_default_dtype() for parameter in self.loss.parameters()):
             custom.append(_DTYPE)
         return custom
 
@@ -461,6 +461,7 @@ def _structure(network: nn.Module) -> tuple[object, ...]:
             type(module).__qualname__,
             module.extra_repr(),
             [getattr(module, keys, None) for keys in ("in_keys", "out_keys")],
+            str(getattr(module, "distribution_kwargs", None)),
             {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | tuple | type)}
             | {"training": None},
         )

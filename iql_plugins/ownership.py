@@ -1,6 +1,6 @@
 """Who owns the parameters: the loss, as in TorchRL, and in one place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -331,6 +331,8 @@ def _critics(qvalue_network: nn.Module | Sequence[nn.Module], count: int) -> lis
         raise ValueError(f"num_qvalue_nets must be >= 1, got {count}")
     if isinstance(qvalue_network, nn.Module) and not isinstance(qvalue_network, nn.ModuleList):
         return [qvalue_network]
+    if not isinstance(qvalue_network, Iterable):
+        raise TypeError(f"qvalue_network must be a module or a list of them, got {type(qvalue_network).__name__}")
     critics = list(qvalue_network)
     if len(critics) != count:
         raise ValueError(

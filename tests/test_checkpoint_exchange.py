@@ -329,6 +329,16 @@ def agent_in(agent: Agent, name: str) -> Any:
     return training_of(name).from_agent(agent)
 
 
+def test_the_dtype_is_the_files_whatever_the_default_is(kind: str, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        agent = make_agent(kind)
+        agent.save(tmp_path / "agent.safetensors")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(weights(Agent.load(tmp_path / "agent.safetensors")), weights(agent))
+
+
 @pytest.mark.parametrize("target", ["sb3", "d3rlpy"])
 def test_a_framework_whose_files_have_single_precision_refuses_double(target: str, kind: str, tmp_path: Path) -> None:
     agent = agent_of(torch.float64, kind, make_dataset(SPACES[kind]))

@@ -680,3 +680,8 @@ def test_a_functional_call_leaves_critics_that_share_a_module_with_value_as_they
     called = torch.func.functional_call(loss, zeros, kwargs=batch)
     assert not torch.equal(called[1], expected[1])
     torch.testing.assert_close(loss(**batch), expected)
+
+
+def test_no_critic_at_all_is_refused_by_its_name() -> None:
+    with pytest.raises(TypeError, match="qvalue_network must be a module or a list of them, got NoneType"):
+        IQLLoss(gaussian_actor(3, 1), None, value_function(3))

@@ -35,6 +35,11 @@ def test_the_public_names_are_there() -> None:
         iql_plugins.IQLLos  # noqa: B018
 
 
+def test_modules_are_there_without_an_import_of_their_own() -> None:
+    code = "import iql_plugins; print(iql_plugins.functional.expectile_loss, iql_plugins.networks.critic)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_importing_changes_no_global_state() -> None:
     state = "(torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), warnings.filters)"
     ours = "iql_plugins.loss, iql_plugins.agent"
