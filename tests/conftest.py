@@ -1,5 +1,6 @@
 """Devices, networks and batches that the tests share."""
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,11 @@ from iql_plugins import DiscreteIQLLoss, IQLLoss, SoftUpdate
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
 
 OBSERVATION, ACTION, ACTIONS = 5, 3, 4
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One process a core: more threads than that wait for one another. Child processes read the variable.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
