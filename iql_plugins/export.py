@@ -23,7 +23,7 @@ from iql_plugins.functional import check_choice
 from iql_plugins.keys import flat_name
 from iql_plugins.spaces import Box, Discrete, Space
 
-__all__ = ["ExportError", "Format", "PolicyModule", "export_policy", "random_observations"]
+__all__ = ["ExportError", "Format", "PolicyModule", "export_policy", "exporters_quiet", "random_observations"]
 
 Format = Literal["onnx", "torch"]
 
@@ -179,7 +179,7 @@ def export_policy(agent: Agent, path: str | os.PathLike[str], format: Format = "
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder:
         temporary = Path(folder) / f"policy{SUFFIXES[format]}"
         try:
-            with _quiet():
+            with exporters_quiet():
                 write(policy, random_observations(agent, 2, seed=1), temporary)
                 act = load(temporary)
         except ImportError:
@@ -268,7 +268,7 @@ def _compare(agent: Agent, policy: PolicyModule, act: Callable[..., Tensor]) -> 
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def exporters_quiet() -> Iterator[None]:
     """Without what exporters have to say about their own parts."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -3,11 +3,7 @@
 import copy
 import importlib
 import io
-import logging
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from torch import Tensor, nn
 
 from iql_d3rlpy.impl import IQLImpl
 from iql_plugins import checkpoint
+from iql_plugins.export import exporters_quiet
 
 __all__ = ["export_policy"]
 
@@ -34,7 +31,7 @@ def export_policy(impl: IQLImpl, config: Any, path: str | os.PathLike[str]) -> N
     policy = _Policy(impl, config)
     shapes = impl.observation_shape if len(impl.keys) > 1 else [impl.observation_shape]
     example = tuple(torch.rand(2, *shape, device="cpu") for shape in shapes)
-    with _quiet(), torch.no_grad():
+    with exporters_quiet(), torch.no_grad():
         # Scalers make their tensors when they are first used, which must not be a part of the graph.
         policy(*example)
         content = write(policy, example)
@@ -93,17 +90,3 @@ def _torchscript(policy: _Policy, example: tuple[Tensor, ...]) -> bytes:
     file = io.BytesIO()
     torch.jit.save(torch.jit.trace(act, example, check_trace=False), file)
     return file.getvalue()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what exporters have to say about their own parts."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
