@@ -248,7 +248,10 @@ def test_an_adapter_says_what_it_needs_and_what_is_wrong(run: Run, monkeypatch: 
     assert found["there"]["framework"] == {"numpy": np.__version__}
     assert found["there"]["install"] is None
     _, out, _ = run("adapters")
-    assert "stable-baselines4 missing: pip install 'stranger[missing]'" in " ".join(out.split())
+    assert "stable-baselines4 missing" in out
+    # Whole lines, however narrow the terminal: they are there to be copied.
+    assert "missing: pip install 'stranger[missing]'" in out.splitlines()
+    assert any(line.startswith("broken: ") and line.endswith("SyntaxError: bad plugin") for line in out.splitlines())
 
 
 def test_what_is_broken_is_an_error_in_strict_mode(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

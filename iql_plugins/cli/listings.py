@@ -25,11 +25,11 @@ def adapters(arguments: Adapters) -> Result:
     with mistakes(PluginError):
         duplicates = {name: info.error for name, info in registry.available().items()}
         entries = [_entry(info, duplicates[name]) for name, info in registry.check().items()]
-    rows = [
-        [entry["name"], f"{entry['distribution']} {entry['version']}", _framework(entry), entry["error"] or ""]
-        for entry in entries
-    ]
-    parts: list[Any] = [table(["adapter", "distribution", "framework", "error"], rows)]
+    rows = [[entry["name"], f"{entry['distribution']} {entry['version']}", _framework(entry)] for entry in entries]
+    parts: list[Any] = [table(["adapter", "distribution", "framework"], rows)]
+    # Below the table, where no column breaks a line that is to be copied.
+    parts += [f"{entry['name']}: {entry['error']}" for entry in entries if entry["error"]]
+    parts += [f"{entry['name']}: {entry['install']}" for entry in entries if entry["install"]]
     return Result({"adapters": entries}, parts if entries else ["no adapter is installed"])
 
 
@@ -73,7 +73,7 @@ def _requirements(info: PluginInfo) -> list[Any]:
 
 def _framework(entry: dict[str, Any]) -> str:
     if entry["install"]:
-        return f"{', '.join(entry['missing'])} missing: {entry['install']}"
+        return f"{', '.join(entry['missing'])} missing"
     return ", ".join(f"{name} {number}" for name, number in entry["framework"].items()) or "needs none"
 
 
