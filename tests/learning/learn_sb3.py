@@ -41,9 +41,11 @@ HYPERPARAMETERS: dict[str, Any] = {
     "policy_kwargs": {"net_arch": list(CONFIG.hidden_sizes)},
     "device": "cpu",
 }
-#: The first transitions of the dataset are those of an agent that has hardly begun to learn.
+#: The first transitions of the dataset are those of an agent that has hardly begun to learn. After the whole training
+#: on all data the policy is about as good as any; after half of it there is something left to learn.
 FINE_TUNING = {
     "fine-tuning after poor data": {"transitions": 4000, "offline": 1500, "online": 4000},
+    "fine-tuning after half the training": {"transitions": None, "offline": CONFIG.n_steps // 2, "online": 4000},
     "fine-tuning after all data": {"transitions": None, "offline": CONFIG.n_steps, "online": 4000},
 }
 EVERY = 1000
