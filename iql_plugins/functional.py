@@ -562,11 +562,13 @@ def health(
 ) -> Health:
     """The health of a batch.
 
-    >>> batch = torch.tensor([[3.0, 0.0]]), torch.tensor([1.0, 1.0])
+    >>> batch = torch.tensor([[3.0, 0.0, 0.5, 0.0]]), torch.ones(4)
     >>> health(*batch, temperature=0.0).effective_sample_size  # all weigh the same
     tensor(1.)
-    >>> health(*batch, temperature=10.0).share_at_max_weight
-    tensor(0.5000)
+    >>> health(*batch, temperature=10.0).share_at_max_weight  # exp(10 * 2) is clipped, the others are below 1
+    tensor(0.2500)
+    >>> health(*batch).share_value_above_q
+    tensor(0.7500)
 
     Args:
         target_q: ``[N, *B]`` of the target critics.

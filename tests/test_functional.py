@@ -331,3 +331,17 @@ def test_a_permutation_of_the_batch_permutes_the_losses(
     )
     for name in ("loss_actor", "loss_qvalue", "loss_value", "td_error"):
         assert torch.equal(getattr(losses, name)[order], getattr(permuted, name))
+
+
+def test_health_is_what_a_hand_computes() -> None:
+    # Of four samples, one with three times the weight of the others; two critics, of which the lower one counts.
+    target_q = torch.tensor([[3.0, 0.0, 0.0, 0.0], [1.0 + math.log(3.0), 5.0, 5.0, 5.0]])
+    value = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    found = F.health(target_q, value, temperature=1.0, max_weight=3.0)
+    assert found.share_at_max_weight == 0.25
+    assert found.effective_sample_size == pytest.approx(6.0**2 / (4 * 12.0))
+    assert found.share_value_above_q == 0.0
+    assert found.mean_value == 0.25
+    assert found.mean_qvalue == pytest.approx((1.0 + math.log(3.0)) / 4)
+    above = F.health(target_q, value + 0.1, temperature=1.0, mask=torch.tensor([True, True, False, False]))
+    assert above.share_value_above_q == 0.5
