@@ -1,12 +1,14 @@
 """Losses and gradients of a batch in one call: by autograd, or compiled into one graph."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._triton import has_triton
 
@@ -16,6 +18,8 @@ __all__ = ["LossGradients", "compiler_available"]
 
 #: What :class:`LossGradients` returns, in order.
 OUTPUTS = ("loss_actor", "loss_qvalue", "loss_value", "entropy")
+#: Each takes seconds to make: a training whose batches or settings change at every step is better off without.
+MOST_GRAPHS = 8
 
 
 def compiler_available(device: torch.device) -> bool:
@@ -35,7 +39,8 @@ class LossGradients:
     Compiled, losses and gradients become *one* graph of plain tensors, traced once for each signature of a batch
     (names, shapes, dtypes, devices) and of what is set on the loss: neither a backward pass nor autograd's bookkeeping
     is left at run time. What the loss checks on shapes and dtypes it checks while it is traced; networks must not
-    hide state from torch, such as a Python counter.
+    hide state from torch, such as a Python counter. After 8 graphs further signatures are computed uncompiled, so that
+    what compilation costs is bounded.
 
     Args:
         loss: with ``reduction="mean"`` or ``"sum"`` and all of its outputs selected.
@@ -43,8 +48,11 @@ class LossGradients:
         mode: of :func:`torch.compile`; ``"reduce-overhead"`` captures a CUDA graph.
 
     Raises:
-        ValueError: for a loss that does not return all of its scalars.
+        ValueError: for a loss that does not return all of its scalars, or an unknown mode.
         RuntimeError: if ``compile`` is asked for where there is no compiler.
+
+    Attributes:
+        warm_up_seconds: spent on tracing and compiling so far.
     """
 
     def __init__(self, loss: IQLLoss, *, compile: bool = False, mode: str | None = None) -> None:
@@ -56,10 +64,12 @@ class LossGradients:
         self.loss = loss
         self.compile = compile
         self.mode = mode
+        _options(mode)
         device = next(loss.parameters()).device
         if compile and not compiler_available(device):
             raise RuntimeError(f"there is no compiler for {device.type}: install one (g++), or do not compile")
-        self._graphs: dict[Any, Any] = {}
+        self.warm_up_seconds = 0.0
+        self._graphs: dict[Any, Graph] = {}
         self._look_up()
 
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -94,14 +104,16 @@ class LossGradients:
         parameters = {name: registry[key] for name, (registry, key) in self._parameters.items()}
         trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
         state = parameters | {name: registry[key] for name, (registry, key) in self._buffers.items()}
-        signature = (
-            tuple((name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in batch.items()),
-            tuple(trained),
-            self._settings(),
-        )
+        signature = (_signature(batch), _signature(state), tuple(trained), self._settings())
         graph = self._graphs.get(signature)
         if graph is None:
-            graph = self._graphs[signature] = self._traced(state, trained, batch)
+            if len(self._graphs) == MOST_GRAPHS:
+                return self._eager(batch)
+            begin = time.perf_counter()
+            graph = self._graphs[signature] = compiled(self.loss, state, trained, batch, mode=self.mode)
+            self.warm_up_seconds += time.perf_counter() - begin
+        for parameter in parameters.values():
+            parameter.grad = None
         with torch.no_grad():
             results = graph(*state.values(), *batch.values())
         gradients = dict(zip(trained, results, strict=False))
@@ -119,25 +131,100 @@ class LossGradients:
             tuple([module.training for module in self._modules]),
         )
 
-    def _traced(self, state: Mapping[str, Tensor], trained: Sequence[str], batch: Mapping[str, Tensor]) -> Any:
-        names, keys = list(state), list(batch)
 
-        def losses_and_gradients(*tensors: Tensor) -> list[Tensor | None]:
-            values = dict(zip(names, tensors[: len(names)], strict=True))
-            leaves = {name: values[name].detach().requires_grad_() for name in trained}
-            inputs = dict(zip(keys, tensors[len(names) :], strict=True))
-            outputs = functional_call(self.loss, values | leaves, kwargs=inputs)
-            total = outputs[0] + outputs[1] + outputs[2]
-            gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-            return [*gradients, *(output.detach() for output in outputs)]
+#: Takes the tensors of the state, then those of the batch; returns a gradient for each name that is trained, or None,
+#: and the loss's outputs.
+Graph = Callable[..., Sequence[Tensor]]
 
-        # Tracing computes: on copies, and with the random state put back, it changes no running statistics and no draw.
-        copies = [tensor.detach().clone() for tensor in state.values()]
-        devices = [copies[0].device] if copies[0].is_cuda else []
-        with torch.random.fork_rng(devices):
-            graph = make_fx(losses_and_gradients)(*copies, *(tensor.detach() for tensor in batch.values()))
-        # Not the module: its wrapper hides what a check of the graph has to say.
-        return torch.compile(graph.forward, fullgraph=True, dynamic=False, mode=self.mode)
+
+def traced(
+    loss: IQLLoss, state: Mapping[str, Tensor], trained: Sequence[str], batch: Mapping[str, Tensor], *, stacked: bool
+) -> GraphModule:
+    """Losses and gradients as one graph of plain tensors, see :data:`Graph`.
+
+    Args:
+        loss: is called with the tensors of the state in place of its own.
+        state: parameters and buffers by name.
+        trained: names of those whose gradients are wanted.
+        batch: keyword tensors by the key layout.
+        stacked: whether all tensors have one more dimension in front, of as many trainings; so do the outputs then.
+    """
+    names, keys = list(state), list(batch)
+
+    def losses(values: dict[str, Tensor], inputs: dict[str, Tensor]) -> Any:
+        return functional_call(loss, values, kwargs=inputs)
+
+    compute = torch.vmap(losses) if stacked else losses
+
+    def losses_and_gradients(*tensors: Tensor) -> list[Tensor | None]:
+        values = dict(zip(names, tensors[: len(names)], strict=True))
+        leaves = {name: values[name].detach().requires_grad_() for name in trained}
+        outputs = compute(values | leaves, dict(zip(keys, tensors[len(names) :], strict=True)))
+        # The sum over trainings: none depends on the parameters of another.
+        total = (outputs[0] + outputs[1] + outputs[2]).sum()
+        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        return [*gradients, *(output.detach() for output in outputs)]
+
+    # Tracing computes: on copies, and with the random state put back, it changes no running statistics and no draw.
+    copies = [tensor.detach().clone() for tensor in state.values()]
+    devices = [copies[0].device] if copies[0].is_cuda else []
+    table = {torch.ops.aten.addmm.default: _addmm, torch.ops.aten.baddbmm.default: _baddbmm}
+    with torch.random.fork_rng(devices):
+        tracer = make_fx(losses_and_gradients, decomposition_table=table if copies[0].device.type == "cpu" else None)
+        graph: GraphModule = tracer(*copies, *(tensor.detach() for tensor in batch.values()))
+    return graph
+
+
+def compiled(
+    loss: IQLLoss,
+    state: Mapping[str, Tensor],
+    trained: Sequence[str],
+    batch: Mapping[str, Tensor],
+    *,
+    stacked: bool = False,
+    mode: str | None = None,
+) -> Graph:
+    """The graph of :func:`traced`, compiled for these very shapes, strides, dtypes and devices; it checks none of them.
+
+    Args:
+        loss: see :func:`traced`.
+        state: see :func:`traced`.
+        trained: see :func:`traced`.
+        batch: see :func:`traced`.
+        stacked: see :func:`traced`.
+        mode: of :func:`torch.compile`.
+    """
+    graph = traced(loss, state, trained, batch, stacked=stacked)
+    examples: list[Any] = [tensor.detach() for tensor in (*state.values(), *batch.values())]
+    # Not torch.compile: nothing is left for Dynamo to do, and its guards take 0.1 ms a step.
+    function: Graph = torch._inductor.compile(graph, examples, options=_options(mode))
+    return function
+
+
+def _options(mode: str | None) -> dict[str, Any]:
+    """Of Inductor, for a mode."""
+    if mode is None:
+        return {}
+    modes = torch._inductor.list_mode_options()
+    if mode not in modes:
+        raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
+    return dict(modes[mode])
+
+
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    # On a CPU a bias is cheaper in the kernel of the activation than in the product, which takes a copy of it in
+    # every row. A sum Inductor would put back into the product.
+    return alpha * torch.mm(left, right) - (-beta * bias)
+
+
+def _baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return alpha * torch.bmm(left, right) + beta * bias
+
+
+def _signature(tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
+    return tuple(
+        [(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in tensors.items()]
+    )
 
 
 def _slots(module: nn.Module, registry: str) -> dict[str, tuple[dict[str, Any], str]]:

@@ -134,7 +134,9 @@ class Learner:
         self.synchronize: Callable[[], None] | None = None
         self._sums: Tensor | None = None
         self._count = 0
-        self._last_batch: dict[str, Tensor] = {}
+        self._last_batch: Mapping[str, Tensor] = {}
+        #: Brings :meth:`record` up to date where something else takes the steps; None where :meth:`step` does.
+        self.catch_up: Callable[[], None] | None = None
 
     @classmethod
     def from_config(
@@ -164,6 +166,11 @@ class Learner:
     def compiled(self) -> bool:
         """Whether losses and gradients are compiled."""
         return self._gradients.compile
+
+    @property
+    def warm_up_seconds(self) -> float:
+        """Spent on compiling so far."""
+        return self._gradients.warm_up_seconds
 
     def base_rates(self) -> dict[str, float]:
         """The rate of each network that is trained, the actor's before its schedule."""
@@ -219,9 +226,19 @@ class Learner:
         self.target_updater.step()
         self.step_count += 1
         self.last_losses = losses = torch.stack(outputs)
+        self.record(losses, 1, dict(batch))
+
+    def record(self, losses: Tensor, count: int, batch: Mapping[str, Tensor]) -> None:
+        """Adds steps to what :meth:`metrics` tells.
+
+        Args:
+            losses: ``[4]`` sums over steps, in the order of :attr:`last_losses`.
+            count: number of steps.
+            batch: of the last one.
+        """
         self._sums = losses if self._sums is None else self._sums + losses
-        self._count += 1
-        self._last_batch = dict(batch)
+        self._count += count
+        self._last_batch = batch
 
     def metrics(self) -> dict[str, float]:
         """Means of the losses and the entropy since the last call, and the health of the last batch.
@@ -232,6 +249,8 @@ class Learner:
             ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy``, and the fields of
             :class:`~iql_plugins.functional.Health`; empty if no step was taken since the last call.
         """
+        if self.catch_up is not None:
+            self.catch_up()
         if self._sums is None:
             return {}
         means = (self._sums / self._count).tolist()

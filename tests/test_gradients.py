@@ -11,7 +11,7 @@ from torch import nn
 
 from iql_plugins import IQLLoss, gradients
 from iql_plugins.data.packed import transitions
-from iql_plugins.gradients import LossGradients, compiler_available
+from iql_plugins.gradients import MOST_GRAPHS, LossGradients, compiler_available
 from iql_plugins.value_estimators import ValueEstimators
 
 needs_compiler = pytest.mark.skipif(not compiler_available(torch.device("cpu")), reason="there is no compiler")
@@ -21,7 +21,10 @@ needs_compiler = pytest.mark.skipif(not compiler_available(torch.device("cpu")),
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The graphs that are traced meanwhile, run as they are: what compilers do to them is not our business."""
     traced: list[Any] = []
-    monkeypatch.setattr(torch, "compile", lambda graph, **options: traced.append(graph) or graph)
+    # The bare function: the module's own call hides what a check of the graph has to say.
+    monkeypatch.setattr(
+        torch._inductor, "compile", lambda graph, examples, options: traced.append(graph) or graph.forward
+    )
     monkeypatch.setattr(gradients, "compiler_available", lambda device: True)
     return traced
 
@@ -214,19 +217,42 @@ def test_a_compiler_is_looked_for_on_the_path(monkeypatch: pytest.MonkeyPatch) -
     assert not compiler_available(torch.device("meta"))
 
 
-def test_there_are_as_many_graphs_as_batch_sizes_however_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile = torch.compile
-    monkeypatch.setattr(
-        torch,
-        "compile",
-        lambda graph, fullgraph, dynamic, mode: compile(graph, fullgraph=fullgraph, dynamic=dynamic, backend="eager"),
-    )
-    monkeypatch.setattr(gradients, "compiler_available", lambda device: True)
-    loss = make_loss("discrete")
+def test_the_number_of_graphs_is_bounded_and_the_results_are_the_same(kind: str, graphs: list[Any]) -> None:
+    loss = make_loss(kind)
     compiled = LossGradients(loss, compile=True)
-    with torch._dynamo.config.patch(recompile_limit=1):
-        for size in (2, 3, 4):
-            both(loss, keywords(make_batch("discrete", (size,))), compiled)
+    for size in range(2, MOST_GRAPHS + 5):
+        both(loss, keywords(make_batch(kind, (size,))), compiled)
+    assert len(graphs) == MOST_GRAPHS
+
+
+def test_the_time_that_graphs_take_is_counted(kind: str, graphs: list[Any]) -> None:
+    compiled = LossGradients(make_loss(kind), compile=True)
+    assert compiled.warm_up_seconds == 0.0
+    compiled(keywords(make_batch(kind)))
+    first = compiled.warm_up_seconds
+    assert first > 0.0
+    compiled(keywords(make_batch(kind)))
+    assert compiled.warm_up_seconds == first
+
+
+@pytest.mark.parametrize("change", [torch.float64, "strides"])
+def test_parameters_of_another_dtype_or_layout_are_another_graph(kind: str, graphs: list[Any], change: Any) -> None:
+    loss, batch = make_loss(kind), keywords(make_batch(kind))
+    compiled = LossGradients(loss, compile=True)
+    compiled(batch)
+    if change == "strides":
+        for parameter in loss.value_network.parameters():
+            parameter.data = parameter.data.t().contiguous().t()
+    else:
+        loss.to(change)
+        batch = {name: tensor.to(change) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    both(loss, batch, compiled)
+    assert len(graphs) == 2
+
+
+def test_an_unknown_mode_is_refused(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"mode must be one of default, .* got 'fast'"):
+        LossGradients(make_loss(kind), mode="fast")
 
 
 @needs_compiler
