@@ -18,7 +18,7 @@ from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.data.packed import transitions
+from iql_plugins.data.packed import Transitions, transitions
 from iql_plugins.encoders import ObservationEncoder, is_plain
 from iql_plugins.gradients import compiler_available
 from iql_plugins.keys import flat_name
@@ -173,23 +173,29 @@ class Agent:
         """Trains on a dataset in the environment's units, transitions drawn uniformly with replacement.
 
         Args:
-            dataset: transitions by the key layout, batch size ``[N]``; memory-mapped ones stay on disk. What the loss
-                does not read is left out.
+            dataset: transitions by the key layout, batch size ``[N]``; memory-mapped ones stay on disk.
             n_steps: gradient steps, further ones if some were taken already.
             callback: called with the number of all steps after each of them.
 
         Raises:
             ValueError: if the dataset is empty or does not fit the spaces; names the entry.
         """
-        self.spaces.check(dataset)
-        read = dataset.select(*self.loss.accepted_keys, strict=False)
-        source = transitions(read, self.normalizers, self.device)
+        source = self.transitions(dataset)
         size, generator = (self.config.batch_size,), self.generator
         for _ in range(n_steps):
             index = torch.randint(len(source), size, generator=generator, device=self.device)
             self.learner.step(source.batch(index))
             if callback is not None:
                 callback(self.learner.step_count)
+
+    def transitions(self, dataset: TensorDictBase) -> Transitions:
+        """A dataset in the environment's units as batches for the learner; what the loss does not read is left out.
+
+        Raises:
+            ValueError: if the dataset is empty or does not fit the spaces; names the entry.
+        """
+        self.spaces.check(dataset)
+        return transitions(dataset.select(*self.loss.accepted_keys, strict=False), self.normalizers, self.device)
 
     @overload
     def act(self, observation: Tensor | Mapping[str, Tensor], deterministic: bool = True) -> Tensor: ...

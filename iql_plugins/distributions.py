@@ -65,7 +65,9 @@ class _BoxDistribution(Distribution):
         return self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
     def _log_half_range(self) -> Tensor:
-        half_range = torch.as_tensor(self._half_range, dtype=self.loc.dtype, device=self.loc.device)
+        half_range = self._half_range
+        # A tensor made of a number is copied from the host, which waits for a GPU; a fill does not.
+        half_range = half_range.to(self.loc) if isinstance(half_range, Tensor) else self.loc.new_full((), half_range)
         return half_range.log().expand(self.event_shape).sum(-1)
 
 

@@ -14,7 +14,7 @@ from torch.utils._triton import has_triton
 
 from iql_plugins.loss import IQLLoss
 
-__all__ = ["LossGradients", "compiler_available"]
+__all__ = ["Graph", "LossGradients", "compiled", "compiler_available", "slots", "traced"]
 
 #: What :class:`LossGradients` returns, in order.
 OUTPUTS = ("loss_actor", "loss_qvalue", "loss_value", "entropy")
@@ -88,8 +88,8 @@ class LossGradients:
         # these are (they may be replaced, or frozen) at every step.
         self._estimator = self.loss.value_estimator
         self._modules = list(self.loss.modules())
-        self._parameters = _slots(self.loss, "_parameters")
-        self._buffers = _slots(self.loss, "_buffers")
+        self._parameters = slots(self.loss, "_parameters")
+        self._buffers = slots(self.loss, "_buffers")
 
     def _eager(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.loss(**batch)
@@ -99,12 +99,10 @@ class LossGradients:
         return tuple(output.detach() for output in outputs)
 
     def _compiled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        if self._estimator is not self.loss.value_estimator:
-            self._look_up()
-        parameters = {name: registry[key] for name, (registry, key) in self._parameters.items()}
-        trained = [name for name, parameter in parameters.items() if parameter.requires_grad]
-        state = parameters | {name: registry[key] for name, (registry, key) in self._buffers.items()}
-        signature = (_signature(batch), _signature(state), tuple(trained), self._settings())
+        state = self.state()
+        signature = self.signature(state, batch)
+        parameters = {name: state[name] for name in self._parameters}
+        trained = _trained(state)
         graph = self._graphs.get(signature)
         if graph is None:
             if len(self._graphs) == MOST_GRAPHS:
@@ -121,8 +119,24 @@ class LossGradients:
             parameter.grad = gradients.get(name)
         return tuple(results[len(trained) :])
 
+    def state(self) -> dict[str, Tensor]:
+        """The parameters and buffers that the losses have now; one with several names under the first."""
+        if self._estimator is not self.loss.value_estimator:
+            self._look_up()
+        places = (*self._parameters.items(), *self._buffers.items())
+        return {name: registry[key] for name, (registry, key) in places}
+
+    def signature(self, state: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> tuple[Any, ...]:
+        """What a graph has as constants wherever tensors are: it is another one if this is.
+
+        Args:
+            state: of :meth:`state`.
+            batch: keyword tensors by the key layout.
+        """
+        return _signature(batch), _signature(state), tuple(_trained(state)), self._settings()
+
     def _settings(self) -> tuple[Any, ...]:
-        """What a graph has as constants."""
+        """What is set on the loss."""
         loss = self.loss
         return (
             (loss.expectile, loss.temperature, loss.max_weight, loss.loss_function, loss.reduction),
@@ -163,7 +177,8 @@ def traced(
         # The sum over trainings: none depends on the parameters of another.
         total = (outputs[0] + outputs[1] + outputs[2]).sum()
         gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return [*gradients, *(output.detach() for output in outputs)]
+        laid_out = [_laid_out(gradient, leaf) for gradient, leaf in zip(gradients, leaves.values(), strict=True)]
+        return [*laid_out, *(output.detach() for output in outputs)]
 
     # Tracing computes: on copies, and with the random state put back, it changes no running statistics and no draw.
     copies = [tensor.detach().clone() for tensor in state.values()]
@@ -201,6 +216,13 @@ def compiled(
     return function
 
 
+def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    # As backward() leaves it: fused optimisers walk both in the order of memory.
+    if gradient is None or gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
+
+
 def _options(mode: str | None) -> dict[str, Any]:
     """Of Inductor, for a mode."""
     if mode is None:
@@ -221,13 +243,17 @@ def _baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alph
     return alpha * torch.bmm(left, right) + beta * bias
 
 
+def _trained(state: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, tensor in state.items() if tensor.requires_grad]
+
+
 def _signature(tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:
     return tuple(
         [(name, tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for name, tensor in tensors.items()]
     )
 
 
-def _slots(module: nn.Module, registry: str) -> dict[str, tuple[dict[str, Any], str]]:
+def slots(module: nn.Module, registry: str) -> dict[str, tuple[dict[str, Any], str]]:
     """Where each parameter or buffer is registered, by its full name; one with several names under the first."""
     slots: dict[str, tuple[dict[str, Any], str]] = {}
     seen: set[int] = set()

@@ -1,7 +1,7 @@
 """What a plugin can implement: few hooks, each with a caller in :mod:`iql_plugins.registry`."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,9 @@ class Training:
         save: ``save(algorithm, path)`` writes the framework's native file.
         load: ``load(path)`` reads it.
         suffix: of native files.
+        fit_together: ``fit_together(algorithms, dataset, n_steps, callback)``: as ``fit``, for several algorithms whose
+            agents differ in their seeds alone, each step of theirs in one; the callback is called once a step. None if
+            there is no faster way than one after the other.
     """
 
     from_agent: "Callable[[Agent], Any]"
@@ -46,6 +49,7 @@ class Training:
     save: Callable[[Any, str | os.PathLike[str]], None]
     load: Callable[[str | os.PathLike[str]], Any]
     suffix: str
+    fit_together: "Callable[[Sequence[Any], TensorDictBase, int, Callable[[int], None]], object] | None" = None
 
 
 @dataclass(frozen=True)

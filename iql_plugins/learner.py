@@ -1,7 +1,7 @@
 r"""One gradient step, the same for every adapter."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from iql_plugins.captured import CapturedStep
 from iql_plugins.config import IQLConfig
 from iql_plugins.functional import Health
 from iql_plugins.gradients import OUTPUTS, LossGradients, compiler_available
@@ -17,11 +18,11 @@ from iql_plugins.keys import flat_name
 from iql_plugins.loss import IQLLoss
 from iql_plugins.targets import SoftUpdate
 
-__all__ = ["Groups", "Learner", "adam", "cosine_decay", "resolve_compile"]
+__all__ = ["Groups", "Learner", "adam", "cosine_decay", "resolve_compile", "set_rate"]
 
 NETWORKS = ("actor", "critic", "value")
-#: Compilation takes some ten seconds, and saves about a millisecond a step.
-LONG_ENOUGH_TO_COMPILE = 20_000
+#: Compilation takes some five seconds (ten on a slow machine), and saves one to two milliseconds a step.
+LONG_ENOUGH_TO_COMPILE = 10_000
 
 #: Parameter groups for an optimiser, ``{"name": "actor", "params": [...], "lr": ...}``, one for each network.
 Groups = Sequence[dict[str, Any]]
@@ -52,9 +53,11 @@ def resolve_compile(choice: Literal["auto", "yes", "no"], n_steps: int, device: 
 def adam(groups: Groups) -> list[Optimizer]:
     """One Adam over all groups: fused where the device has it, with the authors' (and torch's) constants."""
     tensors = [tensor for group in groups for tensor in group["params"]]
-    device = tensors[0].device.type
-    # On a GPU the step must not be read on the host, nor be a constant of a captured graph.
-    return [Adam(list(groups), fused=device in ("cpu", "cuda"), capturable=device == "cuda")]
+    device = tensors[0].device
+    if device.type == "cuda":
+        # A number would be a constant of a captured graph.
+        groups = [group | {"lr": torch.tensor(group["lr"], dtype=torch.float32, device=device)} for group in groups]
+    return [Adam(list(groups), fused=device.type in ("cpu", "cuda"))]
 
 
 class Learner:
@@ -69,6 +72,11 @@ class Learner:
         polyak: share of the critics in each update of their targets.
         max_grad_norm: the largest norm of each network's gradient; None for no clipping.
         compile: whether to compile losses and gradients, see :class:`~iql_plugins.gradients.LossGradients`.
+        mode: of the compilation; ``"reduce-overhead"`` captures losses and gradients as a CUDA graph.
+        capture: whether the whole step becomes one CUDA graph, optimisers and targets included, after a few ordinary
+            steps. It is captured again when settings, rates or tensors are replaced, or batches have another shape,
+            up to 8 times; further ones, and those of processes that train together, are ordinary steps. Networks must
+            read nothing on the host, nor hide state from torch. ``parameter.grad`` is empty after a step.
         seed: of what the networks draw while they train (dropout), which depends on it and the step alone: a resumed
             training repeats it, and torch's random state stays as it is. None draws one from torch's random state.
         make_optimizers: from parameter groups named ``"actor"``, ``"critic"`` and ``"value"`` to the optimisers that
@@ -79,9 +87,13 @@ class Learner:
         last_losses: ``[4]`` losses and entropy of the last step, on the device; None before the first.
         synchronize: called when the gradients of a step are there and nothing has read them: processes that train
             together average them here. None does nothing.
+        catch_up: calls :meth:`record` for steps that something else has taken for this learner, and sets its rates;
+            None where nothing else does.
 
     Raises:
         ValueError: unless each group is in one optimiser, under its name.
+        ValueError: for ``capture`` without a GPU, with optimisers that need the host, or with a ``mode`` that captures;
+            and for a ``mode`` of what is not compiled.
         RuntimeError: if ``compile`` is asked for where there is no compiler.
 
     >>> from iql_plugins.networks import critic, gaussian_actor, value_function
@@ -106,6 +118,8 @@ class Learner:
         polyak: float = 0.005,
         max_grad_norm: float | None = None,
         compile: bool = False,
+        mode: str | None = None,
+        capture: bool = False,
         seed: int | None = None,
         make_optimizers: Callable[[Groups], Sequence[Optimizer]] = adam,
     ) -> None:
@@ -128,14 +142,22 @@ class Learner:
             )
         self._groups = self._named_groups()
         self._base_actor_rate = actor_learning_rate
-        self._gradients = LossGradients(loss, compile=compile)
+        if mode is not None and not compile:
+            raise ValueError(f"mode={mode!r} is one of compiled code: pass compile=True, too, or no mode")
+        self._gradients = LossGradients(loss, compile=compile, mode=mode)
+        mode_captures = mode is not None and "triton.cudagraphs" in torch._inductor.list_mode_options(mode)
+        if capture and mode_captures:
+            raise ValueError(f"mode={mode!r} captures a graph of its own: use it or capture=True, not both")
+        #: Gradients in a graph's memory are the next step's to overwrite.
+        self._drops_gradients = capture or mode_captures
+        device = next(loss.parameters()).device
+        self._captured = CapturedStep(self._compute, self.optimizers, device) if capture else None
         self.step_count = 0
         self.last_losses: Tensor | None = None
         self.synchronize: Callable[[], None] | None = None
         self._sums: Tensor | None = None
         self._count = 0
         self._last_batch: Mapping[str, Tensor] = {}
-        #: Brings :meth:`record` up to date where something else takes the steps; None where :meth:`step` does.
         self.catch_up: Callable[[], None] | None = None
 
     @classmethod
@@ -144,6 +166,8 @@ class Learner:
         loss: IQLLoss,
         config: IQLConfig,
         *,
+        mode: str | None = None,
+        capture: bool = False,
         seed: int | None = None,
         make_optimizers: Callable[[Groups], Sequence[Optimizer]] = adam,
     ) -> "Learner":
@@ -158,6 +182,8 @@ class Learner:
             polyak=config.polyak,
             max_grad_norm=config.max_grad_norm,
             compile=resolve_compile(config.compile, config.n_steps, device) == "yes",
+            mode=mode,
+            capture=capture,
             seed=seed,
             make_optimizers=make_optimizers,
         )
@@ -171,6 +197,10 @@ class Learner:
     def warm_up_seconds(self) -> float:
         """Spent on compiling so far."""
         return self._gradients.warm_up_seconds
+
+    @warm_up_seconds.setter
+    def warm_up_seconds(self, seconds: float) -> None:
+        self._gradients.warm_up_seconds = seconds
 
     def base_rates(self) -> dict[str, float]:
         """The rate of each network that is trained, the actor's before its schedule."""
@@ -197,7 +227,7 @@ class Learner:
         if network == "actor":
             self._base_actor_rate = rate
         elif network in self._groups:
-            _set_rate(self._groups[network], rate)
+            set_rate(self._groups[network], rate)
 
     def step(self, batch: Mapping[str, Tensor] | TensorDictBase) -> None:
         """One gradient step on a batch.
@@ -212,21 +242,52 @@ class Learner:
         if isinstance(batch, TensorDictBase):
             batch = batch.select(*self.loss.accepted_keys, strict=False)
             batch = {flat_name(key): tensor for key, tensor in batch.items(True, True)}
-        with _drawing_from(self.seed, self.step_count, next(self.loss.parameters()).device):
-            outputs = self._gradients(batch)
+        if "actor" in self._groups:
+            set_rate(self._groups["actor"], self.learning_rate("actor"))
+        device = next(self.loss.parameters()).device
+        captured = self._captured if self.synchronize is None else None
+        with _drawing_from(self.seed, self.step_count, device):
+            if captured is None or captured.device != device:
+                losses = self._compute(batch)
+            else:
+                losses = captured(batch, *self._constants_and_addresses(batch))
+        self.step_count += 1
+        self.last_losses = losses
+        self.record(losses, 1, dict(batch))
+
+    def _compute(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """All of a step that happens on the device; returns its ``[4]`` losses."""
+        outputs = self._gradients(batch)
         if self.synchronize is not None:
             self.synchronize()
         if self.max_grad_norm is not None:
             for group in self._groups.values():
                 nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
-        if "actor" in self._groups:
-            _set_rate(self._groups["actor"], self.learning_rate("actor"))
         for optimizer in self.optimizers:
             optimizer.step()
+            if self._drops_gradients:
+                optimizer.zero_grad()
         self.target_updater.step()
-        self.step_count += 1
-        self.last_losses = losses = torch.stack(outputs)
-        self.record(losses, 1, dict(batch))
+        return torch.stack(outputs)
+
+    def _constants_and_addresses(self, batch: Mapping[str, Tensor]) -> tuple[Hashable, Hashable]:
+        """What :meth:`_compute` reads on the host, and where all of its tensors are, but for the batch's."""
+        state = self._gradients.state()
+        constants: list[Hashable] = [self._gradients.signature(state, batch)]
+        constants += [self.target_updater.tau, self.max_grad_norm]
+        tensors = list(state.values())
+        for optimizer in self.optimizers:
+            options = [item for group in optimizer.param_groups for item in group.items() if item[0] != "params"]
+            constants += [(name, _constant(value)) for name, value in options]
+            values = [value for moments in optimizer.state.values() for value in moments.values()]
+            values += [value for _, value in options]
+            tensors += [value for value in values if isinstance(value, Tensor)]
+        return tuple(constants), tuple([tensor.data_ptr() for tensor in tensors])
+
+    def bring_up_to_date(self) -> None:
+        """Calls :attr:`catch_up`, before anything is told that it knows."""
+        if self.catch_up is not None:
+            self.catch_up()
 
     def record(self, losses: Tensor, count: int, batch: Mapping[str, Tensor]) -> None:
         """Adds steps to what :meth:`metrics` tells.
@@ -249,8 +310,7 @@ class Learner:
             ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy``, and the fields of
             :class:`~iql_plugins.functional.Health`; empty if no step was taken since the last call.
         """
-        if self.catch_up is not None:
-            self.catch_up()
+        self.bring_up_to_date()
         if self._sums is None:
             return {}
         means = (self._sums / self._count).tolist()
@@ -261,11 +321,12 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that continues a training and is not in the loss: optimisers, rates and the step."""
+        self.bring_up_to_date()
         return {
             "step_count": self.step_count,
             "seed": self.seed,
             "actor_learning_rate": self._base_actor_rate,
-            "optimizers": [{"type": type(o).__name__, **o.state_dict()} for o in self.optimizers],
+            "optimizers": [_saved(optimizer) for optimizer in self.optimizers],
             "target_updater": self.target_updater.state_dict(),
         }
 
@@ -305,7 +366,8 @@ def _trained(loss: IQLLoss) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def _set_rate(group: dict[str, Any], rate: float) -> None:
+def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
+    """Sets the learning rate of an optimiser's group, in place if it is a tensor."""
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(rate)
     else:
@@ -323,6 +385,20 @@ def _drawing_from(seed: int, step: int, device: torch.device) -> Iterator[None]:
         yield
     finally:
         generator.set_state(state)
+
+
+def _constant(value: Any) -> Hashable:
+    # A loaded state has lists for tuples. A tensor is read on the device.
+    if isinstance(value, Tensor):
+        return Tensor
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _saved(optimizer: Optimizer) -> dict[str, Any]:
+    """The state of an optimiser with its type, and with rates as numbers, which they are not on every device."""
+    state = optimizer.state_dict()
+    groups = [group | {"lr": float(group["lr"])} for group in state["param_groups"]]
+    return {"type": type(optimizer).__name__, **state, "param_groups": groups}
 
 
 #: How an optimiser computes, which depends on the device and not on the training.
@@ -346,8 +422,10 @@ def _fitted(optimizer: Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
                     f"{name} of parameter {index} has shape {tuple(value.shape)}, the parameter has "
                     f"{tuple(parameter.shape)}"
                 )
-    groups = [
-        mine | theirs | {name: mine[name] for name in _IMPLEMENTATION if name in mine}
-        for mine, theirs in zip(own, given, strict=True)
-    ]
+    groups = []
+    for mine, theirs in zip(own, given, strict=True):
+        group = mine | theirs | {name: mine[name] for name in _IMPLEMENTATION if name in mine}
+        rate = float(group["lr"])
+        group["lr"] = torch.full_like(mine["lr"], rate) if isinstance(mine["lr"], Tensor) else rate
+        groups.append(group)
     return {name: value for name, value in saved.items() if name != "type"} | {"param_groups": groups}

@@ -763,6 +763,9 @@ def _check_values(valid: Tensor, action: Tensor, expected: str) -> None:
         return
     # A graph that is traced or captured cannot read a value on the host.
     if torch.compiler.is_compiling() or get_proxy_mode() is not None or valid.device.type != "cpu":
+        # torch.vmap has no rule for the assertion: what it maps over is asserted at once.
+        while torch._C._functorch.is_batchedtensor(valid):
+            valid = torch._C._functorch.get_unwrapped(valid)
         torch._assert_async(valid.all(), expected)
     elif torch._C._functorch.peek_interpreter_stack() is None and not valid.all():
         row = tuple(int(i) for i in (~valid).nonzero()[0])

@@ -325,7 +325,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Benchmarks compile nothing, which would take most of their time."""
     from iql_plugins.cli import bench, peers
 
-    monkeypatch.setattr(bench, "ours", lambda adapter, compile: peers.ours(adapter, "no"))
+    monkeypatch.setattr(bench, "ours", lambda adapter, compile, **_: peers.ours(adapter, "no"))
 
 
 @pytest.mark.usefixtures("eager")
@@ -335,7 +335,7 @@ def test_the_speed_is_measured_beside_peers_that_print_nothing(run: Run, tmp_pat
     mine, plot = tmp_path / "mine.py", tmp_path / "speed.png"
     mine.write_text(PEER)
     everyone = [*installed(), mine]
-    options = ["--rounds", "1", "--steps", "2", "--threads", "1"]
+    options = ["--rounds", "1", "--steps", "2", "--threads", "1", "--device", "cpu"]
     threads = torch.get_num_threads()
     status, out, err = run(*BENCH, *options, "--peers", *everyone, "--adapters", "tensor", "--plot", plot, "--json")
     assert status == 0
@@ -345,7 +345,8 @@ def test_the_speed_is_measured_beside_peers_that_print_nothing(run: Run, tmp_pat
     assert document["timings"]["iql-plugins"]["ratio"] == 1.0
     assert all(timing["ms"] > 0.0 for timing in document["timings"].values())
     assert document["size"]["batch"] == 8
-    assert document["machine"]["threads"] == 1
+    machine = document["machine"]
+    assert (machine["threads"], machine["device"], machine["gpu"]) == (1, "cpu", None)
     assert torch.get_num_threads() == threads
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "[info" not in err
@@ -379,13 +380,58 @@ def test_a_benchmark_is_about_the_peers_that_are_installed_and_about_many_steps(
 
     monkeypatch.setattr(bench, "_bench", measured)
     assert run("bench")[0] == 0
-    made, _, size, _, steps, _ = asked[0]
+    made, _, size, _, steps, *_ = asked[0]
     assert list(made) == peers.installed()
     assert size == peers.Size()
     assert steps >= 200
     status, _, err = run("bench", "--peers", "d3rlpy")
     assert status == 2
     assert "the peer 'd3rlpy' needs d3rlpy, which is not installed" in err
+
+
+def test_on_a_gpu_the_step_is_measured_as_a_cuda_graph_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from iql_plugins.cli import bench
+
+    asked: list[Any] = []
+    clock = iter(range(100))
+
+    def ours(*arguments: Any, **options: Any) -> Any:
+        asked.append((*arguments, options))
+        return lambda size, data: lambda count: None
+
+    def measure(contestants: Any, size: Any, rounds: int, steps: int, device: torch.device) -> Any:
+        assert (steps, device.type) == (1000, "cuda")
+        return [bench.Timing(name, 1.0, 1.0) for name in contestants], 1e9
+
+    monkeypatch.setattr(bench, "device_name", lambda name: {"auto": "cuda"}[name])
+    monkeypatch.setattr(bench, "dataset_of", lambda size: types.SimpleNamespace(to=lambda device: None))
+    monkeypatch.setattr(bench, "ours", ours)
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "_now", lambda device: next(clock))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fast Card")
+    status, out, _ = run("bench", "--peers", "--json")
+    document = json.loads(out)
+    assert status == 0
+    assert (document["machine"]["device"], document["machine"]["gpu"]) == ("cuda", "Fast Card")
+    added = ["iql-plugins, reduce-overhead", "iql-plugins, CUDA graph"]
+    assert list(document["timings"]) == ["iql-plugins", "iql-plugins, eager", *added]
+    assert asked == [
+        ("tensor", "yes", {}),
+        ("tensor", "no", {}),
+        ("tensor", "yes", {"mode": "reduce-overhead"}),
+        ("tensor", "yes", {"capture": True}),
+    ]
+    assert "Fast Card, median of" in run("bench", "--peers")[1]
+
+
+def test_what_is_launched_is_done_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iql_plugins.cli import bench
+
+    events: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("done"))
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(len(events)))
+    assert bench._now(torch.device("cuda")) == 1.0
+    assert bench._now(torch.device("cpu")) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -398,6 +444,8 @@ def test_a_benchmark_is_about_the_peers_that_are_installed_and_about_many_steps(
         (["--adapters", "tensr"], "did you mean 'tensor'"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--device", "toaster"], "--device must be auto, cpu, cuda or another of torch's devices, got 'toaster'"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--plot", "speed.xyz"], "--plot must be a file with one of the suffixes"),
         (["--plot", "nowhere/speed.png"], "there is no folder 'nowhere'"),

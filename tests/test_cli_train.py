@@ -22,6 +22,8 @@ from iql_plugins.agent import Agent
 from iql_plugins.cli import main, train, workers
 from iql_plugins.cli.settings import Settings, Unit, available_cores
 from iql_plugins.cli.training import SELECTION_SEED, adapter_training, metrics_rows
+from iql_plugins.gradients import compiler_available
+from iql_plugins.spaces import Box, Spaces
 
 ENV = "short_pendulum:ShortPendulum-v0"
 #: Small, so that a run takes no second.
@@ -559,6 +561,140 @@ def test_a_process_that_dies_is_noticed(run: Run, tmp_path: Path) -> None:
 
     with pytest.raises(workers.WorkerError, match="signal 9, out of memory"):
         workers._collect([Unit(0, "iql")], [Dead()], Nothing(), lambda progress: None)
+
+
+# Seeds that take their steps together
+
+#: Three seeds without dropout, which draws for each seed on its own.
+SEEDS = [*TINY[:-2], "--env", ENV, "--seeds", "3"]
+SUBFOLDERS = [f"seed-{seed}{method}" for seed in range(3) for method in ("", "/bc")]
+
+
+def test_seeds_that_are_stacked_end_where_each_would_have_alone(run: Run, tmp_path: Path) -> None:
+    documents = {
+        stack: json.loads(run("train", *SEEDS, "--stack", stack, "--run-dir", stack, "--json")[1]) for stack in "132"
+    }
+    for stack in "32":
+        assert documents[stack]["stack"] == int(stack)
+        for subfolder in SUBFOLDERS:
+            agent, alone = (
+                Agent.load(tmp_path / folder / subfolder / "checkpoint.safetensors") for folder in (stack, "1")
+            )
+            assert agent.learner.step_count == 40
+            torch.testing.assert_close(agent.loss.state_dict(), alone.loss.state_dict(), atol=1e-5, rtol=1e-5)
+            rows, alone_rows = (metrics_rows(tmp_path / folder / subfolder / "metrics.csv") for folder in (stack, "1"))
+            assert [row.keys() for row in rows] == [row.keys() for row in alone_rows]
+            for row, alone_row in zip(rows, alone_rows, strict=True):
+                assert row == pytest.approx(alone_row, rel=1e-3, abs=1e-3)
+        for unit, alone_unit in zip(documents[stack]["by_seed"], documents["1"]["by_seed"], strict=True):
+            assert (unit["seed"], unit["method"]) == (alone_unit["seed"], alone_unit["method"])
+            assert unit["final_returns"] == pytest.approx(alone_unit["final_returns"], rel=1e-3)
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_stacked_run_that_was_stopped_goes_on_bit_for_bit(
+    processes: str, run: Run, stop_at: Callable[[int], None], tmp_path: Path
+) -> None:
+    assert run("train", *SEEDS, "--stack", "3", "--run-dir", "whole", "--workers", processes)[0] == 0
+    stop_at(33)
+    assert run("train", *SEEDS, "--stack", "3", "--run-dir", "stopped")[0] == 130
+    assert run("train", "--resume", "stopped")[0] == 0
+    for subfolder in SUBFOLDERS:
+        assert_same_run(tmp_path / "whole" / subfolder, tmp_path / "stopped" / subfolder)
+
+
+def test_a_stack_that_was_killed_between_its_checkpoints_goes_on(
+    run: Run, stop_at: Callable[[int], None], tmp_path: Path, whole_stack: Path
+) -> None:
+    stop_at(33)
+    run("train", *SEEDS, "--stack", "3", "--run-dir", "killed")
+    # As if the last of three checkpoints had not been written any more, nor any before it.
+    (tmp_path / "killed" / "seed-2" / "checkpoint.safetensors").unlink()
+    assert run("train", "--resume", "killed")[0] == 0
+    for subfolder in SUBFOLDERS:
+        agent, other = (
+            Agent.load(folder / subfolder / "checkpoint.safetensors") for folder in (tmp_path / "killed", whole_stack)
+        )
+        assert agent.learner.step_count == 40
+        torch.testing.assert_close(agent.loss.state_dict(), other.loss.state_dict(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def whole_stack(run: Run, tmp_path: Path) -> Path:
+    """A stacked run that nobody stopped."""
+    assert run("train", *SEEDS, "--stack", "3", "--run-dir", "whole")[0] == 0
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--actor-dropout", "0.1"], "dropout draws for each seed on its own"),
+        (["--adapter", "sb3"], "adapter 'sb3' trains one seed at a time"),
+    ],
+)
+def test_a_training_that_cannot_be_stacked_is_a_mistake_before_it_starts(
+    options: list[str], message: str, run: Run, tmp_path: Path
+) -> None:
+    status, _, err = run("train", *SEEDS, "--stack", "2", *options, "--run-dir", "run")
+    assert status == 2
+    assert f"--stack 2: {message}; use --stack 1" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "stack"),
+    [
+        (["--seeds", "5", "--hidden-sizes", "64"], "cpu", 5),
+        (["--seeds", "5", "--hidden-sizes", "64", "--workers", "4"], "cpu", 3),
+        (["--seeds", "5", "--hidden-sizes", "64", "--baseline", "none"], "cpu", 3),
+        (["--seeds", "5", "--hidden-sizes", "64", "--workers", "20"], "cpu", 1),
+        (["--seeds", "5", "--hidden-sizes", "64", "256"], "cpu", 1),
+        (["--seeds", "5", "--hidden-sizes", "256"], "cuda", 5),
+        (["--seeds", "5", "--hidden-sizes", "64", "--actor-dropout", "0.1"], "cuda", 1),
+        (["--seeds", "5", "--hidden-sizes", "64", "--adapter", "d3rlpy"], "cuda", 1),
+        (["--seeds", "5", "--hidden-sizes", "256", "--stack", "2"], "cpu", 2),
+        (["--seeds", "5", "--hidden-sizes", "64", "--stack", "9"], "cpu", 5),
+    ],
+)
+def test_seeds_are_stacked_where_that_is_faster(
+    options: list[str], device: str, stack: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from iql_plugins.cli.arguments import Train, parse
+
+    monkeypatch.setattr(train, "available_cores", lambda: 2)
+    arguments = parse(["train", *options])
+    assert isinstance(arguments, Train)
+    methods = 1 if arguments.baseline == "none" else 2
+    assert train.stack_size(arguments, methods, Spaces(Box((3,)), Box((1,))), device) == stack
+    if arguments.stack == "auto":
+        images = Spaces(Box((3, 64, 64), "uint8"), Box((1,)))
+        assert train.stack_size(arguments, methods, images, device) == 1
+
+
+def test_each_process_trains_a_stack_of_one_method(run: Run, tmp_path: Path) -> None:
+    run("train", *SEEDS, "--stack", "2", "--run-dir", "run")
+    settings, _ = Settings.read(tmp_path / "run")
+    assert settings.groups == [
+        [Unit(0, "iql"), Unit(1, "iql")],
+        [Unit(0, "bc"), Unit(1, "bc")],
+        [Unit(2, "iql")],
+        [Unit(2, "bc")],
+    ]
+    assert settings.stack == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not compiler_available(torch.device("cpu")), reason="there is no compiler")
+def test_the_time_for_compiling_is_reported(run: Run) -> None:
+    status, out, _ = run("train", *SEEDS, "--seeds", "2", "--stack", "2", "--baseline", "none", "--compile", "yes")
+    assert status == 0
+    assert re.search(r"^compiled in \d+\.\d s in all$", out, re.MULTILINE)
+    document = json.loads((Path("runs") / os.listdir("runs")[0] / "results.json").read_text())
+    for unit in document["by_seed"]:
+        assert 0.0 < unit["warm_up_seconds"] < unit["seconds"]
+    _, out, _ = run("train", *SEEDS, "--seeds", "1", "--baseline", "none")
+    assert "compiled" not in out
 
 
 # Learning

@@ -43,6 +43,7 @@ def both(loss: IQLLoss, batch: dict[str, torch.Tensor], compiled: LossGradients)
         assert (first is None) == (second is None)
         if first is not None:
             torch.testing.assert_close(first, second)
+            assert second.stride() == first.stride()
     assert any(grad is not None and grad.any() for grad in traced_grads)
 
 
@@ -60,6 +61,23 @@ def test_the_graph_takes_every_kind_of_observation(kind: str, graphs: list[Any])
     agent = make_agent(kind, dataset, actor_dropout=0.5)
     source = transitions(dataset, agent.normalizers)
     both(agent.loss, source.batch(torch.arange(8)), LossGradients(agent.loss, compile=True))
+
+
+class Transposed(nn.Module):
+    """V whose weight is kept as it is multiplied: its gradient comes in the other layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(OBSERVATION, 8))
+        self.last = nn.Linear(8, 1)
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.last(nn.functional.linear(observation, self.first.t()).relu())
+
+
+def test_gradients_have_the_layout_of_their_parameters(kind: str, graphs: list[Any]) -> None:
+    loss = make_loss(kind, value_network=TensorDictModule(Transposed(), ["observation"], ["state_value"]))
+    both(loss, keywords(make_batch(kind)), LossGradients(loss, compile=True))
 
 
 def test_a_graph_is_traced_for_each_signature_of_a_batch(kind: str, graphs: list[Any]) -> None:

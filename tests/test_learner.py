@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import recorder
 import torch
 from agents import SPACES, make_agent, make_dataset, same, weights
 from conftest import keywords, make_batch, make_loss
@@ -14,6 +15,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.overrides import TorchFunctionMode
 
 from iql_plugins import learner as module
+from iql_plugins import loss as loss_module
 from iql_plugins.agent import build_loss
 from iql_plugins.config import IQLConfig
 from iql_plugins.learner import Groups, Learner, cosine_decay, resolve_compile
@@ -21,7 +23,7 @@ from iql_plugins.learner import Groups, Learner, cosine_decay, resolve_compile
 
 def rates(learner: Learner) -> dict[str, float]:
     """The rates that the optimisers have."""
-    return {group["name"]: group["lr"] for optimizer in learner.optimizers for group in optimizer.param_groups}
+    return {group["name"]: float(group["lr"]) for optimizer in learner.optimizers for group in optimizer.param_groups}
 
 
 def snapshot(learner: Learner) -> dict[str, torch.Tensor]:
@@ -63,8 +65,8 @@ def test_the_actor_s_rate_falls_as_a_cosine_and_is_held_at_the_end() -> None:
         expected = learner.learning_rate("actor")
         learner.step(batch)
         seen.append(rates(learner)["actor"])
-        assert seen[-1] == expected
-        assert rates(learner)["critic"] == rates(learner)["value"] == 3e-4
+        assert seen[-1] == pytest.approx(expected)
+        assert rates(learner)["critic"] == rates(learner)["value"] == pytest.approx(3e-4)
     half = math.sqrt(0.5) / 2
     assert seen == pytest.approx([0.4, 0.4 * (0.5 + half), 0.2, 0.4 * (0.5 - half), 0.0, 0.0, 0.0])
 
@@ -95,11 +97,14 @@ def test_a_rate_that_is_set_counts_the_actor_s_before_its_schedule() -> None:
     assert learner.learning_rate("value") == 0.25
 
 
-def test_rates_that_are_tensors_are_filled_in_place() -> None:
-    def tensors(groups: Groups) -> list[Optimizer]:
-        return [Adam([{**group, "lr": torch.tensor(group["lr"])} for group in groups], fused=True)]
+def tensor_rates(groups: Groups) -> list[Optimizer]:
+    return [Adam([{**group, "lr": torch.tensor(group["lr"])} for group in groups], fused=True)]
 
-    learner = Learner(make_loss("continuous"), actor_learning_rate=0.4, actor_schedule_steps=2, make_optimizers=tensors)
+
+def test_rates_that_are_tensors_are_filled_in_place() -> None:
+    learner = Learner(
+        make_loss("continuous"), actor_learning_rate=0.4, actor_schedule_steps=2, make_optimizers=tensor_rates
+    )
     rate = learner.optimizers[0].param_groups[0]["lr"]
     for _ in range(2):
         learner.step(keywords(make_batch("continuous")))
@@ -211,6 +216,18 @@ def test_a_step_reads_nothing_on_the_host() -> None:
     assert reads.names == ["tolist", "tolist"]
 
 
+def test_a_step_calls_nothing_that_waits_for_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below Python, too: a number that becomes a tensor, or one that an operator reads."""
+    # As on a GPU: the kernel asserts, where on a CPU the host looks.
+    monkeypatch.setattr(loss_module, "_check_values", lambda valid, _, text: torch._assert_async(valid.all(), text))
+    learner = Learner(make_loss(kind), actor_schedule_steps=10, max_grad_norm=0.5)
+    batch = keywords(make_batch(kind))
+    for _ in range(2):
+        with recorder.HostReads():
+            learner.step(batch)
+    assert learner.step_count == 2
+
+
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
 def test_a_whole_step_runs_without_data(kind: str) -> None:
     spaces = SPACES[kind]
@@ -274,7 +291,7 @@ def test_rates_that_were_set_are_resumed() -> None:
         first.set_learning_rate(name, rate)
     first.step(keywords(make_batch("continuous")))
     second.load_state_dict(first.state_dict())
-    assert second.base_rates() == {"actor": 0.5, "critic": 0.25, "value": 3e-4}
+    assert second.base_rates() == pytest.approx({"actor": 0.5, "critic": 0.25, "value": 3e-4})
     second.set_learning_rate("critic", 0.125)
     assert rates(second)["critic"] == 0.125
 
@@ -332,6 +349,34 @@ def test_the_state_of_another_device_keeps_how_this_one_computes() -> None:
     second.step(keywords(make_batch("continuous")))
 
 
+def numbers(groups: Groups) -> list[Optimizer]:
+    return [Adam(list(groups), fused=True)]
+
+
+@pytest.mark.parametrize(("writes", "reads"), [(tensor_rates, numbers), (numbers, tensor_rates)])
+def test_rates_are_saved_as_numbers_and_loaded_as_the_device_has_them(writes: Any, reads: Any) -> None:
+    first, second = (
+        Learner(make_loss("continuous"), actor_schedule_steps=10, make_optimizers=make) for make in (writes, reads)
+    )
+    first.set_learning_rate("critic", 0.25)
+    for _ in range(3):
+        first.step(keywords(make_batch("continuous")))
+    state = copy.deepcopy(first.state_dict())
+    assert [type(group["lr"]) for group in state["optimizers"][0]["param_groups"]] == [float] * 3
+    before = rates(first)
+    # A state of an earlier release has what the optimiser had.
+    state["optimizers"][0]["param_groups"][2]["lr"] = torch.tensor(0.125)
+    for _ in range(2):
+        kinds = [type(group["lr"]) for group in second.optimizers[0].param_groups]
+        second.load_state_dict(state)
+        assert [type(group["lr"]) for group in second.optimizers[0].param_groups] == kinds
+        assert rates(second) == pytest.approx(before | {"value": 0.125})
+        second.step(keywords(make_batch("continuous")))
+    # The state is as it was, and a tensor of the learner's is nobody else's.
+    assert state["optimizers"][0]["param_groups"][2]["lr"] == 0.125
+    assert rates(first) == before
+
+
 def test_optimisers_must_keep_every_group_under_its_name() -> None:
     def unnamed(groups: Groups) -> list[Optimizer]:
         return [Adam([{"params": group["params"]} for group in groups])]
@@ -373,7 +418,7 @@ def test_the_configuration_reaches_the_learner() -> None:
         max_grad_norm=2.0,
     )
     learner = Learner.from_config(make_loss("continuous"), config)
-    assert rates(learner) == {"actor": 0.1, "critic": 0.2, "value": 0.3}
+    assert rates(learner) == pytest.approx({"actor": 0.1, "critic": 0.2, "value": 0.3})
     assert (learner.target_updater.tau, learner.max_grad_norm, learner.actor_schedule_steps) == (0.5, 2.0, 10)
     constant = Learner.from_config(make_loss("continuous"), config.replace(actor_schedule="constant"))
     assert constant.actor_schedule_steps is None

@@ -1,7 +1,7 @@
 """IQL for people with a training loop of their own, or none."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.learner import Learner
 from iql_plugins.loss import IQLLoss
+from iql_plugins.population import fit_together
 from iql_plugins.spaces import Box, Discrete, Spaces
 from iql_tensor.batches import map_batch
 
@@ -165,6 +166,16 @@ class IQL:
         """
         self.agent.fit(dataset, n_steps, callback)
         return self
+
+    @staticmethod
+    def fit_together(
+        algorithms: "Sequence[IQL]",
+        dataset: TensorDictBase,
+        n_steps: int,
+        callback: Callable[[int], None] | None = None,
+    ) -> None:
+        """Trains several that differ in their seeds alone; see :func:`iql_plugins.population.fit_together`."""
+        fit_together([algorithm.agent for algorithm in algorithms], dataset, n_steps, callback)
 
     def act(self, observation: Observation, deterministic: bool = True) -> Any:
         """The policy's action in the environment's units; see :meth:`iql_plugins.agent.Agent.act`."""

@@ -20,6 +20,7 @@ def iql_adapter() -> Adapter:
         save=IQL.save,
         load=IQL.load,
         suffix=".safetensors",
+        fit_together=IQL.fit_together,
     )
     return Adapter("tensor", framework=None, algorithms={"IQL": IQL}, training=training)
 

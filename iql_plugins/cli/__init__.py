@@ -116,6 +116,7 @@ def _bench(arguments: "Bench") -> "Result":
         adapters=arguments.adapters,
         rounds=arguments.rounds,
         steps=arguments.steps,
+        device=arguments.device,
         threads=arguments.threads,
         plot=None if arguments.plot is None else Path(arguments.plot),
     )

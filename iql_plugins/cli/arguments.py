@@ -58,7 +58,7 @@ class Train:
     baseline: Literal["bc", "none"] = "bc"
     """What IQL is compared with."""
     seeds: int = 1
-    """Number of seeds, each trained on its own."""
+    """Number of seeds; see --stack for how they are trained."""
     seed: int = 0
     """The first seed."""
     episodes: int = 50
@@ -82,7 +82,10 @@ class Train:
     threads: Automatic = "auto"
     """Torch's threads in each process; auto takes one if there are several processes or the networks are narrow."""
     workers: Automatic = "auto"
-    """Trainings at a time, one process each; with the same threads, the results do not depend on it."""
+    """Processes that train at a time; with the same --threads and --stack, the results do not depend on it."""
+    stack: Automatic = "auto"
+    """Seeds that take their steps together, their parameters stacked, in one process; auto takes what is faster: all
+    of them on a GPU, those of each process on a CPU if the networks are narrow, else 1."""
     memmap_dir: str | None = None
     """New folder that the dataset is written to and read from, for data larger than memory."""
     trust_pickle: Flag = False
@@ -179,8 +182,11 @@ class Bench:
     size: Annotated[Size, tyro.conf.arg(name="")] = field(default_factory=Size)
     rounds: int = 9
     """How often each is measured; rounds are interleaved."""
-    steps: int = 200
-    """Gradient steps in a round: many, so that what a library does once in a call counts little."""
+    steps: Automatic = "auto"
+    """Gradient steps in a round: many, so that what a library does once in a call counts little; auto takes 200, on a
+    GPU 1000."""
+    device: str = "auto"
+    """Torch's name of the device; auto takes the GPU if there is one, where the step is measured as a CUDA graph, too."""
     threads: int | None = None
     """Torch's threads; by default as many as torch takes."""
     plot: str | None = None

@@ -1,7 +1,7 @@
 """What a benchmark compares: gradient steps of this package through its adapters, and of the libraries installed.
 
 Each maker takes the size of the problem and a dataset of keyword tensors, and returns a function that takes a number
-of gradient steps, from drawing the batch to the update of the targets.
+of gradient steps, from drawing the batch to the update of the targets, on the device of the dataset.
 """
 
 import contextlib
@@ -111,19 +111,28 @@ def config_of(size: Size, compile: Compile) -> IQLConfig:
     return IQLConfig(batch_size=size.batch, hidden_sizes=(size.hidden, size.hidden), compile=compile)
 
 
-def ours(adapter: str, compile: Compile) -> Maker:
+def ours(adapter: str, compile: Compile, *, mode: str | None = None, capture: bool = False) -> Maker:
     """The maker of this package's steps through an adapter, as the command line trains with it.
+
+    Args:
+        adapter: its name.
+        compile: whether losses and gradients are compiled.
+        mode: see :class:`~iql_plugins.learner.Learner`; the command line trains with none.
+        capture: likewise.
 
     Raises:
         UserError: for an adapter that is unknown, broken or does not train.
     """
     from iql_plugins.agent import Agent
     from iql_plugins.cli.training import adapter_training
+    from iql_plugins.learner import Learner
 
     training = adapter_training(adapter)
 
     def make(size: Size, data: TensorDict) -> Steps:
-        algorithm = training.from_agent(Agent(spaces_of(size), config_of(size, compile), seed=0))
+        agent = Agent(spaces_of(size), config_of(size, compile), seed=0, device=_device(data))
+        agent.learner = Learner.from_config(agent.loss, agent.config, seed=0, mode=mode, capture=capture)
+        algorithm = training.from_agent(agent)
         return lambda count: training.fit(algorithm, data, count, _ignore)
 
     return make
@@ -133,6 +142,11 @@ def _ignore(step: int) -> None:
     """No callback."""
 
 
+def _device(data: TensorDict) -> torch.device:
+    device: torch.device = data["observation"].device
+    return device
+
+
 def _torchrl(size: Size, data: TensorDict) -> Steps:
     """TorchRL's loss in the loop that its documentation shows."""
     from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
@@ -140,11 +154,11 @@ def _torchrl(size: Size, data: TensorDict) -> Steps:
 
     from iql_plugins.networks import critic, gaussian_actor, value_function
 
-    hidden = (size.hidden, size.hidden)
+    hidden, device = (size.hidden, size.hidden), _device(data)
     loss = IQLLoss(
-        gaussian_actor(size.observation, size.action, hidden_sizes=hidden),
-        critic(size.observation, size.action, hidden_sizes=hidden),
-        value_function(size.observation, hidden_sizes=hidden),
+        gaussian_actor(size.observation, size.action, hidden_sizes=hidden).to(device),
+        critic(size.observation, size.action, hidden_sizes=hidden).to(device),
+        value_function(size.observation, hidden_sizes=hidden).to(device),
         loss_function="l2",
         temperature=3.0,
         expectile=0.7,
@@ -155,7 +169,8 @@ def _torchrl(size: Size, data: TensorDict) -> Steps:
         torch.optim.Adam(parameters.values(True, True), lr=3e-4)
         for parameters in (loss.actor_network_params, loss.qvalue_network_params, loss.value_network_params)
     ]
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(size.transitions), batch_size=size.batch)
+    storage = LazyTensorStorage(size.transitions, device=device)
+    buffer = TensorDictReplayBuffer(storage=storage, batch_size=size.batch)
     buffer.extend(data)
 
     def steps(count: int) -> None:
@@ -177,13 +192,14 @@ def _d3rlpy(size: Size, data: TensorDict) -> Steps:
         import d3rlpy
     import structlog
 
+    device, data = _device(data), data.cpu()
     encoder = d3rlpy.models.VectorEncoderFactory([size.hidden, size.hidden])
     algorithm = d3rlpy.algos.IQLConfig(
         batch_size=size.batch,
         actor_encoder_factory=encoder,
         critic_encoder_factory=encoder,
         value_encoder_factory=encoder,
-    ).create(device="cpu:0")
+    ).create(device=f"{device.type}:{device.index or 0}")
     with structlog.testing.capture_logs():
         dataset = d3rlpy.dataset.MDPDataset(
             observations=data["observation"].numpy(),
@@ -223,11 +239,12 @@ def _stable_baselines3(size: Size, data: TensorDict) -> Steps:
         buffer_size=size.transitions,
         batch_size=size.batch,
         policy_kwargs={"net_arch": [size.hidden, size.hidden]},
-        device="cpu",
+        device=_device(data),
     )
     model.set_logger(configure(None, []))
     buffer = model.replay_buffer
     assert buffer is not None
+    data = data.cpu()
     buffer.observations[:, 0] = data["observation"].numpy()
     buffer.next_observations[:, 0] = data["next", "observation"].numpy()
     buffer.actions[:, 0] = data["action"].numpy()
@@ -255,7 +272,7 @@ def makers(peers: Sequence[str]) -> dict[str, Maker]:
 
     Args:
         peers: each is one of :data:`PEERS`, or a Python file with a function ``peer(data, batch_size, hidden)`` from
-            keyword tensors to a function that takes a number of gradient steps.
+            keyword tensors, on the device to train on, to a function that takes a number of gradient steps.
 
     Raises:
         UserError: for an unknown name, a name that is there twice, a library that is not installed, or a file that

@@ -68,6 +68,7 @@ class Settings:
         log_every: gradient steps between rows of metrics.csv.
         device: torch's name.
         threads: of torch, in each process.
+        stack: so many trainings of a method take their steps together, in one process; 1 for none.
         tensorboard: whether TensorBoard's events are written.
     """
 
@@ -88,6 +89,7 @@ class Settings:
     log_every: int
     device: str
     threads: int
+    stack: int
     tensorboard: bool
 
     @property
@@ -95,6 +97,13 @@ class Settings:
         """The trainings, those of one seed together."""
         methods: list[Method] = ["iql", "bc"] if self.baseline == "bc" else ["iql"]
         return [Unit(seed, method) for seed in self.seeds for method in methods]
+
+    @property
+    def groups(self) -> list[list[Unit]]:
+        """The same, those together that take their steps together."""
+        stacks = [self.seeds[start : start + self.stack] for start in range(0, len(self.seeds), self.stack)]
+        methods = dict.fromkeys(unit.method for unit in self.units)
+        return [[Unit(seed, method) for seed in stack] for stack in stacks for method in methods]
 
     def folder(self, run: Path, unit: Unit) -> Path:
         """Where a training's files are: IQL's of a single seed in the run directory itself."""

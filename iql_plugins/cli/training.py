@@ -20,6 +20,7 @@ from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.rollouts import rollouts
 from iql_plugins.cli.settings import METHODS, Settings, Unit
+from iql_plugins.cli.sources import Source
 from iql_plugins.hookspecs import Training
 from iql_plugins.registry import AdapterNotFoundError, PluginError, Registry
 
@@ -75,7 +76,9 @@ class Outcome:
         best_returns: of the policy that was best on the way.
         best_step: when that was.
         metrics: the last row of metrics.csv.
-        seconds: that this process took for its gradient steps and evaluations on the way.
+        seconds: that this process took for its gradient steps and evaluations on the way; with those of the trainings
+            that took their steps together with it.
+        warm_up_seconds: of these, its share of the time for compiling.
         steps: gradient steps that this process took.
     """
 
@@ -86,6 +89,7 @@ class Outcome:
     best_step: int | None
     metrics: dict[str, float]
     seconds: float
+    warm_up_seconds: float
     steps: int
 
 
@@ -108,16 +112,24 @@ def adapter_training(name: str) -> Training:
 
 
 def train(
-    settings: Settings, unit: Unit, run: Path, report: Callable[[Progress], None], *, trust_pickle: bool = False
-) -> Outcome:
-    """Trains from the last checkpoint, or from the beginning, to the end; then measures the last and the best policy.
+    settings: Settings,
+    units: Sequence[Unit],
+    run: Path,
+    report: Callable[[Progress], None],
+    *,
+    trust_pickle: bool = False,
+) -> list[Outcome]:
+    """Trains from the last checkpoints, or from the beginning, to the end; then measures the last and the best policy.
 
     Args:
         settings: of the run.
-        unit: which training.
+        units: which trainings: one, or several that take their steps together.
         run: the run directory.
-        report: told a few times a second how far it is.
+        report: told a few times a second how far they are.
         trust_pickle: whether the dataset may be a pickle.
+
+    Returns:
+        In the order of ``units``.
 
     Raises:
         UserError: for a dataset that has changed, or an adapter that is missing.
@@ -125,7 +137,32 @@ def train(
     """
     training = adapter_training(settings.adapter)
     with _torch_state(settings):
-        return _Trainer(settings, unit, run, report, training, trust_pickle).run()
+        source = settings.load(trust_pickle=trust_pickle)
+        trainers = [_Trainer(settings, unit, run, report, training, source) for unit in units]
+        # Those of a run that was killed between the checkpoints of a stack have not all come as far.
+        for step in sorted({trainer.first_step for trainer in trainers}):
+            _fit([trainer for trainer in trainers if trainer.first_step == step], training, source)
+        return [trainer.outcome() for trainer in trainers]
+
+
+def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Source) -> None:
+    """Takes the steps that are left, which are as many for all."""
+
+    def after_step(step: int) -> None:
+        for trainer in trainers:
+            trainer.after_step(step)
+
+    steps = trainers[0].steps
+    with contextlib.ExitStack() as stack:
+        for trainer in trainers:
+            stack.enter_context(trainer.started())
+        if steps == 0:
+            return
+        if len(trainers) == 1:
+            training.fit(trainers[0].algorithm, source.dataset, steps, trainers[0].after_step)
+        else:
+            assert training.fit_together is not None
+            training.fit_together([trainer.algorithm for trainer in trainers], source.dataset, steps, after_step)
 
 
 class _Trainer:
@@ -136,7 +173,7 @@ class _Trainer:
         run: Path,
         report: Callable[[Progress], None],
         training: Training,
-        trust_pickle: bool,
+        source: Source,
     ) -> None:
         self.settings, self.unit, self.report, self.training = settings, unit, report, training
         self.folder = settings.folder(run, unit)
@@ -144,7 +181,6 @@ class _Trainer:
         # Left by a process that was killed while it wrote.
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
-        self.dataset = settings.load(trust_pickle=trust_pickle)
         self.state = _State()
         self.metrics: dict[str, float] = {}
         torch.manual_seed(unit.seed)
@@ -154,7 +190,7 @@ class _Trainer:
                 raise UserError(f"{self.folder / CHECKPOINT} is not this run's: it has no state of a run")
             self.state = _State.from_json(agent.extra[_EXTRA])
         else:
-            agent = settings.agent(self.dataset, unit)
+            agent = settings.agent(source, unit)
         self.algorithm = training.from_agent(agent)
         self.first_step = agent.learner.step_count
         self.table = _MetricsFile(self.folder / METRICS, self.first_step)
@@ -166,20 +202,27 @@ class _Trainer:
     def agent(self) -> Agent:
         return self.training.to_agent(self.algorithm)
 
-    def run(self) -> Outcome:
-        settings = self.settings
-        steps = settings.hyperparameters.n_steps - self.first_step
-        self.started = self.reported = self.saved = time.monotonic()
+    @property
+    def steps(self) -> int:
+        """Gradient steps that are left for this process."""
+        return max(self.settings.hyperparameters.n_steps - self.first_step, 0)
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        """Files are open, and the clock runs, inside."""
+        self.begin = self.reported = self.saved = time.monotonic()
         with contextlib.ExitStack() as stack:
-            self.events = stack.enter_context(_events(settings.tensorboard, self.folder, self.first_step))
+            self.events = stack.enter_context(_events(self.settings.tensorboard, self.folder, self.first_step))
             stack.enter_context(self.table)
-            if steps > 0:
-                self.training.fit(self.algorithm, self.dataset.dataset, steps, self.after_step)
-        seconds = time.monotonic() - self.started
-        agent = self.agent
-        final, best = self._returns(agent, settings.episodes), list[float]()
+            yield
+        self.seconds = time.monotonic() - self.begin
+
+    def outcome(self) -> Outcome:
+        """What the training came to, with the evaluations in the end."""
+        agent, episodes = self.agent, self.settings.episodes
+        final, best = self._returns(agent, episodes), list[float]()
         if self.state.best_step is not None:
-            best = self._returns(self._loaded(BEST), settings.episodes)
+            best = self._returns(self._loaded(BEST), episodes)
         return Outcome(
             self.unit,
             [(step, list(returns)) for step, returns in self.state.evaluations],
@@ -187,8 +230,9 @@ class _Trainer:
             best,
             self.state.best_step,
             self.metrics,
-            seconds,
-            steps,
+            self.seconds,
+            agent.learner.warm_up_seconds,
+            self.steps,
         )
 
     def after_step(self, step: int) -> None:
@@ -206,7 +250,7 @@ class _Trainer:
         now = time.monotonic()
         if evaluates or now - self.reported > SECONDS_BETWEEN_REPORTS:
             self.reported = now
-            rate = (step - self.first_step) / max(now - self.started, 1e-9)
+            rate = (step - self.first_step) / max(now - self.begin, 1e-9)
             evaluations = self.state.evaluations
             mean_return = float(np.mean(evaluations[-1][1])) if evaluations else None
             self.report(Progress(self.unit, step, rate, self.metrics, mean_return, evaluates))

@@ -60,14 +60,16 @@ def train_all(
         UserError, DivergenceError: as ``train``.
         WorkerError: if a process dies, or anything else goes wrong in it.
     """
-    units = settings.units
-    workers = min(workers, len(units))
+    units, groups = settings.units, settings.groups
+    workers = min(workers, len(groups))
     if workers == 1:
-        return [train(settings, unit, run, report, trust_pickle=trust_pickle) for unit in units]
+        made = [train(settings, group, run, report, trust_pickle=trust_pickle) for group in groups]
+        outcomes = {outcome.unit: outcome for group in made for outcome in group}
+        return [outcomes[unit] for unit in units]
     context = multiprocessing.get_context("spawn")
     tasks, answers = context.SimpleQueue(), context.Queue()
-    for unit in [*units, *[None] * workers]:
-        tasks.put(unit)
+    for group in [*groups, *[None] * workers]:
+        tasks.put(group)
     processes: list[Any] = [
         context.Process(target=_work, args=(settings, run, trust_pickle, tasks, answers), daemon=True)
         for _ in range(workers)
@@ -76,10 +78,10 @@ def train_all(
         with _interrupts_ignored():
             for process in processes:
                 process.start()
-        outcomes = _collect(units, processes, answers, report)
+        collected = _collect(units, processes, answers, report)
         for process in processes:
             process.join(SECONDS_TO_END)
-        return outcomes
+        return collected
     finally:
         for process in processes:
             if process.is_alive():
@@ -123,8 +125,9 @@ def _work(settings: Settings, run: Path, trust_pickle: bool, tasks: Any, answers
     sys.stdout = sys.stderr
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        while (unit := tasks.get()) is not None:
-            answers.put(train(settings, unit, run, answers.put, trust_pickle=trust_pickle))
+        while (group := tasks.get()) is not None:
+            for outcome in train(settings, group, run, answers.put, trust_pickle=trust_pickle):
+                answers.put(outcome)
     except (UserError, DivergenceError) as error:
         answers.put(_Failure(error, traceback.format_exc()))
     except BaseException:

@@ -90,7 +90,8 @@ def peer(data: dict[str, Tensor], batch_size: int, hidden: int) -> Callable[[int
         data["next_observation"],
         data["next_terminated"].squeeze(-1).float(),
     ]
-    algorithm = PlainIQL(tensors[0].shape[1], tensors[1].shape[1], hidden)
+    with tensors[0].device:
+        algorithm = PlainIQL(tensors[0].shape[1], tensors[1].shape[1], hidden)
 
     def steps(count: int) -> None:
         for _ in range(count):

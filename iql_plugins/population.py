@@ -1,0 +1,297 @@
+"""Agents that differ in their seeds alone, trained together: one step for all of them, over stacked parameters.
+
+Small kernels cost the same for one training as for many: where they rule the time of a step (narrow networks, a GPU),
+a population takes much less than its agents one after another.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from iql_plugins.agent import Agent
+from iql_plugins.gradients import Graph, compiled, slots, traced
+from iql_plugins.learner import set_rate
+
+__all__ = ["fit_together"]
+
+
+def fit_together(
+    agents: Sequence[Agent], dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None
+) -> None:
+    """Trains agents on a dataset, each as :meth:`~iql_plugins.agent.Agent.fit` would: on batches of its own generator.
+
+    Meanwhile the agents' parameters and the state of their optimisers are views of stacked tensors: they can act, be
+    saved and tell their metrics at any time. What is set on a loss or a learner meanwhile counts from the next call.
+
+    Args:
+        agents: alike in all but their seeds: spaces, hyper-parameters, normalisers, networks, steps taken, and one
+            Adam each, as :func:`~iql_plugins.learner.adam` makes it. Networks draw no random numbers.
+        dataset: transitions by the key layout, batch size ``[N]``.
+        n_steps: gradient steps of each agent.
+        callback: called with the number of steps that each agent has taken, after each of them.
+
+    Raises:
+        ValueError: unless the agents are alike and can be stacked, or for a dataset that does not fit; says what
+            differs. Nothing was trained.
+    """
+    if len(agents) == 1:
+        agents[0].fit(dataset, n_steps, callback)
+        return
+    _check_alike(agents)
+    size, device = agents[0].config.batch_size, agents[0].device
+    source = agents[0].transitions(dataset)
+
+    def batch(index: Tensor) -> dict[str, Tensor]:
+        return {name: rows.unflatten(0, (len(agents), size)) for name, rows in source.batch(index).items()}
+
+    with _stacked(agents) as population:
+        population.prepare(batch(torch.zeros(len(agents) * size, dtype=torch.int64, device=device)))
+        for _ in range(n_steps):
+            drawn = [torch.randint(len(source), (size,), generator=agent.generator, device=device) for agent in agents]
+            population.step(batch(torch.cat(drawn)))
+            if callback is not None:
+                callback(agents[0].learner.step_count)
+
+
+class _Population:
+    """The tensors of several agents, stacked: agent ``i`` has the ``i``-th entries of the first dimension."""
+
+    def __init__(self, agents: Sequence[Agent]) -> None:
+        self.agents = agents
+        self.learners = [agent.learner for agent in agents]
+        self._places = {
+            registry: [slots(agent.loss, registry) for agent in agents] for registry in ("_parameters", "_buffers")
+        }
+        self._tensors: dict[str, Tensor] = {}
+        #: By the identity of an agent's tensor: the stacked one.
+        self._stack_of: dict[int, Tensor] = {}
+        for registry, places in self._places.items():
+            for name in places[0]:
+                own = [registers[key] for registers, key in (place[name] for place in places)]
+                stack = torch.stack([tensor.detach() for tensor in own])
+                if registry == "_parameters":
+                    stack = nn.Parameter(stack, requires_grad=own[0].requires_grad)
+                self._tensors[name] = stack
+                self._stack_of |= {id(tensor): stack for tensor in own}
+        self._trained = [name for name, tensor in self._tensors.items() if tensor.requires_grad]
+        self._optimizer = self._stacked_optimizer()
+        self._targets, self._copied = self._target_pairs()
+        # Last: nothing above changes an agent.
+        self._each(lambda index, tensor, stack: stack.detach()[index])
+        self._bound = False
+        self._sums = torch.zeros(len(agents), 4, device=agents[0].device)
+        self._counts = [0] * len(agents)
+        self._batch: dict[str, Tensor] = {}
+        for index, learner in enumerate(self.learners):
+            learner.catch_up = partial(self._publish, index)
+
+    def prepare(self, batch: dict[str, Tensor]) -> None:
+        """Traces the step for batches like this one, ``[N, B, ...]`` keyword tensors.
+
+        Raises:
+            ValueError: if the loss cannot be evaluated over stacked parameters.
+        """
+        begin = time.perf_counter()
+        first = self.agents[0]
+        make = compiled if first.learner.compiled else traced
+        try:
+            with torch.enable_grad():
+                self._graph: Graph = make(first.loss, self._tensors, self._trained, batch, stacked=True)
+        except RuntimeError as error:
+            raise ValueError(f"the networks cannot be stacked: {error}: train the agents one by one") from error
+        seconds = time.perf_counter() - begin
+        for learner in self.learners:
+            learner.warm_up_seconds += seconds / len(self.learners)
+
+    def step(self, batch: dict[str, Tensor]) -> None:
+        """One gradient step of every agent, on a batch like the one of :meth:`prepare`."""
+        first = self.learners[0]
+        for tensor in self._tensors.values():
+            tensor.grad = None
+        with torch.no_grad():
+            results = self._graph(*self._tensors.values(), *batch.values())
+        gradients = dict(zip(self._trained, results, strict=False))
+        for name, gradient in gradients.items():
+            self._tensors[name].grad = gradient
+        for group in self._optimizer.param_groups:
+            if first.max_grad_norm is not None:
+                _clip(group["params"], first.max_grad_norm)
+            if group["name"] == "actor":
+                set_rate(group, first.learning_rate("actor"))
+        self._optimizer.step()
+        if not self._bound:
+            self._bind_optimizers()
+        if self._targets:
+            targets, sources = zip(*self._targets, strict=True)
+            torch._foreach_lerp_(list(targets), list(sources), first.target_updater.tau)
+        for target, source in self._copied:
+            target.copy_(source)
+        losses = torch.stack(list(results[len(self._trained) :]), -1)
+        self._sums += losses
+        self._batch = batch
+        for index, (learner, own) in enumerate(zip(self.learners, losses.unbind(), strict=True)):
+            learner.last_losses = own
+            learner.step_count += 1
+            self._counts[index] += 1
+
+    def release(self) -> None:
+        """Gives each agent tensors of its own again."""
+        for learner in self.learners:
+            learner.bring_up_to_date()
+            learner.catch_up = None
+            for optimizer in learner.optimizers:
+                for state in optimizer.state.values():
+                    state.update({name: _copy(value) for name, value in state.items()})
+        self._each(lambda index, tensor, stack: tensor.detach().clone())
+
+    def _each(self, replaced: Callable[[int, Tensor, Tensor], Tensor]) -> None:
+        for places in self._places.values():
+            for index, place in enumerate(places):
+                for name, (registers, key) in place.items():
+                    registers[key].data = replaced(index, registers[key], self._tensors[name])
+
+    def _stacked_optimizer(self) -> Optimizer:
+        optimizers = [learner.optimizers[0] for learner in self.learners]
+        groups = []
+        for group in optimizers[0].param_groups:
+            options = {name: _copy(value) for name, value in group.items() if name != "params"}
+            groups.append(options | {"params": [self._stack_of[id(parameter)] for parameter in group["params"]]})
+        stacked = Adam(groups)
+        for parameters in zip(*map(_parameters, optimizers), strict=True):
+            states = [
+                optimizer.state.get(parameter, {}) for optimizer, parameter in zip(optimizers, parameters, strict=True)
+            ]
+            if states[0]:
+                stacked.state[self._stack_of[id(parameters[0])]] = {
+                    name: torch.stack([state[name] for state in states]) if value.ndim else value.clone()
+                    for name, value in states[0].items()
+                }
+        return stacked
+
+    def _bind_optimizers(self) -> None:
+        """Each optimiser has the state of its own agent, and in common what all have: the count of steps."""
+        for index, learner in enumerate(self.learners):
+            for parameter in _parameters(learner.optimizers[0]):
+                if state := self._optimizer.state.get(self._stack_of[id(parameter)]):
+                    learner.optimizers[0].state[parameter] = {
+                        name: value[index] if value.ndim else value for name, value in state.items()
+                    }
+        self._bound = True
+
+    def _target_pairs(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+        by_address = {
+            registers[key].data_ptr(): self._stack_of[id(registers[key])]
+            for places in self._places.values()
+            for registers, key in places[0].values()
+        }
+        stacked: list[list[tuple[Tensor, Tensor]]] = []
+        for pairs in self.agents[0].loss.target_pairs():
+            stacked.append([])
+            for pair in pairs:
+                stacks = [by_address.get(tensor.data_ptr()) for tensor in pair]
+                target, source = (None if stack is None else stack.detach() for stack in stacks)
+                if target is None or source is None or source.shape != target.shape:
+                    raise ValueError("agents whose critics share parameters cannot be stacked: train them one by one")
+                stacked[-1].append((target, source))
+        return stacked[0], stacked[1]
+
+    def _publish(self, index: int) -> None:
+        """Tells a learner what it would know had it taken the steps itself."""
+        learner = self.learners[index]
+        if self._counts[index]:
+            batch = {name: tensor[index] for name, tensor in self._batch.items()}
+            learner.record(self._sums[index].clone(), self._counts[index], batch)
+            self._sums[index].zero_()
+            self._counts[index] = 0
+        rates = {group["name"]: group["lr"] for group in self._optimizer.param_groups}
+        for group in learner.optimizers[0].param_groups:
+            set_rate(group, rates[group["name"]])
+
+
+@contextmanager
+def _stacked(agents: Sequence[Agent]) -> Iterator[_Population]:
+    population = _Population(agents)
+    try:
+        yield population
+    finally:
+        population.release()
+
+
+def _check_alike(agents: Sequence[Agent]) -> None:
+    """Raises :class:`ValueError` unless one step can do for all."""
+    if len({id(agent.loss) for agent in agents}) != len(agents):
+        raise ValueError("every agent must be there once, and have a loss of its own")
+    for agent in agents:
+        learner = agent.learner
+        if len(learner.optimizers) != 1 or type(learner.optimizers[0]) is not Adam:
+            kinds = ", ".join(type(optimizer).__name__ for optimizer in learner.optimizers)
+            raise ValueError(f"agents that are trained together must have one Adam each, got {kinds}")
+        if learner.synchronize is not None:
+            raise ValueError("agents that are trained together cannot be trained by several processes, too")
+        # Known beforehand; others that draw are found out when they are traced.
+        if agent.config.actor_dropout or any(isinstance(module, nn.Dropout) for module in agent.loss.modules()):
+            raise ValueError("networks with dropout draw random numbers of their own: train the agents one by one")
+    first, *others = map(_common, agents)
+    for index, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                raise ValueError(
+                    f"agents that are trained together must differ in their seeds alone: {name} of agent {index} "
+                    f"is not that of the first: {other[name]!r}, {value!r}"
+                )
+
+
+def _common(agent: Agent) -> dict[str, Any]:
+    """What all agents of a population must have in common."""
+    document, tensors = agent.state()
+    learner = agent.learner
+    optimizer = learner.optimizers[0]
+    return {
+        "spaces": document["spaces"],
+        "config": document["config"],
+        "normalizers": document["normalizers"],
+        "device": agent.device,
+        "the number of steps": learner.step_count,
+        "compilation": learner.compiled,
+        "the actor's schedule": learner.actor_schedule_steps,
+        "the loss": (repr(agent.loss), [module.training for module in agent.loss.modules()]),
+        "the tensors": [
+            (name, tensor.shape, tensor.dtype)
+            for name, tensor in tensors.items()
+            if name.startswith(("loss.", "normalizers."))
+        ],
+        "statistics": [tensor.tolist() for name, tensor in tensors.items() if name.startswith("normalizers.")],
+        "frozen parameters": [name for name, parameter in agent.loss.named_parameters() if not parameter.requires_grad],
+        "the optimiser": [
+            {name: float(value) if name == "lr" else value for name, value in group.items() if name != "params"}
+            for group in optimizer.param_groups
+        ],
+        "the optimiser's steps": [
+            float(state["step"]) if (state := optimizer.state.get(parameter)) else None
+            for parameter in _parameters(optimizer)
+        ],
+    }
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _clip(parameters: Sequence[nn.Parameter], largest: float) -> None:
+    """Scales the gradients of each agent down to a norm, as :func:`torch.nn.utils.clip_grad_norm_` does for one."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
+    scale = (largest / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale.view(-1, *[1] * (gradient.ndim - 1)))

@@ -1,0 +1,338 @@
+"""Agents trained together: each ends where it would have come to on its own."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from agents import SPACES, make_dataset
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+from iql_plugins import population
+from iql_plugins.agent import Agent, assemble_loss
+from iql_plugins.config import IQLConfig
+from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.gradients import compiler_available
+from iql_plugins.learner import Learner
+from iql_plugins.networks import critic, gaussian_actor
+from iql_plugins.population import fit_together
+
+STEPS = 20
+VECTORS = ["continuous", "discrete", "dict"]
+
+needs_compiler = pytest.mark.skipif(not compiler_available(torch.device("cpu")), reason="there is no compiler")
+
+
+def make(kind: str, seed: int, **hyperparameters: Any) -> Agent:
+    spaces, dataset = SPACES[kind], make_dataset(SPACES[kind])
+    options = {"n_steps": 2 * STEPS, "batch_size": 8, "hidden_sizes": (8, 8), "compile": "no"} | hyperparameters
+    config = IQLConfig(normalize_observations=kind != "image", **options)
+    normalizers = Normalizers.fit(dataset, spaces, config)
+    return Agent(spaces, config, normalizers=normalizers, seed=seed, device=torch.empty(0).device)
+
+
+@pytest.fixture
+def alike(kind: str) -> Callable[..., list[Agent]]:
+    """Makes agents of three seeds, always the same ones; the data are drawn as often as there are agents."""
+
+    def agents(count: int = 3, **hyperparameters: Any) -> list[Agent]:
+        made = []
+        for seed in range(count):
+            torch.manual_seed(0)
+            made.append(make(kind, seed, **hyperparameters))
+        return made
+
+    return agents
+
+
+def dataset_of(kind: str) -> Any:
+    torch.manual_seed(0)
+    return make_dataset(SPACES[kind])
+
+
+def assert_equal(agent: Agent, alone: Agent, tolerance: float = 1e-5) -> None:
+    """All that a checkpoint holds, random state and step included, and what was measured since the last look."""
+    (document, tensors), (expected_document, expected) = agent.state(), alone.state()
+    assert document == expected_document
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(tensors[name], tensor, atol=tolerance, rtol=tolerance, msg=name)
+    assert agent.learner.metrics() == pytest.approx(alone.learner.metrics(), rel=1e-4, abs=1e-4)
+    assert agent.learner.last_losses is not None
+    torch.testing.assert_close(agent.learner.last_losses, alone.learner.last_losses, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", VECTORS)
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1, "n_critics": 3, "polyak": 0.3}])
+def test_each_agent_ends_where_it_would_have_alone(
+    kind: str, options: dict[str, Any], alike: Callable[..., list[Agent]]
+) -> None:
+    dataset = dataset_of(kind)
+    together, alone = alike(**options), alike(**options)
+    for agent in alone:
+        agent.fit(dataset, STEPS)
+    fit_together(together, dataset, STEPS)
+    for agent, other in zip(together, alone, strict=True):
+        assert_equal(agent, other)
+    before = {name: tensor.clone() for name, tensor in together[0].state()[1].items()}
+    assert any(not torch.equal(tensor, together[1].state()[1][name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("kind", ["image"])
+def test_images_are_trained_together_to_the_precision_of_their_gradients(
+    kind: str, alike: Callable[..., list[Agent]]
+) -> None:
+    dataset = dataset_of(kind)
+    together, alone = alike(2), alike(2)
+    for agent in alone:
+        agent.fit(dataset, 1)
+    fit_together(together, dataset, 1)
+    for agent, other in zip(together, alone, strict=True):
+        assert agent.learner.last_losses is not None
+        torch.testing.assert_close(agent.learner.last_losses, other.learner.last_losses)
+
+
+def test_together_alone_and_together_again_is_one_training(kind: str, alike: Callable[..., list[Agent]]) -> None:
+    dataset = dataset_of(kind)
+    together, alone = alike(), alike()
+    fit_together(together, dataset, 5)
+    for agent in together:
+        agent.fit(dataset, 5)
+    fit_together(together, dataset, 10)
+    for agent, other in zip(together, alone, strict=True):
+        other.fit(dataset, 20)
+        assert_equal(agent, other)
+
+
+def test_on_the_way_agents_act_measure_and_are_saved(
+    kind: str, alike: Callable[..., list[Agent]], tmp_path: Path
+) -> None:
+    dataset = dataset_of(kind)
+    together, alone = alike(2), alike(2)
+    seen: list[tuple[int, Any, dict[str, float]]] = []
+    expected: list[tuple[int, Any, dict[str, float]]] = []
+
+    def look(agent: Agent, notes: list[Any], path: Path | None) -> Callable[[int], None]:
+        def callback(step: int) -> None:
+            if step in (3, 7):
+                notes.append((step, agent.act(torch.zeros(3)), agent.learner.metrics()))
+            if step == 7 and path is not None:
+                agent.save(path)
+
+        return callback
+
+    looks = [look(together[0], seen, None), look(together[1], [], tmp_path / "middle.safetensors")]
+    fit_together(together, dataset, 10, lambda step: [each(step) for each in looks])
+    alone[0].fit(dataset, 10, look(alone[0], expected, None))
+    for (step, action, metrics), (other_step, other_action, other_metrics) in zip(seen, expected, strict=True):
+        assert step == other_step
+        torch.testing.assert_close(action, other_action, atol=1e-5, rtol=1e-5)
+        assert metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-4)
+    # The last three steps are still to be told.
+    assert together[0].learner.metrics().keys() == metrics.keys()
+    resumed = Agent.load(tmp_path / "middle.safetensors", device=together[1].device)
+    resumed.fit(dataset, 3)
+    alone[1].fit(dataset, 10)
+    (document, tensors), (expected_document, expected_tensors) = resumed.state(), alone[1].state()
+    assert document == expected_document
+    for name, tensor in expected_tensors.items():
+        torch.testing.assert_close(tensors[name], tensor, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_agents_are_on_their_own_again_whatever_happens(kind: str, alike: Callable[..., list[Agent]]) -> None:
+    together, alone = alike(), alike()
+    dataset = dataset_of(kind)
+
+    def interrupt(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_together(together, dataset, 10, interrupt)
+    for agent, other in zip(together, alone, strict=True):
+        other.fit(dataset, 5)
+        assert_equal(agent, other)
+        for tensor in agent.state()[1].values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    storages = [tensor.data_ptr() for agent in together for tensor in agent.loss.parameters()]
+    assert len(set(storages)) == len(storages)
+
+
+def test_one_agent_is_trained_as_ever(kind: str, alike: Callable[..., list[Agent]]) -> None:
+    (agent,), (other,) = alike(1), alike(1)
+    dataset = dataset_of(kind)
+    fit_together([agent], dataset, 3)
+    other.fit(dataset, 3)
+    assert_equal(agent, other, tolerance=0.0)
+
+
+def _frozen(agent: Agent) -> None:
+    next(iter(agent.loss.actor_network.parameters())).requires_grad_(False)
+
+
+def _slower(agent: Agent) -> None:
+    agent.learner.set_learning_rate("critic", 1e-5)
+
+
+def _evaluated(agent: Agent) -> None:
+    agent.loss.eval()
+
+
+def _sharper(agent: Agent) -> None:
+    agent.loss.expectile = 0.9
+
+
+def _further(agent: Agent) -> None:
+    agent.learner.step_count += 1
+
+
+def _other_betas(agent: Agent) -> None:
+    agent.learner.optimizers[0].param_groups[0]["betas"] = (0.5, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_frozen, "frozen parameters of agent 2"),
+        (_slower, "config of agent 2"),
+        (_evaluated, "the loss of agent 2"),
+        (_sharper, "config of agent 2"),
+        (_further, "the number of steps of agent 2"),
+        (_other_betas, "the optimiser of agent 2"),
+    ],
+)
+def test_agents_that_differ_in_more_than_their_seeds_are_refused(
+    kind: str, change: Callable[[Agent], None], message: str, alike: Callable[..., list[Agent]]
+) -> None:
+    agents = alike()
+    change(agents[2])
+    states = [{name: tensor.clone() for name, tensor in agent.loss.state_dict().items()} for agent in agents]
+    with pytest.raises(ValueError, match=f"must differ in their seeds alone: {message} is not that of the first"):
+        fit_together(agents, dataset_of(kind), 3)
+    for agent, state in zip(agents, states, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in agent.loss.state_dict().items())
+
+
+def test_other_statistics_or_sizes_are_refused(kind: str, alike: Callable[..., list[Agent]]) -> None:
+    first, second = alike(2)
+    wide = make(kind, 1, hidden_sizes=(16, 8))
+    with pytest.raises(ValueError, match=r"config of agent 1"):
+        fit_together([first, wide], dataset_of(kind), 3)
+    name = next(name for name, _ in second.normalizers.named_buffers() if "mean" in name)
+    second.normalizers.get_buffer(name).add_(1.0)
+    with pytest.raises(ValueError, match=r"(normalizers|statistics) of agent 1"):
+        fit_together([first, second], dataset_of(kind), 3)
+
+
+def test_what_cannot_be_stacked_is_refused(kind: str, alike: Callable[..., list[Agent]]) -> None:
+    dataset = dataset_of(kind)
+    (agent,) = alike(1)
+    with pytest.raises(ValueError, match="every agent must be there once"):
+        fit_together([agent, agent], dataset, 1)
+    with pytest.raises(ValueError, match="networks with dropout draw random numbers of their own"):
+        fit_together(alike(actor_dropout=0.5), dataset, 1)
+    others = alike(2)
+    for other in others:
+        other.learner.synchronize = lambda: None
+    with pytest.raises(ValueError, match="several processes"):
+        fit_together(others, dataset, 1)
+    others = alike(2)
+    for other in others:
+        other.learner.optimizers = [torch.optim.SGD(other.loss.parameters(), lr=0.1)]
+    with pytest.raises(ValueError, match="must have one Adam each, got SGD"):
+        fit_together(others, dataset, 1)
+
+
+class Noisy(nn.Module):
+    """V that draws random numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        return self.linear(observation + torch.randn_like(observation))
+
+
+def custom(seed: int, make_value: Callable[[], nn.Module]) -> Agent:
+    torch.manual_seed(seed)
+    value = make_value()
+    config = IQLConfig(n_steps=10, batch_size=8, compile="no")
+    network = TensorDictModule(value, ["observation"], ["state_value"])
+    loss = assemble_loss(
+        config, gaussian_actor(3, 2, hidden_sizes=(4,)), critic(3, 2, hidden_sizes=(4,)), network, discrete=False
+    )
+    return Agent(SPACES["continuous"], config, loss=loss, seed=seed)
+
+
+def test_networks_of_your_own_that_draw_are_refused_before_anything_is_trained() -> None:
+    agents = [custom(seed, Noisy) for seed in range(2)]
+    with pytest.raises(ValueError, match=r"the networks cannot be stacked: .*random"):
+        fit_together(agents, dataset_of("continuous"), 3)
+    assert all(agent.learner.step_count == 0 for agent in agents)
+    assert torch.equal(agents[0].generator.get_state(), custom(0, Noisy).generator.get_state())
+    for agent in agents:
+        agent.fit(dataset_of("continuous"), 1)
+
+
+def test_networks_of_your_own_are_stacked() -> None:
+    together, alone = ([custom(seed, lambda: nn.Linear(3, 1)) for seed in range(2)] for _ in range(2))
+    dataset = dataset_of("continuous")
+    fit_together(together, dataset, 5)
+    for agent, other in zip(together, alone, strict=True):
+        other.fit(dataset, 5)
+        torch.testing.assert_close(agent.loss.state_dict(), other.loss.state_dict(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_discrete_action_out_of_range_is_refused() -> None:
+    agents = [make("discrete", seed) for seed in range(2)]
+    stacked = population._Population(agents)
+    batch = agents[0].transitions(dataset_of("discrete")).batch(torch.arange(16))
+    batch = {name: rows.unflatten(0, (2, 8)) for name, rows in batch.items()}
+    stacked.prepare(batch)
+    stacked.step(batch)
+    action = batch["action"].clone()
+    action[1, 3] = 4
+    with pytest.raises(RuntimeError, match="'action' must be from 0 to 3"):
+        stacked.step(batch | {"action": action})
+
+
+def test_a_frozen_network_stays_as_it_is(kind: str, alike: Callable[..., list[Agent]]) -> None:
+    dataset = dataset_of(kind)
+    made: list[list[Agent]] = []
+    for _ in range(2):
+        agents = alike(2)
+        for index, agent in enumerate(agents):
+            agent.loss.value_network.requires_grad_(False)
+            learner = Learner.from_config(agent.loss, agent.config, seed=index)
+            agents[index] = Agent(
+                agent.spaces,
+                agent.config,
+                normalizers=agent.normalizers,
+                loss=agent.loss,
+                learner=learner,
+                seed=index,
+                device=agent.device,
+            )
+        made.append(agents)
+    together, alone = made
+    fit_together(together, dataset, 5)
+    for agent, other in zip(together, alone, strict=True):
+        other.fit(dataset, 5)
+        assert_equal(agent, other)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", VECTORS)
+def test_compiled_agents_end_where_each_would_have_alone(kind: str, alike: Callable[..., list[Agent]]) -> None:
+    dataset = dataset_of(kind)
+    together, alone = alike(compile="yes", n_steps=100), alike(n_steps=100)
+    fit_together(together, dataset, 100)
+    for agent, other in zip(together, alone, strict=True):
+        other.fit(dataset, 100)
+        torch.testing.assert_close(agent.loss.state_dict(), other.loss.state_dict(), atol=1e-5, rtol=1e-5)
+        assert agent.learner.metrics() == pytest.approx(other.learner.metrics(), rel=1e-4, abs=1e-4)
+        assert agent.learner.warm_up_seconds > 0.0
