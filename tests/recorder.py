@@ -107,7 +107,7 @@ def refuse_host_reads(func: Any, args: Any, kwargs: Any) -> None:
     """
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     moved = kwargs.get("device") is not None and any(
-        tensor.device != torch.device(kwargs["device"]) for tensor in tensors_of(args)
+        tensor.device.type != torch.device(kwargs["device"]).type for tensor in tensors_of(args)
     )
     if tags & set(func.tags) or moved or func is torch.ops.aten.lift_fresh.default:
         raise HostReadError(f"{func} waits for the device")

@@ -1,6 +1,7 @@
 """A captured step is the ordinary one: on the CPU with emulated CUDA graphs, on a GPU with real ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,25 @@ def test_the_emulation_notices_what_waits() -> None:
             wait()
 
 
+def test_an_optimiser_is_declared_capturable_while_it_is_captured_alone(recorder: Recorder) -> None:
+    """Torch refuses to capture one that is not, and warns of one that is and steps outside."""
+    declared: list[bool] = []
+
+    class Declaring(Adam):
+        def step(self, closure: Any = None) -> Any:
+            declared.extend(group["capturable"] for group in self.param_groups)
+            return super().step(closure)
+
+    def make_optimizers(groups: Groups) -> list[Optimizer]:
+        return [Declaring([group | {"lr": torch.tensor(group["lr"])}], fused=True) for group in groups]
+
+    learner = make_learner("continuous", capture=True, make_optimizers=make_optimizers)
+    train((learner,), "continuous", ORDINARY + 2)
+    train((learner,), "continuous", 1, size=3)
+    assert declared == [False] * 3 * ORDINARY + [True] * 3 + [False] * 3
+    assert recorder.replays == 2
+
+
 def test_gradients_are_not_left_in_a_graph_s_memory(recorder: Recorder) -> None:
     learners = pair("continuous")
     train(learners, "continuous", ORDINARY + 1)
@@ -348,6 +368,60 @@ def test_a_capture_that_fails_trains_nothing(recorder: Recorder, monkeypatch: py
     waits.clear()
     train(learners, "continuous", 3)
     assert_same(*learners)
+
+
+@pytest.mark.slow
+def test_a_mode_reaches_the_compiler_and_leaves_no_gradients() -> None:
+    reduced, plain = (make_learner("continuous", compile=True, mode=mode) for mode in ("reduce-overhead", None))
+    train((reduced, plain), "continuous", 3)
+    assert reduced._gradients.mode == "reduce-overhead"
+    assert_close(reduced, plain, 1e-5)
+    assert {type(parameter.grad) for parameter in reduced.loss.parameters()} == {type(None)}
+
+
+def test_a_gpu_s_streams_wait_for_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls alone: a step beside the caller's stream comes after what is in it, and before what follows."""
+    events: list[Any] = []
+
+    class Stream:
+        def __init__(self, name: Any) -> None:
+            self.device = self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            events.append((self.name, "waits for", other.name))
+
+    class Graph:
+        def replay(self) -> None:
+            events.append("replay")
+
+    names = iter(["aside", "captured"])
+
+    @contextmanager
+    def entered(*arguments: Any, **options: Any) -> Iterator[None]:
+        stream = options.pop("stream", arguments[0])
+        events.append((stream.name, options))
+        yield
+        events.append("left")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(next(names)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current"))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    monkeypatch.setattr(torch.cuda, "graph", entered)
+
+    def compute() -> Tensor:
+        events.append("compute")
+        return torch.zeros(4)
+
+    graphs = captured.graphs_on(torch.device("cuda"))
+    graphs.aside(compute)
+    waits = ("aside", "waits for", "current"), ("current", "waits for", "aside")
+    assert events == [waits[0], ("aside", {}), "compute", "left", waits[1]]
+    events.clear()
+    replay = graphs.capture(compute)
+    assert events == [("captured", {"capture_error_mode": "thread_local"}), "compute", "left"]
+    assert replay() is replay()
+    assert events[3:] == ["replay", "replay"]
 
 
 # What is refused

@@ -186,7 +186,7 @@ class Bench:
     """Gradient steps in a round: many, so that what a library does once in a call counts little; auto takes 200, on a
     GPU 1000."""
     device: str = "auto"
-    """Torch's name of the device; auto takes the GPU if there is one, where the step is measured as a CUDA graph, too."""
+    """Torch's name of the device; auto takes the GPU if there is one. There, CUDA graphs are measured, too."""
     threads: int | None = None
     """Torch's threads; by default as many as torch takes."""
     plot: str | None = None

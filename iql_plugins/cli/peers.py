@@ -85,12 +85,13 @@ def dataset_of(size: Size) -> TensorDict:
 
     terminated = torch.rand(count, 1, generator=generator) < 0.01
     terminated[-1] = True
+    observation = normal(size.observation)
     return TensorDict(
         {
-            "observation": normal(size.observation),
+            "observation": observation,
             "action": (normal(size.action) / 2).clamp(-0.99, 0.99),
             "next": {
-                "observation": normal(size.observation),
+                "observation": torch.where(terminated, normal(size.observation), observation.roll(-1, 0)),
                 "reward": normal(1),
                 "done": terminated,
                 "terminated": terminated.clone(),
