@@ -1,6 +1,9 @@
 """All four adapters keep to the contract that every adapter must keep to."""
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,3 +79,34 @@ def test_the_command_line_knows_a_native_file_by_its_suffix() -> None:
         pytest.importorskip(framework)
     suffixes = {name: getattr(iql_plugins.load(name).training, "suffix", None) for name in BATCHES}
     assert suffixes == {"tensor": ".safetensors", "sb3": ".zip", "d3rlpy": ".d3", "torchrl": ".pt"}
+
+
+MEMORY = """
+import gc, sys
+from pathlib import Path
+from iql_plugins.agent import Agent
+from iql_plugins.cli.peers import Size, config_of, dataset_of, spaces_of
+from iql_plugins.cli.training import adapter_training
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+size = Size(transitions=1_000_000, hidden=8, batch=8)
+data = dataset_of(size)
+training = adapter_training(sys.argv[1])
+algorithm = training.from_agent(Agent(spaces_of(size), config_of(size, "no"), seed=0))
+training.fit(algorithm, data[:1000].clone(), 2, lambda step: None)
+gc.collect()
+before, seen = resident_bytes(), []
+training.fit(algorithm, data, 2, lambda step: seen.append(resident_bytes()))
+print((max(seen) - before) / sum(tensor.nbytes for tensor in data.values(True, True)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for its memory in /proc")
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_a_million_transitions_take_their_packed_size_once(name: str) -> None:
+    # In a process of its own, where nothing has left memory to take from.
+    process = subprocess.run([sys.executable, "-c", MEMORY, name], capture_output=True, text=True, check=True)
+    assert float(process.stdout.split()[-1]) < 1.6
