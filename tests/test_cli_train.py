@@ -693,7 +693,7 @@ def test_the_time_for_compiling_is_reported(run: Run) -> None:
     document = json.loads((Path("runs") / os.listdir("runs")[0] / "results.json").read_text())
     for unit in document["by_seed"]:
         assert 0.0 < unit["warm_up_seconds"] < unit["seconds"]
-    _, out, _ = run("train", *SEEDS, "--seeds", "1", "--baseline", "none")
+    _, out, _ = run("train", *SEEDS, "--seeds", "2", "--stack", "2", "--baseline", "none")
     assert "compiled" not in out
 
 

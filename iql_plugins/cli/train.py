@@ -367,8 +367,8 @@ def _closing_lines(settings: Settings, document: dict[str, Any], outcomes: Seque
             f"{settings.env}: {settings.episodes} episodes, {len(settings.seeds)} seed(s); best: of the evaluations on "
             "the way, by other episodes"
         )
-    if warm_up := sum(outcome.warm_up_seconds for outcome in outcomes):
-        lines.append(f"compiled in {warm_up:.1f} s in all")
+    if settings.hyperparameters.compile == "yes":
+        lines.append(f"compiled in {sum(outcome.warm_up_seconds for outcome in outcomes):.1f} s in all")
     lines.append(f"policy: {document['policy']}")
     lines.append(f"learning curve: {document['learning_curve']}")
     return lines

@@ -78,7 +78,7 @@ class Outcome:
         metrics: the last row of metrics.csv.
         seconds: that this process took for its gradient steps and evaluations on the way; with those of the trainings
             that took their steps together with it.
-        warm_up_seconds: of these, its share of the time for compiling.
+        warm_up_seconds: of these, its share of the time for tracing and compiling.
         steps: gradient steps that this process took.
     """
 
