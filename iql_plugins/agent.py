@@ -395,6 +395,10 @@ class Agent:
             custom.append(_DTYPE)
         return custom
 
+    def options(self) -> dict[str, Any]:
+        """What is set on the loss and is no hyper-parameter."""
+        return {name: _option(self.loss, name) for name in _OPTIONS}
+
     def _config_in_force(self) -> IQLConfig:
         """The configuration with what was changed in the loss or the learner since."""
         learner = self.learner

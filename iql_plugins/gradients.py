@@ -37,10 +37,11 @@ class LossGradients:
     The gradient is that of ``loss_actor + loss_qvalue + loss_value``; each loss reaches its own network.
 
     Compiled, losses and gradients become *one* graph of plain tensors, traced once for each signature of a batch
-    (names, shapes, dtypes, devices) and of what is set on the loss: neither a backward pass nor autograd's bookkeeping
-    is left at run time. What the loss checks on shapes and dtypes it checks while it is traced; networks must not
-    hide state from torch, such as a Python counter. After 8 graphs further signatures are computed uncompiled, so that
-    what compilation costs is bounded.
+    (names, shapes, dtypes, devices), of what is set on the loss, and of autocast: neither a backward pass nor
+    autograd's bookkeeping is left at run time. What the loss checks on shapes and dtypes it checks while it is traced;
+    networks must not hide state from torch, such as a Python counter, nor may their modules be replaced. After 8
+    graphs further signatures are computed uncompiled, so that what compilation costs is bounded; so are all with
+    ``check_finite``, which reads the batch on the host.
 
     Args:
         loss: with ``reduction="mean"`` or ``"sum"`` and all of its outputs selected.
@@ -81,7 +82,7 @@ class LossGradients:
         Returns:
             ``loss_actor``, ``loss_qvalue``, ``loss_value`` and ``entropy``: ``[]`` each, detached.
         """
-        return self._compiled(batch) if self.compile else self._eager(batch)
+        return self._compiled(batch) if self.compile and not self.loss.check_finite else self._eager(batch)
 
     def _look_up(self) -> None:
         # Walking the modules takes longer than small kernels: where their tensors are is looked up once, which ones
@@ -133,7 +134,9 @@ class LossGradients:
             state: of :meth:`state`.
             batch: keyword tensors by the key layout.
         """
-        return _signature(batch), _signature(state), tuple(_trained(state)), self._settings()
+        device = next(iter(state.values())).device.type
+        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        return _signature(batch), _signature(state), tuple(_trained(state)), self._settings(), autocast
 
     def _settings(self) -> tuple[Any, ...]:
         """What is set on the loss."""
@@ -141,7 +144,7 @@ class LossGradients:
         return (
             (loss.expectile, loss.temperature, loss.max_weight, loss.loss_function, loss.reduction),
             (loss.use_prioritized_weights, loss.loss_mask_key, *vars(loss.tensor_keys).values()),
-            (loss.value_estimator, loss.vmap_randomness, loss.deactivate_vmap),
+            (loss.value_estimator, loss.vmap_randomness, loss.deactivate_vmap, loss.check_finite),
             tuple([module.training for module in self._modules]),
         )
 

@@ -18,7 +18,7 @@ from iql_plugins.keys import flat_name
 from iql_plugins.loss import IQLLoss
 from iql_plugins.targets import SoftUpdate
 
-__all__ = ["Groups", "Learner", "adam", "cosine_decay", "resolve_compile", "set_rate"]
+__all__ = ["Groups", "Learner", "adam", "cosine_decay", "resolve_compile", "scheduled_rate", "set_rate"]
 
 NETWORKS = ("actor", "critic", "value")
 #: Compilation takes some five seconds (ten on a slow machine), and saves one to two milliseconds a step.
@@ -41,6 +41,11 @@ def cosine_decay(step: int, horizon: int) -> float:
         horizon: T >= 1.
     """
     return 0.5 * (1.0 + math.cos(math.pi * min(step / horizon, 1.0)))
+
+
+def scheduled_rate(rate: float, step: int, horizon: int | None) -> float:
+    """The actor's rate after so many steps; a horizon of None keeps it."""
+    return rate * (1.0 if horizon is None else cosine_decay(step, horizon))
 
 
 def resolve_compile(choice: Literal["auto", "yes", "no"], n_steps: int, device: torch.device) -> Literal["yes", "no"]:
@@ -211,8 +216,7 @@ class Learner:
         """The rate of ``"actor"``, ``"critic"`` or ``"value"`` in the next step, the actor's schedule included."""
         if network != "actor":
             return float(self._groups[network]["lr"])
-        horizon = self.actor_schedule_steps
-        return self._base_actor_rate * (1.0 if horizon is None else cosine_decay(self.step_count, horizon))
+        return scheduled_rate(self._base_actor_rate, self.step_count, self.actor_schedule_steps)
 
     def set_learning_rate(self, network: str, rate: float) -> None:
         """Sets a rate, the actor's before its schedule.

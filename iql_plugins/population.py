@@ -17,7 +17,7 @@ from torch.optim import Adam, Optimizer
 
 from iql_plugins.agent import Agent
 from iql_plugins.gradients import Graph, compiled, slots, traced
-from iql_plugins.learner import set_rate
+from iql_plugins.learner import scheduled_rate, set_rate
 
 __all__ = ["fit_together"]
 
@@ -28,7 +28,8 @@ def fit_together(
     """Trains agents on a dataset, each as :meth:`~iql_plugins.agent.Agent.fit` would: on batches of its own generator.
 
     Meanwhile the agents' parameters and the state of their optimisers are views of stacked tensors: they can act, be
-    saved and tell their metrics at any time. What is set on a loss or a learner meanwhile counts from the next call.
+    saved and tell their metrics at any time, and weights can be loaded into their losses. What is set on a loss or a
+    learner meanwhile counts from the next call.
 
     Args:
         agents: alike in all but their seeds: spaces, hyper-parameters, normalisers, networks, steps taken, and one
@@ -40,6 +41,7 @@ def fit_together(
     Raises:
         ValueError: unless the agents are alike and can be stacked, or for a dataset that does not fit; says what
             differs. Nothing was trained.
+        RuntimeError: if the callback trains an agent, loads a learner's state, or moves a loss.
     """
     if len(agents) == 1:
         agents[0].fit(dataset, n_steps, callback)
@@ -86,6 +88,10 @@ class _Population:
         # Last: nothing above changes an agent.
         self._each(lambda index, tensor, stack: stack.detach()[index])
         self._bound = False
+        first = self.learners[0]
+        self._actor_rate, self._horizon = first.base_rates().get("actor", 0.0), first.actor_schedule_steps
+        self._max_grad_norm, self._tau = first.max_grad_norm, first.target_updater.tau
+        self._step_count = first.step_count
         self._sums = torch.zeros(len(agents), 4, device=agents[0].device)
         self._counts = [0] * len(agents)
         self._batch: dict[str, Tensor] = {}
@@ -112,7 +118,7 @@ class _Population:
 
     def step(self, batch: dict[str, Tensor]) -> None:
         """One gradient step of every agent, on a batch like the one of :meth:`prepare`."""
-        first = self.learners[0]
+        self._check_steps()
         for tensor in self._tensors.values():
             tensor.grad = None
         with torch.no_grad():
@@ -121,35 +127,63 @@ class _Population:
         for name, gradient in gradients.items():
             self._tensors[name].grad = gradient
         for group in self._optimizer.param_groups:
-            if first.max_grad_norm is not None:
-                _clip(group["params"], first.max_grad_norm)
+            if self._max_grad_norm is not None:
+                _clip(group["params"], self._max_grad_norm)
             if group["name"] == "actor":
-                set_rate(group, first.learning_rate("actor"))
+                set_rate(group, scheduled_rate(self._actor_rate, self._step_count, self._horizon))
         self._optimizer.step()
         if not self._bound:
             self._bind_optimizers()
         if self._targets:
             targets, sources = zip(*self._targets, strict=True)
-            torch._foreach_lerp_(list(targets), list(sources), first.target_updater.tau)
+            torch._foreach_lerp_(list(targets), list(sources), self._tau)
         for target, source in self._copied:
             target.copy_(source)
         losses = torch.stack(list(results[len(self._trained) :]), -1)
         self._sums += losses
         self._batch = batch
+        self._step_count += 1
         for index, (learner, own) in enumerate(zip(self.learners, losses.unbind(), strict=True)):
             learner.last_losses = own
-            learner.step_count += 1
+            learner.step_count = self._step_count
             self._counts[index] += 1
+
+    def check(self) -> None:
+        """Raises :class:`RuntimeError` if an agent is not what was trained."""
+        self._check_steps()
+        for index, learner in enumerate(self.learners):
+            optimizer = learner.optimizers[0]
+            own: list[tuple[Tensor | None, Tensor]] = [
+                (registers[key], self._tensors[name])
+                for places in self._places.values()
+                for name, (registers, key) in places[index].items()
+            ]
+            if self._bound:
+                for parameter in _parameters(optimizer):
+                    state = self._optimizer.state.get(self._stack_of[id(parameter)], {})
+                    moments = optimizer.state.get(parameter, {})
+                    own += [(moments.get(name), value) for name, value in state.items() if value.ndim]
+            for tensor, stack in own:
+                if tensor is None or tensor.data_ptr() != stack[index].data_ptr():
+                    raise RuntimeError(_interfered(index))
+
+    def _check_steps(self) -> None:
+        for index, learner in enumerate(self.learners):
+            if learner.step_count != self._step_count:
+                raise RuntimeError(_interfered(index))
 
     def release(self) -> None:
         """Gives each agent tensors of its own again."""
-        for learner in self.learners:
-            learner.bring_up_to_date()
-            learner.catch_up = None
-            for optimizer in learner.optimizers:
-                for state in optimizer.state.values():
-                    state.update({name: _copy(value) for name, value in state.items()})
-        self._each(lambda index, tensor, stack: tensor.detach().clone())
+        try:
+            for learner in self.learners:
+                learner.bring_up_to_date()
+        finally:
+            for learner in self.learners:
+                learner.catch_up = None
+                for optimizer in learner.optimizers:
+                    for state in optimizer.state.values():
+                        state.update({name: _copy(value) for name, value in state.items()})
+            self._each(lambda index, tensor, stack: tensor.detach().clone())
 
     def _each(self, replaced: Callable[[int, Tensor, Tensor], Tensor]) -> None:
         for places in self._places.values():
@@ -210,9 +244,9 @@ class _Population:
             learner.record(self._sums[index].clone(), self._counts[index], batch)
             self._sums[index].zero_()
             self._counts[index] = 0
-        rates = {group["name"]: group["lr"] for group in self._optimizer.param_groups}
-        for group in learner.optimizers[0].param_groups:
-            set_rate(group, rates[group["name"]])
+        for group, stacked in zip(learner.optimizers[0].param_groups, self._optimizer.param_groups, strict=True):
+            if group["name"] == "actor":
+                set_rate(group, stacked["lr"])
 
 
 @contextmanager
@@ -220,16 +254,24 @@ def _stacked(agents: Sequence[Agent]) -> Iterator[_Population]:
     population = _Population(agents)
     try:
         yield population
+        population.check()
     finally:
         population.release()
 
 
 def _check_alike(agents: Sequence[Agent]) -> None:
     """Raises :class:`ValueError` unless one step can do for all."""
+    if not agents:
+        raise ValueError("there is no agent to train")
     if len({id(agent.loss) for agent in agents}) != len(agents):
         raise ValueError("every agent must be there once, and have a loss of its own")
+    tensors = [{id(tensor) for tensor in (*agent.loss.parameters(), *agent.loss.buffers())} for agent in agents]
+    if len(set[int]().union(*tensors)) != sum(map(len, tensors)):
+        raise ValueError("agents that are trained together must not share parameters or buffers with each other")
     for agent in agents:
         learner = agent.learner
+        if learner.catch_up is not None:
+            raise ValueError("an agent is being trained together with others already: wait until that is through")
         if len(learner.optimizers) != 1 or type(learner.optimizers[0]) is not Adam:
             kinds = ", ".join(type(optimizer).__name__ for optimizer in learner.optimizers)
             raise ValueError(f"agents that are trained together must have one Adam each, got {kinds}")
@@ -261,6 +303,7 @@ def _common(agent: Agent) -> dict[str, Any]:
         "the number of steps": learner.step_count,
         "compilation": learner.compiled,
         "the actor's schedule": learner.actor_schedule_steps,
+        "the settings of the loss": agent.options(),
         "the loss": (repr(agent.loss), [module.training for module in agent.loss.modules()]),
         "the tensors": [
             (name, tensor.shape, tensor.dtype)
@@ -282,6 +325,13 @@ def _common(agent: Agent) -> dict[str, Any]:
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _interfered(index: int) -> str:
+    return (
+        f"agent {index} was trained, moved, or given another state while it was trained together with others: "
+        "a callback may read agents, and load weights into their losses; stop, change them, and train them again"
+    )
 
 
 def _copy(value: Any) -> Any:

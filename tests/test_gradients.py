@@ -137,6 +137,39 @@ def test_evaluation_mode_is_another_graph(graphs: list[Any]) -> None:
     assert not torch.equal(evaluated[3], trained[3])
 
 
+def test_autocast_is_another_graph(graphs: list[Any]) -> None:
+    loss, batch = make_loss("continuous"), keywords(make_batch("continuous"))
+    compiled = LossGradients(loss, compile=True)
+    losses = []
+    for enabled in (False, True, False):
+        with torch.autocast(batch["action"].device.type, torch.bfloat16, enabled=enabled):
+            losses.append(torch.stack(compiled(batch)))
+            torch.testing.assert_close(losses[-1], torch.stack(LossGradients(loss)(batch)))
+    assert len(graphs) == 2
+    assert torch.equal(losses[0], losses[2])
+    assert not torch.equal(losses[0], losses[1])
+
+
+def test_inputs_that_are_to_be_checked_are_checked_at_every_call(graphs: list[Any]) -> None:
+    loss, batch = make_loss("continuous", check_finite=True), keywords(make_batch("continuous"))
+    compiled = LossGradients(loss, compile=True)
+    for check in (True, False, True):
+        loss.check_finite = check
+        both(loss, batch, compiled)
+    with pytest.raises(ValueError, match=r"reward'\) is not finite"):
+        compiled(batch | {"next_reward": torch.full((6, 1), torch.nan)})
+
+
+def test_one_tensor_given_twice_and_tensors_at_odd_addresses_are_nothing_special(graphs: list[Any]) -> None:
+    loss, batch = make_loss("continuous"), keywords(make_batch("continuous"))
+    compiled = LossGradients(loss, compile=True)
+    both(loss, batch | {"next_observation": batch["observation"]}, compiled)
+    both(loss, batch, compiled)
+    odd = {name: torch.cat([tensor.flatten()[:1], tensor.flatten()]) for name, tensor in batch.items()}
+    both(loss, {name: odd[name][1:].view_as(tensor) for name, tensor in batch.items()}, compiled)
+    assert len(graphs) == 1
+
+
 def test_frozen_parameters_get_no_gradient_and_the_others_keep_theirs(kind: str, graphs: list[Any]) -> None:
     loss, batch = make_loss(kind), keywords(make_batch(kind))
     compiled = LossGradients(loss, compile=True)
@@ -145,6 +178,24 @@ def test_frozen_parameters_get_no_gradient_and_the_others_keep_theirs(kind: str,
     first.requires_grad_(False)
     both(loss, batch, compiled)
     assert first.grad is None
+
+
+class Weighed(nn.Module):
+    """V of products with factors, one of them over a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.weight = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(OBSERVATION, 4))
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        rows = torch.addmm(self.bias, observation, self.weight, beta=2.0, alpha=0.5).tanh()
+        matrices = rows.unsqueeze(-1) * rows.unsqueeze(-2)
+        return torch.baddbmm(self.bias, matrices, matrices, beta=0.5, alpha=3.0).sum((-2, -1)).unsqueeze(-1)
+
+
+def test_the_factors_of_a_product_and_of_its_bias_count(graphs: list[Any]) -> None:
+    loss = make_loss("continuous", value_network=TensorDictModule(Weighed(), ["observation"], ["state_value"]))
+    both(loss, keywords(make_batch("continuous")), LossGradients(loss, compile=True))
 
 
 class Unused(nn.Module):

@@ -180,6 +180,13 @@ def test_metrics_are_means_since_the_last_call_and_the_health_of_the_last_batch(
     assert learner.metrics() == {}
 
 
+def test_metrics_are_of_the_batch_that_was_given_whatever_becomes_of_its_mapping() -> None:
+    learner, batch = Learner(make_loss("continuous")), keywords(make_batch("continuous"))
+    learner.step(batch)
+    batch.clear()
+    assert learner.metrics().keys() >= {"loss_actor", "effective_sample_size"}
+
+
 def test_health_is_a_number_where_all_weights_vanish() -> None:
     loss = make_loss("continuous", temperature=1e6)
     with torch.no_grad():

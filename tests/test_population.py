@@ -1,5 +1,7 @@
 """Agents trained together: each ends where it would have come to on its own."""
 
+import copy
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,6 +115,7 @@ def test_on_the_way_agents_act_measure_and_are_saved(
     together, alone = alike(2), alike(2)
     seen: list[tuple[int, Any, dict[str, float]]] = []
     expected: list[tuple[int, Any, dict[str, float]]] = []
+    rates: list[list[float]] = []
 
     def look(agent: Agent, notes: list[Any], path: Path | None) -> Callable[[int], None]:
         def callback(step: int) -> None:
@@ -120,6 +123,9 @@ def test_on_the_way_agents_act_measure_and_are_saved(
                 notes.append((step, agent.act(torch.zeros(3)), agent.learner.metrics()))
             if step == 7 and path is not None:
                 agent.save(path)
+            if step == 9:
+                (optimizer,) = agent.learner.state_dict()["optimizers"]
+                rates.append([group["lr"] for group in optimizer["param_groups"]])
 
         return callback
 
@@ -130,6 +136,7 @@ def test_on_the_way_agents_act_measure_and_are_saved(
         assert step == other_step
         torch.testing.assert_close(action, other_action, atol=1e-5, rtol=1e-5)
         assert metrics == pytest.approx(other_metrics, rel=1e-4, abs=1e-4)
+    assert rates[0] == rates[1] == pytest.approx(rates[2])
     # The last three steps are still to be told.
     assert together[0].learner.metrics().keys() == metrics.keys()
     resumed = Agent.load(tmp_path / "middle.safetensors", device=together[1].device)
@@ -160,6 +167,146 @@ def test_agents_are_on_their_own_again_whatever_happens(kind: str, alike: Callab
     assert len(set(storages)) == len(storages)
 
 
+@pytest.mark.parametrize("kind", ["continuous"])
+def test_a_second_interruption_leaves_agents_on_their_own(kind: str, alike: Callable[..., list[Agent]]) -> None:
+    agents = alike(2)
+    dataset = dataset_of(kind)
+
+    def interrupt(step: int) -> None:
+        agents[0].learner.catch_up = interrupt_again
+        raise KeyboardInterrupt
+
+    def interrupt_again() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_together(agents, dataset, 10, interrupt)
+    for agent in agents:
+        assert agent.learner.catch_up is None
+        for tensor in agent.state()[1].values():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+    fit_together(agents, dataset, 1)
+    assert [agent.learner.step_count for agent in agents] == [2, 2]
+
+
+def _rates(agent: Agent) -> None:
+    agent.learner.set_learning_rate("actor", 0.1)
+    agent.learner.set_learning_rate("critic", 0.2)
+
+
+def _horizon(agent: Agent) -> None:
+    agent.learner.actor_schedule_steps = 3
+
+
+def _norm(agent: Agent) -> None:
+    agent.learner.max_grad_norm = 1e-3
+
+
+def _polyak(agent: Agent) -> None:
+    agent.learner.target_updater.tau = 1.0
+
+
+@pytest.mark.parametrize("kind", ["continuous"])
+@pytest.mark.parametrize("change", [_rates, _horizon, _norm, _polyak])
+def test_what_is_set_meanwhile_counts_from_the_next_call(
+    kind: str, change: Callable[[Agent], None], alike: Callable[..., list[Agent]]
+) -> None:
+    dataset = dataset_of(kind)
+    together, alone = alike(2), alike(2)
+
+    def callback(step: int) -> None:
+        if step == 2:
+            for agent in together:
+                change(agent)
+        if step == 4:
+            together[0].learner.metrics()
+
+    fit_together(together, dataset, 5, callback)
+    fit_together(together, dataset, 5)
+    for agent, other in zip(together, alone, strict=True):
+        other.fit(dataset, 5)
+        change(other)
+        other.fit(dataset, 5)
+        (document, tensors), (expected_document, expected) = agent.state(), other.state()
+        assert document == expected_document
+        for name, tensor in expected.items():
+            torch.testing.assert_close(tensors[name], tensor, atol=1e-4, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["continuous"])
+def test_weights_that_are_loaded_meanwhile_count_from_the_next_step(
+    kind: str, alike: Callable[..., list[Agent]]
+) -> None:
+    dataset = dataset_of(kind)
+    together, alone = alike(2), alike(2)
+    weights = {name: tensor.clone() for name, tensor in together[0].loss.state_dict().items()}
+    fit_together(together, dataset, 6, lambda step: step == 3 and together[1].loss.load_state_dict(weights))
+    alone[1].fit(dataset, 6, lambda step: step == 3 and alone[1].loss.load_state_dict(weights))
+    assert_equal(together[1], alone[1])
+
+
+def _trained_beside(agent: Agent, dataset: Any) -> None:
+    agent.fit(dataset, 1)
+
+
+def _loaded(agent: Agent, dataset: Any) -> None:
+    state = agent.learner.state_dict()
+    agent.learner.load_state_dict(state | {"step_count": 0})
+
+
+def _loaded_at_the_same_step(agent: Agent, dataset: Any) -> None:
+    (optimizer,) = agent.learner.optimizers
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def _moved(agent: Agent, dataset: Any) -> None:
+    for parameter in agent.loss.parameters():
+        parameter.data = parameter.data.clone()
+
+
+@pytest.mark.parametrize("kind", ["continuous"])
+@pytest.mark.parametrize("interfere", [_trained_beside, _loaded, _loaded_at_the_same_step, _moved])
+@pytest.mark.parametrize("when", [2, 4])
+def test_agents_that_something_else_changes_meanwhile_are_noticed(
+    kind: str, interfere: Callable[[Agent, Any], None], when: int, alike: Callable[..., list[Agent]]
+) -> None:
+    agents, dataset = alike(2), dataset_of(kind)
+    with pytest.raises(RuntimeError, match="agent 1 was trained, moved, or given another state while"):
+        fit_together(agents, dataset, 4, lambda step: interfere(agents[1], dataset) if step == when else None)
+    for agent in agents:
+        agent.fit(dataset, 1)
+
+
+@pytest.mark.parametrize("kind", ["continuous"])
+def test_agents_that_are_being_trained_together_are_refused(kind: str, alike: Callable[..., list[Agent]]) -> None:
+    agents, dataset = alike(2), dataset_of(kind)
+
+    def nested(step: int) -> None:
+        with pytest.raises(ValueError, match="is being trained together with others already"):
+            fit_together(agents, dataset, 1)
+
+    fit_together(agents, dataset, 1, nested)
+    assert [agent.learner.step_count for agent in agents] == [1, 1]
+
+
+def test_agents_that_share_networks_are_refused() -> None:
+    value = nn.Linear(3, 1)
+    agents = [custom(seed, lambda: value) for seed in range(2)]
+    with pytest.raises(ValueError, match="must not share parameters or buffers with each other"):
+        fit_together(agents, dataset_of("continuous"), 1)
+
+
+@pytest.mark.parametrize("kind", ["continuous"])
+def test_agents_share_the_time_for_the_graph(kind: str, alike: Callable[..., list[Agent]]) -> None:
+    agents = alike(3)
+    begin = time.perf_counter()
+    fit_together(agents, dataset_of(kind), 0)
+    elapsed = time.perf_counter() - begin
+    shares = [agent.learner.warm_up_seconds for agent in agents]
+    assert min(shares) > 0.0
+    assert sum(shares) < elapsed
+
+
 def test_one_agent_is_trained_as_ever(kind: str, alike: Callable[..., list[Agent]]) -> None:
     (agent,), (other,) = alike(1), alike(1)
     dataset = dataset_of(kind)
@@ -188,6 +335,28 @@ def _further(agent: Agent) -> None:
     agent.learner.step_count += 1
 
 
+def _other_horizon(agent: Agent) -> None:
+    agent.learner.actor_schedule_steps = 5
+
+
+def _doubled(agent: Agent) -> None:
+    agent.loss.to(torch.float64)
+
+
+def _stepped(agent: Agent) -> None:
+    batch = agent.transitions(dataset_of("discrete" if agent.spaces.discrete else "continuous")).batch(torch.arange(8))
+    agent.learner.step(batch)
+    agent.learner.step_count = 0
+
+
+def _summed(agent: Agent) -> None:
+    agent.loss.reduction = "sum"
+
+
+def _unweighted(agent: Agent) -> None:
+    agent.loss.use_prioritized_weights = False
+
+
 def _other_betas(agent: Agent) -> None:
     agent.learner.optimizers[0].param_groups[0]["betas"] = (0.5, 0.9)
 
@@ -199,6 +368,11 @@ def _other_betas(agent: Agent) -> None:
         (_slower, "config of agent 2"),
         (_evaluated, "the loss of agent 2"),
         (_sharper, "config of agent 2"),
+        (_other_horizon, "the actor's schedule of agent 2"),
+        (_doubled, "the tensors of agent 2"),
+        (_stepped, "the optimiser's steps of agent 2"),
+        (_summed, "the settings of the loss of agent 2"),
+        (_unweighted, "the settings of the loss of agent 2"),
         (_further, "the number of steps of agent 2"),
         (_other_betas, "the optimiser of agent 2"),
     ],
@@ -229,6 +403,8 @@ def test_other_statistics_or_sizes_are_refused(kind: str, alike: Callable[..., l
 def test_what_cannot_be_stacked_is_refused(kind: str, alike: Callable[..., list[Agent]]) -> None:
     dataset = dataset_of(kind)
     (agent,) = alike(1)
+    with pytest.raises(ValueError, match="there is no agent"):
+        fit_together([], dataset, 1)
     with pytest.raises(ValueError, match="every agent must be there once"):
         fit_together([agent, agent], dataset, 1)
     with pytest.raises(ValueError, match="networks with dropout draw random numbers of their own"):
