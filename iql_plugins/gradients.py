@@ -84,6 +84,10 @@ class LossGradients:
         """
         return self._compiled(batch) if self.compile and not self.loss.check_finite else self._eager(batch)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled functions cannot be pickled; they are made again.
+        return vars(self) | {"_graphs": {}}
+
     def _look_up(self) -> None:
         # Walking the modules takes longer than small kernels: where their tensors are is looked up once, which ones
         # these are (they may be replaced, or frozen) at every step.

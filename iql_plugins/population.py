@@ -4,6 +4,7 @@ Small kernels cost the same for one training as for many: where they rule the ti
 a population takes much less than its agents one after another.
 """
 
+import reprlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -111,6 +112,9 @@ class _Population:
             with torch.enable_grad():
                 self._graph: Graph = make(first.loss, self._tensors, self._trained, batch, stacked=True)
         except RuntimeError as error:
+            # Subclasses (out of memory, a compiler that fails) are about something else.
+            if type(error) is not RuntimeError:
+                raise
             raise ValueError(f"the networks cannot be stacked: {error}: train the agents one by one") from error
         seconds = time.perf_counter() - begin
         for learner in self.learners:
@@ -286,7 +290,7 @@ def _check_alike(agents: Sequence[Agent]) -> None:
             if other[name] != value:
                 raise ValueError(
                     f"agents that are trained together must differ in their seeds alone: {name} of agent {index} "
-                    f"is not that of the first: {other[name]!r}, {value!r}"
+                    f"is not that of the first: {reprlib.repr(other[name])}, {reprlib.repr(value)}"
                 )
 
 

@@ -445,6 +445,7 @@ def test_what_is_launched_is_done_before_the_clock_is_read(monkeypatch: pytest.M
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--device", "meta"], "--device meta has no numbers"),
         (["--device", "toaster"], "--device must be auto, cpu, cuda or another of torch's devices, got 'toaster'"),
         (["--batch", "0"], "batch must be at least 1, got 0"),
         (["--plot", "speed.xyz"], "--plot must be a file with one of the suffixes"),

@@ -20,6 +20,7 @@ import torch
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.cli import main, train, workers
+from iql_plugins.cli.output import Result
 from iql_plugins.cli.settings import Settings, Unit, available_cores
 from iql_plugins.cli.training import SELECTION_SEED, adapter_training, metrics_rows
 from iql_plugins.gradients import compiler_available
@@ -670,6 +671,17 @@ def test_seeds_are_stacked_where_that_is_faster(
     if arguments.stack == "auto":
         images = Spaces(Box((3, 64, 64), "uint8"), Box((1,)))
         assert train.stack_size(arguments, methods, images, device) == 1
+
+
+@pytest.mark.parametrize(("stack", "threads"), [("4", 64), ("2", 1)])
+def test_a_single_stack_has_all_cores(
+    stack: str, threads: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "available_cores", lambda: 64)
+    monkeypatch.setattr(train, "_train", lambda *arguments: Result({}, []))
+    options = ["--seeds", "4", "--baseline", "none", "--stack", stack, "--workers", "auto", "--hidden-sizes", "130"]
+    assert run("train", *SEEDS, *options, "--run-dir", "run")[0] == 0
+    assert Settings.read(tmp_path / "run")[0].threads == threads
 
 
 def test_each_process_trains_a_stack_of_one_method(run: Run, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Losses and gradients in one call: eager, traced, compiled."""
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -292,6 +294,20 @@ def test_the_number_of_graphs_is_bounded_and_the_results_are_the_same(kind: str,
     for size in range(2, MOST_GRAPHS + 5):
         both(loss, keywords(make_batch(kind, (size,))), compiled)
     assert len(graphs) == MOST_GRAPHS
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_copy_makes_graphs_of_its_own(kind: str, graphs: list[Any], copied: Any) -> None:
+    batch = keywords(make_batch(kind))
+    compiled = LossGradients(make_loss(kind), compile=True)
+    expected = compiled(batch)
+    other = copied(compiled)
+    assert other.loss is not compiled.loss
+    before = [parameter.grad for parameter in compiled.loss.parameters()]
+    torch.testing.assert_close(other(batch), expected)
+    assert len(graphs) == 2
+    assert all(first is parameter.grad for first, parameter in zip(before, compiled.loss.parameters(), strict=True))
+    both(other.loss, batch, other)
 
 
 def test_the_time_that_graphs_take_is_counted(kind: str, graphs: list[Any]) -> None:

@@ -432,14 +432,13 @@ class Noisy(nn.Module):
         return self.linear(observation + torch.randn_like(observation))
 
 
-def custom(seed: int, make_value: Callable[[], nn.Module]) -> Agent:
+def custom(seed: int, make_value: Callable[[], nn.Module], qvalue: Callable[[], nn.Module] | None = None) -> Agent:
     torch.manual_seed(seed)
     value = make_value()
-    config = IQLConfig(n_steps=10, batch_size=8, compile="no")
+    config = IQLConfig(n_steps=10, batch_size=8, n_critics=2 if qvalue is None else 1, compile="no")
     network = TensorDictModule(value, ["observation"], ["state_value"])
-    loss = assemble_loss(
-        config, gaussian_actor(3, 2, hidden_sizes=(4,)), critic(3, 2, hidden_sizes=(4,)), network, discrete=False
-    )
+    q = critic(3, 2, hidden_sizes=(4,)) if qvalue is None else qvalue()
+    loss = assemble_loss(config, gaussian_actor(3, 2, hidden_sizes=(4,)), q, network, discrete=False)
     return Agent(SPACES["continuous"], config, loss=loss, seed=seed)
 
 
@@ -460,6 +459,38 @@ def test_networks_of_your_own_are_stacked() -> None:
     for agent, other in zip(together, alone, strict=True):
         other.fit(dataset, 5)
         torch.testing.assert_close(agent.loss.state_dict(), other.loss.state_dict(), atol=1e-5, rtol=1e-5)
+
+
+class Tracking(nn.Module):
+    """A critic with running statistics, which its target copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 1)
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        q = self.linear(torch.cat([observation, action], -1))
+        # Its target's own would be another one.
+        self.mean.mul_(0.9).add_(0.1 * q.detach().mean(0))
+        return q - self.mean
+
+
+def test_running_statistics_are_the_agents_own_and_copied_to_their_targets() -> None:
+    def agents() -> list[Agent]:
+        def qvalue() -> nn.Module:
+            return TensorDictModule(Tracking(), ["observation", "action"], ["state_action_value"])
+
+        return [custom(seed, lambda: nn.Linear(3, 1), qvalue) for seed in range(2)]
+
+    together, alone, dataset = agents(), agents(), dataset_of("continuous")
+    fit_together(together, dataset, 5)
+    for agent, other in zip(together, alone, strict=True):
+        other.fit(dataset, 5)
+        torch.testing.assert_close(agent.loss.state_dict(), other.loss.state_dict(), atol=1e-5, rtol=1e-5)
+    means = [buffer for agent in together for name, buffer in agent.loss.named_buffers() if name.endswith("mean")]
+    assert not torch.equal(means[0], means[-1])
+    assert all(mean.any() for mean in means)
 
 
 def test_a_discrete_action_out_of_range_is_refused() -> None:

@@ -167,6 +167,8 @@ def device_name(name: str) -> str:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device must be auto, cpu, cuda or another of torch's devices, got {name!r}") from error
+    if device.type == "meta":
+        raise UserError("--device meta has no numbers: nothing can be trained there")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"there is no GPU here for --device {name}")
     return name
