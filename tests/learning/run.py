@@ -18,14 +18,14 @@ from typing import Any
 
 #: Options of ``iql-plugins train`` by the name of the run.
 RUNS = {
-    "shipped": ["--seeds", "5"],
+    "shipped": ["--seeds", "5", "--stack", "1"],
     "reagent-pendulum": [
         *("--dataset", "{data}/reagent_pendulum_mixed.npz", "--env", "Pendulum-v1", "--preset", "pendulum"),
-        *("--n-steps", "8000", "--seeds", "5", "--episodes", "100"),
+        *("--n-steps", "8000", "--seeds", "5", "--stack", "1", "--episodes", "100"),
     ],
     "reagent-cartpole": [
         *("--dataset", "{data}/reagent_cartpole_mixed.npz", "--env", "CartPole-v0", "--preset", "pendulum"),
-        *("--n-steps", "3000", "--seeds", "5"),
+        *("--n-steps", "3000", "--seeds", "5", "--stack", "1"),
     ],
 }
 RESULTS = Path(__file__).parent / "results"
