@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from iql_plugins.gradients import MOST_GRAPHS
+
 __all__ = ["CapturedStep", "Compute", "CudaGraphs", "Graphs", "graphs_on"]
 
-#: Each keeps memory of its own: a training whose batches or settings change at every step is better off without.
-MOST_GRAPHS = 8
 #: Ordinary steps before a capture, which must find the optimisers' state, compiled kernels and whatever else libraries
 #: make when they are first called.
 WARM_UP_STEPS = 3

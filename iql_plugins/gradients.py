@@ -14,11 +14,12 @@ from torch.utils._triton import has_triton
 
 from iql_plugins.loss import IQLLoss
 
-__all__ = ["Graph", "LossGradients", "compiled", "compiler_available", "slots", "traced"]
+__all__ = ["MOST_GRAPHS", "Graph", "LossGradients", "compiled", "compiler_available", "slots", "traced"]
 
 #: What :class:`LossGradients` returns, in order.
 OUTPUTS = ("loss_actor", "loss_qvalue", "loss_value", "entropy")
-#: Each takes seconds to make: a training whose batches or settings change at every step is better off without.
+#: Each takes seconds to make, or memory of its own: a training whose batches or settings change at every step is
+#: better off without.
 MOST_GRAPHS = 8
 
 

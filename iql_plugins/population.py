@@ -281,6 +281,10 @@ def _check_alike(agents: Sequence[Agent]) -> None:
             raise ValueError(f"agents that are trained together must have one Adam each, got {kinds}")
         if learner.synchronize is not None:
             raise ValueError("agents that are trained together cannot be trained by several processes, too")
+        if agent.loss.check_finite:
+            raise ValueError(
+                "check_finite reads every batch on the host, a graph does not: train the agents one by one"
+            )
         # Known beforehand; others that draw are found out when they are traced.
         if agent.config.actor_dropout or any(isinstance(module, nn.Dropout) for module in agent.loss.modules()):
             raise ValueError("networks with dropout draw random numbers of their own: train the agents one by one")

@@ -104,7 +104,7 @@ print((max(seen) - before) / sum(tensor.nbytes for tensor in data.values(True, T
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for its memory in /proc")
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads its resident memory from /proc, which Linux alone has")
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_million_transitions_take_their_packed_size_once(name: str) -> None:
     # In a process of its own, where nothing has left memory to take from.

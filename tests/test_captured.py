@@ -38,7 +38,7 @@ def tensor_rates(groups: Groups) -> list[Optimizer]:
 @pytest.fixture
 def recorder(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     if device.type != "cpu":
-        pytest.skip("the emulation is one for the CPU")
+        pytest.skip("emulated on the CPU: on a GPU the tests of real CUDA graphs run")
     recorder = Recorder()
     monkeypatch.setattr(captured, "graphs_on", lambda device: recorder)
     # As on a GPU: the kernel asserts, where on a CPU the host looks.
@@ -49,7 +49,7 @@ def recorder(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Recorder:
 @pytest.fixture
 def gpu(device: torch.device) -> torch.device:
     if device.type != "cuda":
-        pytest.skip("needs a GPU")
+        pytest.skip("captures a real CUDA graph, and there is no GPU: the emulated one is tested")
     return device
 
 

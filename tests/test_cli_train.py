@@ -512,7 +512,7 @@ def long_run(tmp_path: Path) -> tuple[list[str], Path]:
     return options, tmp_path / "run"
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc, which Linux alone has")
 def test_kill_9_leaves_no_process_and_a_run_that_goes_on_bit_for_bit(
     run: Run, long_run: tuple[list[str], Path], tmp_path: Path
 ) -> None:
@@ -529,7 +529,7 @@ def test_kill_9_leaves_no_process_and_a_run_that_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "whole", folder, "bc")
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc, which Linux alone has")
 def test_ctrl_c_ends_all_processes_with_status_130(long_run: tuple[list[str], Path]) -> None:
     options, folder = long_run
     process = start(*options, folder, "--json")
@@ -697,7 +697,9 @@ def test_each_process_trains_a_stack_of_one_method(run: Run, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not compiler_available(torch.device("cpu")), reason="there is no compiler")
+@pytest.mark.skipif(
+    not compiler_available(torch.device("cpu")), reason="compiles, and there is no C++ compiler on the path"
+)
 def test_the_time_for_compiling_is_reported(run: Run) -> None:
     status, out, _ = run("train", *SEEDS, "--seeds", "2", "--stack", "2", "--baseline", "none", "--compile", "yes")
     assert status == 0
@@ -732,7 +734,7 @@ def test_iql_is_above_behaviour_cloning_and_the_data(run: Run) -> None:
 def test_iql_is_above_the_data_of_others(name: str, options: list[str], run: Run) -> None:
     path = Path(__file__).parents[2] / "shared" / "data" / name
     if not path.exists():
-        pytest.skip("needs the datasets of others beside the repository")
+        pytest.skip(f"the dataset of others is no part of the repository, and not at {path}")
     assert gymnasium.spec(options[1]) is not None
     status, out, _ = run("train", "--dataset", path, "--preset", "pendulum", *options, "--json")
     assert status == 0

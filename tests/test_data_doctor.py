@@ -287,7 +287,7 @@ def test_unknown_sources_are_named() -> None:
 def test_what_is_known_to_be_wrong_with_real_datasets(name: str, options: Any, expected: set[str]) -> None:
     path = SHARED / f"{name}.npz"
     if not path.exists():
-        pytest.skip("needs the datasets of others beside the repository")
+        pytest.skip(f"the dataset of others is no part of the repository, and not at {path}")
     found = findings(path, **options)
     assert set(found) == expected
     if name == "reagent_pendulum_mixed":

@@ -361,7 +361,7 @@ stop.set(); thread.join()
 print(len(data), peak - before)
 """
     if not Path("/proc/self/status").exists():
-        pytest.skip("needs Linux")
+        pytest.skip("reads its peak memory from /proc, which Linux alone has")
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     length, megabytes = finished.stdout.split()
     assert int(length) == rows
@@ -514,7 +514,7 @@ def test_a_file_of_d3rlpy_1(tmp_path: Path) -> None:
 def test_real_datasets(name: str, rows: int, ends: int, terminals: int, discrete: bool) -> None:
     path = SHARED / f"{name}.npz"
     if not path.exists():
-        pytest.skip("needs the datasets of others beside the repository")
+        pytest.skip(f"the dataset of others is no part of the repository, and not at {path}")
     data = load_dataset(path)
     assert len(data) == rows
     assert int(data["next", "done"].sum()) == ends

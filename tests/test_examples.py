@@ -33,7 +33,7 @@ def test_the_code_in_the_readme_runs(tmp_path: Path) -> None:
 def test_the_main_example_trains_evaluates_and_saves(data: str, tmp_path: Path) -> None:
     path = ROOT.parent / "shared" / "data" / "reagent_pendulum_mixed.npz"
     if data == "others" and not path.exists():
-        pytest.skip("needs the dataset of others beside the repository")
+        pytest.skip(f"the dataset of others is no part of the repository, and not at {path}")
     options = ["--data", str(path)] if data == "others" else []
     output = run(ROOT / "examples" / "train_pendulum.py", "--steps", "20", *options, folder=tmp_path)
     returns = dict(re.findall(r"^(data|behaviour cloning|IQL) +(-[\d.]+)$", output, re.MULTILINE))

@@ -16,7 +16,9 @@ from iql_plugins.data.packed import transitions
 from iql_plugins.gradients import MOST_GRAPHS, LossGradients, compiler_available
 from iql_plugins.value_estimators import ValueEstimators
 
-needs_compiler = pytest.mark.skipif(not compiler_available(torch.device("cpu")), reason="there is no compiler")
+needs_compiler = pytest.mark.skipif(
+    not compiler_available(torch.device("cpu")), reason="compiles, and there is no C++ compiler on the path"
+)
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ from iql_plugins.population import fit_together
 STEPS = 20
 VECTORS = ["continuous", "discrete", "dict"]
 
-needs_compiler = pytest.mark.skipif(not compiler_available(torch.device("cpu")), reason="there is no compiler")
+needs_compiler = pytest.mark.skipif(
+    not compiler_available(torch.device("cpu")), reason="compiles, and there is no C++ compiler on the path"
+)
 
 
 def make(kind: str, seed: int, **hyperparameters: Any) -> Agent:
@@ -409,6 +411,10 @@ def test_what_cannot_be_stacked_is_refused(kind: str, alike: Callable[..., list[
         fit_together([agent, agent], dataset, 1)
     with pytest.raises(ValueError, match="networks with dropout draw random numbers of their own"):
         fit_together(alike(actor_dropout=0.5), dataset, 1)
+    others = alike(2)
+    others[1].loss.check_finite = True
+    with pytest.raises(ValueError, match="check_finite reads every batch on the host"):
+        fit_together(others, dataset, 1)
     others = alike(2)
     for other in others:
         other.learner.synchronize = lambda: None
