@@ -28,6 +28,8 @@ __all__ = ["AdapterContractError", "check_adapter"]
 FRAMEWORKS = ("d3rlpy", "stable_baselines3", "torchrl")
 #: How far an adapter's losses may be from those of :meth:`iql_plugins.agent.Agent.fit` on the same batches.
 TOLERANCE = 1e-4
+#: How far the weights of agents that are trained together may be from those of each alone.
+TOGETHER = 1e-5
 STEPS, ROWS, EPISODE = 6, 60, 10
 SPACES = {
     "continuous": Spaces(Box((3,)), Box((2,), low=(-1.0, 0.0), high=(2.0, 5.0))),
@@ -59,8 +61,8 @@ def check_adapter(adapter: str | Adapter, *, batch: object = None) -> None:
     4. Training, for continuous and for discrete actions: the algorithm holds the very parts of its agent; ``fit``
        takes the steps that it is asked for, reports each of them, leaves the dataset as it is, depends on the agent's
        generator and on no other random state, and has the losses of :meth:`iql_plugins.agent.Agent.fit` on the same
-       batches; the native file and the common checkpoint give back the weights, the step and a policy that acts
-       the same.
+       batches; ``fit_together``, if there is one, ends where ``fit`` would have for each agent; the native file and
+       the common checkpoint give back the weights, the step and a policy that acts the same.
 
     Args:
         adapter: its name, as it is installed, or the description alone.
@@ -157,6 +159,7 @@ def _check_training(training: Training, spaces: Spaces) -> None:
     for terminated in (True, False):
         _check_losses(training, spaces, dataset, terminated)
     _check_random_state(training, spaces, dataset)
+    _check_together(training, spaces, dataset)
     _check_files(training, spaces, dataset)
 
 
@@ -237,6 +240,28 @@ def _check_random_state(training: Training, spaces: Spaces, dataset: TensorDict)
     _require(not same, what, "the same training from another state of the generator")
 
 
+def _check_together(training: Training, spaces: Spaces, dataset: TensorDict) -> None:
+    if training.fit_together is None:
+        return
+    # Dropout draws for each agent on its own.
+    config = _CONFIG.replace(actor_dropout=0.0)
+    together, alone = ([_agent(spaces, dataset, config, seed) for seed in range(2)] for _ in range(2))
+    seen: list[int] = []
+    with _expected("fit_together trains algorithms whose agents differ in their seeds alone"):
+        training.fit_together([training.from_agent(agent) for agent in together], dataset, STEPS, seen.append)
+    steps = list(range(1, STEPS + 1))
+    _require(seen == steps, "fit_together calls back once a step, with the number of steps of each agent", seen)
+    for agent, other in zip(together, alone, strict=True):
+        training.fit(training.from_agent(other), dataset, STEPS, lambda step: None)
+        expected = _weights(other)
+        difference = max(float((tensor - expected[name]).abs().max()) for name, tensor in _weights(agent).items())
+        _require(
+            difference <= TOGETHER,
+            f"fit_together ends where fit would have for each agent, to {TOGETHER}",
+            f"weights that differ by {difference:.3g}",
+        )
+
+
 def _check_files(training: Training, spaces: Spaces, dataset: TensorDict) -> None:
     agent = _agent(spaces, dataset)
     with _expected("fit trains on a dataset by the key layout"):
@@ -263,8 +288,8 @@ def _check_files(training: Training, spaces: Spaces, dataset: TensorDict) -> Non
         _require(steps == STEPS, f"the {name} knows that {STEPS} steps were taken", steps)
 
 
-def _agent(spaces: Spaces, dataset: TensorDict) -> Agent:
-    return Agent(spaces, _CONFIG, normalizers=Normalizers.fit(dataset, spaces, _CONFIG), seed=0)
+def _agent(spaces: Spaces, dataset: TensorDict, config: IQLConfig = _CONFIG, seed: int = 0) -> Agent:
+    return Agent(spaces, config, normalizers=Normalizers.fit(dataset, spaces, config), seed=seed)
 
 
 def _weights(agent: Agent) -> dict[str, Tensor]:

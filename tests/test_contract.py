@@ -82,6 +82,12 @@ def fails(*arguments: Any) -> Any:
     raise RuntimeError("oh")
 
 
+def one_generator(iqls: Any, dataset: Any, n_steps: int, callback: Any) -> None:
+    for iql in iqls:
+        iql.agent.generator.set_state(iqls[0].agent.generator.get_state())
+    IQL.fit_together(iqls, dataset, n_steps, callback)
+
+
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "another agent": ({"to_agent": another_device}, "to_agent's loss is the very object of the agent"),
     "no agent": ({"to_agent": lambda iql: iql}, "to_agent returns an Agent; got IQL"),
@@ -103,12 +109,25 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "steps forgotten": ({"load": forgetful}, "the native file knows that 6 steps were taken; got 0"),
     "no suffix": ({"suffix": "zip"}, "training.suffix starts with a dot; got zip"),
+    "all agents train on the batches of one": (
+        {"fit_together": one_generator},
+        "fit_together ends where fit would have for each agent, to 1e-05; got weights that differ by",
+    ),
+    "one call for each agent": (
+        {"fit_together": lambda iqls, *arguments: [iql.fit(*arguments) for iql in iqls]},
+        "fit_together calls back once a step, with the number of steps of each agent; got",
+    ),
+    "together fails": ({"fit_together": fails}, "fit_together trains algorithms .*; it raised RuntimeError: oh"),
     "not callable": ({"load": None}, r"training\.load can be called; got None"),
 }
 
 
 def test_a_loop_of_ones_own_is_right() -> None:
     check_adapter(replace(ADAPTER, training=replace(TRAINING, fit=fit_with())))
+
+
+def test_training_together_can_be_left_out() -> None:
+    check_adapter(replace(ADAPTER, training=replace(TRAINING, fit_together=None)))
 
 
 @pytest.mark.parametrize("case", BROKEN)

@@ -67,20 +67,20 @@ def test_the_graph_takes_every_kind_of_observation(kind: str, graphs: list[Any])
     both(agent.loss, source.batch(torch.arange(8)), LossGradients(agent.loss, compile=True))
 
 
-class Transposed(nn.Module):
-    """V whose weight is kept as it is multiplied: its gradient comes in the other layout."""
+class Batched(nn.Module):
+    """V by a batched product, whose weight's gradient comes transposed; backward() lays it out, autograd.grad() not."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Parameter(torch.randn(OBSERVATION, 8))
+        self.first = nn.Parameter(torch.randn(1, 8, OBSERVATION))
         self.last = nn.Linear(8, 1)
 
     def forward(self, observation: torch.Tensor) -> torch.Tensor:
-        return self.last(nn.functional.linear(observation, self.first.t()).relu())
+        return self.last(torch.bmm(observation.unsqueeze(0), self.first.transpose(1, 2)).squeeze(0).relu())
 
 
 def test_gradients_have_the_layout_of_their_parameters(kind: str, graphs: list[Any]) -> None:
-    loss = make_loss(kind, value_network=TensorDictModule(Transposed(), ["observation"], ["state_value"]))
+    loss = make_loss(kind, value_network=TensorDictModule(Batched(), ["observation"], ["state_value"]))
     both(loss, keywords(make_batch(kind)), LossGradients(loss, compile=True))
 
 
