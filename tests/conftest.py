@@ -18,6 +18,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``pytest tests/stress --stress 50``: the stress tests, fifty times as long as among the other tests."""
+    parser.addoption("--stress", type=int, default=1, help="rounds of tests/stress, as a multiple of their default")
+
+
+@pytest.fixture
+def stress(request: pytest.FixtureRequest) -> int:
+    """How many times as many rounds as by default."""
+    return request.config.getoption("--stress")
+
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
