@@ -382,8 +382,12 @@ class Agent:
 
     def custom_parts(self) -> list[str]:
         """What of the loss is not as :func:`build_loss` makes it for these spaces and hyper-parameters."""
-        with torch.device("meta"):
-            default = build_loss(self.spaces, self.config)
+        try:
+            with torch.device("meta"):
+                default = build_loss(self.spaces, self.config)
+        except ValueError:
+            # The default networks do not take these spaces.
+            return list(_NETWORKS)
         custom = [
             name for name in _NETWORKS if _structure(getattr(self.loss, name)) != _structure(getattr(default, name))
         ]

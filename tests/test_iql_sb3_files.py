@@ -82,6 +82,7 @@ MODELS: dict[str, Callable[[], IQL]] = {
     "architecture": lambda: model_of("MlpPolicy", RandomEnv(OBSERVATIONS["box"]), policy_kwargs=ARCHITECTURE),
     "schedules": with_schedules,
     "images": lambda: model_of("CnnPolicy", images(), policy_kwargs=convolutions()),
+    "small images": lambda: model_of("MlpPolicy", RandomEnv(spaces.Box(0, 255, (7, 7, 3), np.uint8))),
     "shared": lambda: model_of("CnnPolicy", images(), policy_kwargs=convolutions(share_features_extractor=True)),
     "dict": lambda: model_of("MultiInputPolicy", SimpleMultiObsEnv(channel_last=True, random_start=False)),
     "mixed": lambda: model_of("MultiInputPolicy", RandomEnv(MIXED)),
@@ -118,7 +119,7 @@ def test_the_agent_is_the_one_that_the_pickles_make(name: str, tmp_path: Path) -
         assert torch.equal(agent.act(observations), unpickled.act(observations))
 
 
-@pytest.mark.parametrize("name", ["architecture", "images", "dict", "discrete actions", "multi-binary"])
+@pytest.mark.parametrize("name", ["architecture", "images", "small images", "dict", "discrete actions", "multi-binary"])
 def test_actions_are_those_of_the_models_predict(name: str, tmp_path: Path) -> None:
     model = MODELS[name]()
     model.save(tmp_path / "model.zip")
