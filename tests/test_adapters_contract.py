@@ -81,11 +81,12 @@ def test_the_command_line_knows_a_native_file_by_its_suffix() -> None:
     assert suffixes == {"tensor": ".safetensors", "sb3": ".zip", "d3rlpy": ".d3", "torchrl": ".pt"}
 
 
+BENCHMARKS = Path(__file__).parent / "benchmarks"
 MEMORY = """
 import gc, sys
 from pathlib import Path
+from contestants import Size, config_of, dataset_of, spaces_of
 from iql_plugins.agent import Agent
-from iql_plugins.cli.peers import Size, config_of, dataset_of, spaces_of
 from iql_plugins.cli.training import adapter_training
 
 def resident_bytes():
@@ -108,5 +109,7 @@ print((max(seen) - before) / sum(tensor.nbytes for tensor in data.values(True, T
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_million_transitions_take_their_packed_size_once(name: str) -> None:
     # In a process of its own, where nothing has left memory to take from.
-    process = subprocess.run([sys.executable, "-c", MEMORY, name], capture_output=True, text=True, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", MEMORY, name], cwd=BENCHMARKS, capture_output=True, text=True, check=True
+    )
     assert float(process.stdout.split()[-1]) < 1.6

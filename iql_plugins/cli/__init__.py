@@ -8,7 +8,6 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iql_plugins.cli.arguments import Bench
     from iql_plugins.cli.output import Result
 
 __all__ = ["main"]
@@ -101,25 +100,6 @@ def _run(given: Sequence[str]) -> "Result":
             return listings.inspect(arguments)
         case options.Adapters():
             return listings.adapters(arguments)
-        case options.Bench():
-            return _bench(arguments)
-
-
-def _bench(arguments: "Bench") -> "Result":
-    from pathlib import Path
-
-    from iql_plugins.cli.bench import bench
-
-    return bench(
-        arguments.peers,
-        size=arguments.size,
-        adapters=arguments.adapters,
-        rounds=arguments.rounds,
-        steps=arguments.steps,
-        device=arguments.device,
-        threads=arguments.threads,
-        plot=None if arguments.plot is None else Path(arguments.plot),
-    )
 
 
 def _failed(text: str, status: int, write: Write | None) -> int:

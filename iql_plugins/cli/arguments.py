@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
 from iql_plugins.cli.errors import UserError, imported, mistakes
-from iql_plugins.cli.peers import Size
 from iql_plugins.cli.sources import SHIPPED
 from iql_plugins.config import PRESETS, IQLConfig, preset
 
@@ -18,7 +17,6 @@ tyro = imported("tyro")
 __all__ = [
     "Adapters",
     "Arguments",
-    "Bench",
     "Convert",
     "Evaluate",
     "Export",
@@ -170,32 +168,7 @@ class Adapters:
     """Print one JSON document on stdout, and nothing else."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Measures gradient steps a second, of this package and of other libraries side by side."""
-
-    peers: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[NAME|FILE ...]")] = None
-    """Libraries to measure beside it, by name (torchrl, d3rlpy, sb3-sac) or as Python files; by default those that are
-    installed, and none after a bare --peers."""
-    adapters: tuple[str, ...] = ()
-    """Further adapters to measure, beside the one for plain tensors."""
-    size: Annotated[Size, tyro.conf.arg(name="")] = field(default_factory=Size)
-    rounds: int = 9
-    """How often each is measured; rounds are interleaved."""
-    steps: Automatic = "auto"
-    """Gradient steps in a round: many, so that what a library does once in a call counts little; auto takes 200, on a
-    GPU 1000."""
-    device: str = "auto"
-    """Torch's name of the device; auto takes the GPU if there is one. There, CUDA graphs are measured, too."""
-    threads: int | None = None
-    """Torch's threads; by default as many as torch takes."""
-    plot: str | None = None
-    """File for a bar chart."""
-    json: Flag = False
-    """Print one JSON document on stdout, and nothing else."""
-
-
-Arguments = Train | Evaluate | Export | Convert | Inspect | Adapters | Bench
+Arguments = Train | Evaluate | Export | Convert | Inspect | Adapters
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -213,7 +186,6 @@ def parse(arguments: Sequence[str]) -> Arguments:
         "convert": Convert,
         "inspect": Inspect,
         "adapters": Adapters,
-        "bench": Bench,
     }
     commands: Any = Annotated[Train, train]
     for name, kind in others.items():
