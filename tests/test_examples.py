@@ -23,7 +23,7 @@ def run(*arguments: str | Path, folder: Path) -> str:
 
 
 READMES = {
-    "README.md": "assert iql.learner.step_count == 100 and action.shape == (5, 1) and model.num_timesteps == 100",
+    "README.md": "assert iql.agent.learner.step_count == 100 and action.shape == (5, 1) and model.num_timesteps == 100",
     "adapters/iql_tensor/README.md": "assert loss_actor.isfinite() and action.shape == (1, 6)",
 }
 
