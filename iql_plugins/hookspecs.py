@@ -1,4 +1,4 @@
-"""What a plugin can implement: few hooks, each with a caller in :mod:`iql_plugins.registry`."""
+"""What a plugin can implement: few hooks, each with a caller in :mod:`iql_plugins.plugins`."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,8 @@ import os
 import re
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,16 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from strangers import Entry, plugin
 
-from iql_plugins import registry
+from iql_plugins import plugins
 from iql_plugins.agent import Agent
 from iql_plugins.cli import main, output
 from iql_plugins.cli.reference_scores import normalized_score, reference
 from iql_plugins.cli.rollouts import LONGEST_EPISODE, environment_spaces, rollouts
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.config import IQLConfig
-from iql_plugins.hookspecs import Adapter, Training, hookimpl
+from iql_plugins.hookspecs import Adapter, Training
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 PENDULUM = Spaces(Box((3,)), Box((1,), low=(-2.0,), high=(2.0,)))
@@ -52,22 +53,13 @@ def policy(tmp_path: Path) -> Path:
     return path
 
 
-class Entry:
-    """An entry point of a distribution that may not be installed."""
-
-    def __init__(self, name: str, load: Callable[[], object], distribution: str = "stranger") -> None:
-        self.name, self.value, self.load = name, f"{name}.plugin", load
-        self.dist = types.SimpleNamespace(name=distribution, version="1.0")
+stranger = partial(Entry, distribution="stranger")
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *entries: Entry | EntryPoint) -> None:
     """Makes these the installed plugins, beside the real ones."""
-    real = list(registry.entry_points(group=registry.PROJECT))
-    monkeypatch.setattr(registry, "entry_points", lambda group: [*real, *entries])
-
-
-def plugin(name: str, **hooks: Any) -> types.SimpleNamespace:
-    return types.SimpleNamespace(**{hook: hookimpl(function) for hook, function in hooks.items()})
+    real = list(plugins.entry_points(group=plugins.PROJECT))
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [*real, *entries])
 
 
 # What is printed, and the exit status
@@ -232,9 +224,9 @@ def test_an_adapter_says_what_it_needs_and_what_is_wrong(run: Run, monkeypatch: 
     requirements = {"stranger": ["torch", "stable-baselines4>=1; extra == 'missing'", "numpy>=1; extra == 'there'"]}
     monkeypatch.setattr(listings, "requires", lambda name: requirements.get(name))
     entries = [
-        Entry("broken", broken),
-        Entry("missing", needs_more),
-        Entry("there", lambda: plugin("there", iql_adapter=lambda: Adapter("there", "numpy"))),
+        stranger("broken", broken),
+        stranger("missing", needs_more),
+        stranger("there", lambda: plugin("there", iql_adapter=lambda: Adapter("there", "numpy"))),
     ]
     install(monkeypatch, *entries)
     status, out, _ = run("adapters", "--json")
@@ -257,8 +249,8 @@ def test_what_is_broken_is_an_error_in_strict_mode(run: Run, monkeypatch: pytest
     def broken() -> object:
         raise SyntaxError("bad plugin")
 
-    install(monkeypatch, Entry("broken", broken))
-    monkeypatch.setenv(registry.STRICT_VARIABLE, "1")
+    install(monkeypatch, stranger("broken", broken))
+    monkeypatch.setenv(plugins.STRICT_VARIABLE, "1")
     status, _, err = run("adapters")
     assert status == 2
     assert err.startswith("iql-plugins: plugin 'broken' of stranger 1.0")
@@ -303,7 +295,7 @@ def test_a_plugins_dataset_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -
     def load(source: object) -> object:
         return load_dataset("pendulum-v1-sac")[:400] if source == "stranger://data" else None
 
-    install(monkeypatch, Entry("stranger", lambda: plugin("stranger", iql_load_dataset=load)))
+    install(monkeypatch, stranger("stranger", lambda: plugin("stranger", iql_load_dataset=load)))
     assert json.loads(run("inspect", "stranger://data", "--json")[1])["transitions"] == 400
     status, _, err = run("inspect", "stranger://other")
     assert status == 2
@@ -405,7 +397,7 @@ def foreign(name: str, *, spoil: bool = False) -> Entry:
         load=load,
         suffix=".native",
     )
-    return Entry(name, lambda: plugin(name, iql_adapter=lambda: Adapter(name, None, training=training)))
+    return stranger(name, lambda: plugin(name, iql_adapter=lambda: Adapter(name, None, training=training)))
 
 
 def test_agents_move_between_adapters(run: Run, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -746,10 +746,10 @@ def test_a_fresh_process_loads_what_it_never_heard_of(tmp_path: Path, place: str
 def test_the_import_registers_names_that_d3rlpy_does_not_have() -> None:
     program = (
         "import sys\n"
-        "from iql_plugins.registry import Registry\n"
+        "from iql_plugins.plugins import Host\n"
         "import importlib.metadata\n"
         "entry = importlib.metadata.EntryPoint('d3rlpy', 'iql_d3rlpy.plugin', 'iql_plugins')\n"
-        "registry = Registry(find=lambda: [entry])\n"
+        "registry = Host(find=lambda: [entry])\n"
         "try:\n"
         "    registry.map_batch(object())\n"
         "except TypeError:\n"

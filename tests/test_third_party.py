@@ -92,7 +92,7 @@ def test_the_command_line_lists_it_and_trains_with_it(environment: Path, tmp_pat
 
 def test_broken_it_is_named_and_harms_no_other(environment: Path) -> None:
     code = (
-        "import iql_plugins as p, torch; from iql_plugins.registry import PluginError\n"
+        "import iql_plugins as p, torch; from iql_plugins.plugins import PluginError\n"
         "assert p.available()['tiny'].error is None\n"
         "assert p.map_batch({'action': torch.zeros(5, 1)}).batch_size == (5,)\n"
         "assert p.load('tensor').name == 'tensor'\n"
@@ -121,7 +121,7 @@ def test_a_duplicate_of_it_is_refused_by_both_names(environment: Path) -> None:
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: iql-other\nVersion: 1.0\n")
         (metadata / "entry_points.txt").write_text("[iql_plugins]\ntiny = iql_tiny\n")
         code = (
-            "import iql_plugins; from iql_plugins.registry import PluginError\n"
+            "import iql_plugins; from iql_plugins.plugins import PluginError\n"
             "try: iql_plugins.load('tiny')\n"
             "except PluginError as error: assert 'iql-other' in str(error) and 'iql-tiny' in str(error), error\n"
             "else: raise AssertionError\n"

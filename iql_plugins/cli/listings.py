@@ -12,7 +12,7 @@ from iql_plugins.cli.rollouts import environment_spaces
 from iql_plugins.cli.sources import plugin_dataset
 from iql_plugins.data import DatasetError, unknown_source
 from iql_plugins.data.doctor import Report, Statistics, examine
-from iql_plugins.registry import PluginError, PluginInfo, Registry
+from iql_plugins.plugins import PluginError, PluginInfo, host
 from iql_plugins.spaces import Box
 
 __all__ = ["adapters", "inspect"]
@@ -20,11 +20,10 @@ __all__ = ["adapters", "inspect"]
 
 def adapters(arguments: Adapters) -> Result:
     """The adapters; imports no framework."""
-    registry = Registry()
     # In strict mode, what is broken is an error.
     with mistakes(PluginError):
-        duplicates = {name: info.error for name, info in registry.available().items()}
-        entries = [_entry(info, duplicates[name]) for name, info in registry.check().items()]
+        duplicates = {name: info.error for name, info in host().available().items()}
+        entries = [_entry(info, duplicates[name]) for name, info in host().check().items()]
     rows = [[entry["name"], f"{entry['distribution']} {entry['version']}", _framework(entry)] for entry in entries]
     parts: list[Any] = [table(["adapter", "distribution", "framework"], rows)]
     # Below the table, where no column breaks a line that is to be copied.

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.data import DatasetError, check_dataset, minari, read, unknown_source
 from iql_plugins.data.dataset import Options, chunks, row_bytes
-from iql_plugins.registry import NotRecognizedError, PluginError, Registry
+from iql_plugins.plugins import NotRecognizedError, PluginError, host
 from iql_plugins.spaces import Spaces
 
 __all__ = ["SHIPPED", "Shipped", "Source", "digest", "load_source", "plugin_dataset"]
@@ -76,7 +76,7 @@ def plugin_dataset(source: str) -> TensorDictBase | None:
     """A dataset that an installed plugin knows; None if none does."""
     with mistakes(PluginError):
         try:
-            return Registry().load_dataset(source)
+            return host().load_dataset(source)
         except NotRecognizedError:
             return None
 

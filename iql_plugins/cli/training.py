@@ -22,7 +22,7 @@ from iql_plugins.cli.rollouts import rollouts
 from iql_plugins.cli.settings import METHODS, Settings, Unit
 from iql_plugins.cli.sources import Source
 from iql_plugins.hookspecs import Training
-from iql_plugins.registry import AdapterNotFoundError, PluginError, Registry
+from iql_plugins.plugins import AdapterNotFoundError, PluginError, host
 
 __all__ = ["DivergenceError", "Outcome", "Progress", "adapter_training", "evaluation_seeds", "metrics_rows", "train"]
 
@@ -105,7 +105,7 @@ def adapter_training(name: str) -> Training:
         UserError: if there is no such adapter, it is broken, its framework is missing, or it does not train.
     """
     with mistakes(AdapterNotFoundError, PluginError):
-        adapter = Registry().load(name)
+        adapter = host().load(name)
     if adapter.training is None:
         raise UserError(f"adapter {name!r} has no training for the command line: use its classes from Python")
     return adapter.training

@@ -1,7 +1,8 @@
-"""The plugin host: finds adapters by their entry points, loads them one at a time, asks them.
+"""The plugin host: finds plugins by their entry points, loads them one at a time, calls their hooks.
 
 Listing reads metadata and imports nothing. A plugin that is broken, misspelt or there twice is
-reported with the distribution it came from, and all others work.
+reported with the distribution it came from, and all others work. :func:`available`, :func:`load`, :func:`map_batch` and
+:func:`load_dataset` ask one host, made when it is first needed.
 """
 
 import os
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from inspect import isfunction, ismethod
@@ -23,7 +25,19 @@ from iql_plugins.hookspecs import PROJECT, Adapter
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
-__all__ = ["AdapterNotFoundError", "NotRecognizedError", "PluginError", "PluginInfo", "Registry", "framework_later"]
+__all__ = [
+    "AdapterNotFoundError",
+    "Host",
+    "NotRecognizedError",
+    "PluginError",
+    "PluginInfo",
+    "available",
+    "framework_later",
+    "host",
+    "load",
+    "load_dataset",
+    "map_batch",
+]
 
 #: Comma-separated names; only these plugins are looked at.
 ALLOW_VARIABLE = "IQL_PLUGINS_ALLOW"
@@ -62,8 +76,8 @@ class PluginInfo:
     error: str | None = None
 
 
-class Registry:
-    """The installed adapters.
+class Host:
+    """The installed plugins.
 
     Args:
         strict: whether a broken plugin raises where it is met, and not only when it is asked for by name.
@@ -137,11 +151,11 @@ class Registry:
         """
         if name not in self._adapters:
             plugin = self._plugin(name)
-            describe = getattr(plugin, "iql_adapter", None)
-            if describe is None:
+            if not hasattr(plugin, "iql_adapter"):
                 raise self._broken(name, "has no iql_adapter(): it is no adapter")
+            others = [other for other in self._manager.get_plugins() if other is not plugin]
             try:
-                adapter = describe()
+                [adapter] = self._manager.subset_hook_caller("iql_adapter", others)()
             except ImportError as error:
                 raise self._missing(name, error) from error
             except Exception as error:
@@ -261,3 +275,80 @@ def _framework_later() -> Iterator[None]:
 
 def _origin(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else "an unknown distribution"
+
+
+@cache
+def host() -> Host:
+    """The host of this process."""
+    return Host()
+
+
+def available() -> dict[str, PluginInfo]:
+    """The installed adapters by name, from metadata alone: none of them is imported, and no framework.
+
+    >>> available()["tensor"].distribution
+    'iql-plugins'
+
+    Raises:
+        PluginError: in strict mode, if a name is taken twice.
+    """
+    return host().available()
+
+
+def load(name: str) -> Adapter:
+    """The adapter of that name; imports its framework.
+
+    >>> sorted(load("tensor").algorithms)
+    ['IQL']
+
+    Raises:
+        AdapterNotFoundError: if there is none; suggests the closest.
+        PluginError: if it is broken, or its framework is not installed.
+    """
+    return host().load(name)
+
+
+def map_batch(batch: object) -> "TensorDictBase":
+    """A batch of any framework whose adapter is installed, in the layout of :mod:`iql_plugins.keys`.
+
+    Raises:
+        TypeError: if no adapter knows it.
+        PluginError: in strict mode, if a plugin is broken.
+    """
+    return host().map_batch(batch)
+
+
+def load_dataset(
+    source: object,
+    *,
+    trust_pickle: bool = False,
+    discrete: bool | None = None,
+    memmap_dir: str | os.PathLike[str] | None = None,
+) -> "TensorDictBase":
+    """A dataset in the key layout: by the formats of :func:`iql_plugins.data.load_dataset`, else by an adapter.
+
+    >>> load_dataset("pendulum-v1-sac").batch_size
+    torch.Size([20000])
+
+    Args:
+        source: a path, a name or an object.
+        trust_pickle: whether a ``.pkl`` may be loaded, which can run any code.
+        discrete: see :func:`iql_plugins.data.load_dataset`; as ``memmap_dir``, for the formats that are built in.
+        memmap_dir: likewise.
+
+    Raises:
+        DatasetError: one line, if nobody knows the source, or what it holds is no dataset.
+        ImportError: for a package that is missing; says how to install it.
+        PluginError: in strict mode, if a plugin is broken.
+    """
+    from iql_plugins import data
+
+    built_in = data.builtin(source, trust_pickle=trust_pickle, discrete=discrete, memmap_dir=memmap_dir)
+    if built_in is not None:
+        return built_in
+    try:
+        dataset = host().load_dataset(source)
+    except NotRecognizedError as error:
+        raise data.DatasetError(f"{data.unknown_source(source)}; {error}") from None
+    data.check_dataset(dataset, str(source) if isinstance(source, str | os.PathLike) else type(source).__qualname__)
+    return dataset
