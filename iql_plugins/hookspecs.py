@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from iql_plugins.agent import Agent
 
-__all__ = ["PROJECT", "Adapter", "Training", "hookimpl", "hookspec"]
+__all__ = ["PROJECT", "Adapter", "Command", "Training", "hookimpl", "hookspec"]
 
 #: The pluggy project, and the group of entry points in which plugins are found.
 PROJECT = "iql_plugins"
@@ -69,6 +69,21 @@ class Adapter:
     training: Training | None = None
 
 
+@dataclass(frozen=True)
+class Command:
+    """A subcommand of ``iql-plugins``, of a plugin's own.
+
+    Attributes:
+        name: what the user types; none of the commands that ship.
+        summary: one line for ``iql-plugins --help``.
+        run: takes the arguments behind the name, prints, and returns the exit status. Import what it needs in there.
+    """
+
+    name: str
+    summary: str
+    run: Callable[[Sequence[str]], int]
+
+
 @hookspec
 def iql_adapter() -> Adapter:  # type: ignore[empty-body]
     """Describes the adapter. Called once, when the adapter is asked for; may import its framework."""
@@ -92,3 +107,8 @@ def iql_load_dataset(source: object) -> "TensorDictBase | None":
     Args:
         source: a path, a name or an object.
     """
+
+
+@hookspec
+def iql_commands() -> Sequence[Command]:  # type: ignore[empty-body]
+    """A plugin's own subcommands. Called for ``--help``, and for a command that is none of those that ship."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from iql_plugins import hookspecs
-from iql_plugins.hookspecs import PROJECT, Adapter
+from iql_plugins.hookspecs import PROJECT, Adapter, Command
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -153,9 +153,8 @@ class Host:
             plugin = self._plugin(name)
             if not hasattr(plugin, "iql_adapter"):
                 raise self._broken(name, "has no iql_adapter(): it is no adapter")
-            others = [other for other in self._manager.get_plugins() if other is not plugin]
             try:
-                [adapter] = self._manager.subset_hook_caller("iql_adapter", others)()
+                [adapter] = self._hook_of("iql_adapter", plugin)()
             except ImportError as error:
                 raise self._missing(name, error) from error
             except Exception as error:
@@ -186,6 +185,37 @@ class Host:
             PluginError: in strict mode, if a plugin is broken.
         """
         return self._answered(self._all().iql_load_dataset(source=source), "dataset", source)
+
+    def commands(self, taken: Collection[str] = ()) -> dict[str, Command]:
+        """The subcommands of all plugins by name; a plugin whose commands cannot be had is left out, and reported.
+
+        Args:
+            taken: names that are not to be had.
+
+        Raises:
+            PluginError: in strict mode, for a plugin that is broken.
+        """
+        commands: dict[str, Command] = {}
+        for name in self.check():
+            plugin = self._manager.get_plugin(name)
+            if not hasattr(plugin, "iql_commands"):
+                continue
+            try:
+                [own] = self._hook_of("iql_commands", plugin)()
+                if twice := [command.name for command in own if command.name in {*taken, *commands}]:
+                    raise ValueError(f"{', '.join(twice)} is taken")
+            # As above: a stranger's code.
+            except Exception as error:
+                broken = self._broken(name, f"failed in iql_commands(): {type(error).__name__}: {error}")
+                if self.strict:
+                    raise broken from error
+                continue
+            commands |= {command.name: command for command in own}
+        return commands
+
+    def _hook_of(self, hook: str, plugin: object) -> pluggy.HookCaller:
+        """A hook as that plugin alone implements it."""
+        return self._manager.subset_hook_caller(hook, [p for p in self._manager.get_plugins() if p is not plugin])
 
     def _all(self) -> pluggy.HookRelay:
         self.check()

@@ -24,7 +24,7 @@ from iql_plugins.cli.reference_scores import normalized_score, reference
 from iql_plugins.cli.rollouts import LONGEST_EPISODE, environment_spaces, rollouts
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.config import IQLConfig
-from iql_plugins.hookspecs import Adapter, Training
+from iql_plugins.hookspecs import Adapter, Command, Training
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 PENDULUM = Spaces(Box((3,)), Box((1,), low=(-2.0,), high=(2.0,)))
@@ -254,6 +254,62 @@ def test_what_is_broken_is_an_error_in_strict_mode(run: Run, monkeypatch: pytest
     status, _, err = run("adapters")
     assert status == 2
     assert err.startswith("iql-plugins: plugin 'broken' of stranger 1.0")
+
+
+def test_a_new_adapter_has_the_name_that_is_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run("adapters", "--new", "acme")
+    assert (status, out.startswith("wrote README.md, iql_acme/__init__.py")) == (0, True)
+    texts = [path.read_text() for path in Path("iql-acme").rglob("*.*")]
+    assert "class AcmeIQL" in "".join(texts)
+    assert not any("tiny" in text.lower() for text in texts)
+    before = {path: path.read_bytes() for path in Path("iql-acme").rglob("*.*")}
+    for name, message in (("acme", "is there already"), ("sb3", "installed already"), ("../x", "one word of small")):
+        status, _, err = run("adapters", "--new", name)
+        assert (status, message in err) == (2, True)
+    assert before == {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
+
+
+def test_a_plugins_command_is_in_the_help_and_runs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sequence[str]] = []
+
+    def main(arguments: Sequence[str]) -> int:
+        asked.append(arguments)
+        sys.stdout.write("hello\n")
+        return 7
+
+    def commands() -> list[Command]:
+        return [Command("greet", "Says hello.", main)]
+
+    loaded: list[str] = []
+    greeter = stranger("greeter", lambda: loaded.append("greeter") or plugin("greeter", iql_commands=commands))
+    thief = stranger("thief", lambda: plugin("thief", iql_commands=lambda: [Command("train", "", main)]))
+    faulty = stranger("faulty", lambda: plugin("faulty", iql_commands=lambda: 1 / 0))
+    install(monkeypatch, greeter, thief, faulty)
+    assert run("adapters", "--new", "")[0] == 2
+    assert not loaded
+    status, out, _ = run("--help")
+    assert (status, "greet" in out, "Says hello." in out) == (0, True, True)
+    assert run("greet", "--json", "you") == (7, "hello\n", "")
+    assert asked == [["--json", "you"]]
+    status, _, err = run("gret")
+    assert (status, len(err.splitlines())) == (2, 1)
+    errors = {entry["name"]: entry["error"] for entry in json.loads(run("adapters", "--json")[1])["adapters"]}
+    assert "failed in iql_commands(): ZeroDivisionError" in errors["faulty"]
+    assert "failed in iql_commands(): ValueError: train is taken" in errors["thief"]
+    assert errors["greeter"] is None
+
+
+def test_a_plugins_command_that_fails_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: Sequence[str]) -> int:
+        raise OSError("no luck")
+
+    install(monkeypatch, stranger("x", lambda: plugin("x", iql_commands=lambda: [Command("fail", "", fail)])))
+    status, _, err = run("fail")
+    assert status == 1
+    assert err.splitlines()[-1] == "iql-plugins: OSError: no luck"
 
 
 # Datasets

@@ -35,7 +35,7 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "exit": (raising(SystemExit(3)), "cannot be imported: SystemExit: 3"),
     "misspelt": (
         lambda: plugin("bad", iql_map_bacth=lambda batch: None),
-        "implements iql_map_bacth; the hooks are iql_adapter, iql_load_dataset, iql_map_batch",
+        "implements iql_map_bacth; the hooks are iql_adapter, iql_commands, iql_load_dataset, iql_map_batch",
     ),
     "unmarked": (
         lambda: types.SimpleNamespace(iql_adapter=lambda: Adapter("bad", None)),

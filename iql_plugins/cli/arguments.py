@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.sources import SHIPPED
 from iql_plugins.config import PRESETS, IQLConfig, preset
+from iql_plugins.plugins import PluginError, host
 
 tyro = imported("tyro")
 
@@ -162,10 +163,16 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """Lists the installed adapters, and how to install the frameworks that are missing."""
+    """Lists the installed adapters, and how to install the frameworks that are missing; or writes a new one."""
 
+    new: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Write an adapter for a framework of your own, with its test, into a new folder iql-NAME."""
     json: Flag = False
     """Print one JSON document on stdout, and nothing else."""
+
+
+class _OfPlugin:
+    """Stands for a plugin's command in the help."""
 
 
 Arguments = Train | Evaluate | Export | Convert | Inspect | Adapters
@@ -190,6 +197,11 @@ def parse(arguments: Sequence[str]) -> Arguments:
     commands: Any = Annotated[Train, train]
     for name, kind in others.items():
         commands = commands | Annotated[kind, tyro.conf.subcommand(name)]
+    if arguments and arguments[0] in ("-h", "--help"):
+        with mistakes(PluginError):
+            of_plugins = host().commands([*others, "train"])
+        for name, command in of_plugins.items():
+            commands = commands | Annotated[_OfPlugin, tyro.conf.subcommand(name, description=command.summary)]
     out, problem = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(problem), mistakes(ValueError):
