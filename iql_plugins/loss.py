@@ -2,6 +2,7 @@ r"""The losses of Implicit Q-Learning over networks, for continuous and for disc
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -373,34 +374,21 @@ class IQLLoss(NetworkOwner):
             RuntimeError: if a network fails on the batch, or the TensorDict is locked.
         """
         self._check_updater()
-        source = self._source(tensordict, tensors)
-        batch = self._reader.read(source, self.in_keys)
-        value = self._value(batch)
-        target_q = self._target_q(batch, value.shape)
-        q = self._q(batch, value.shape)
-        log_prob = self._log_prob(batch, value.shape)
-        losses = functional.losses_from_target(
-            q,
-            target_q,
-            value,
-            log_prob,
-            self._target(batch, value.shape),
-            expectile=self.expectile,
-            temperature=self.temperature,
-            max_weight=self.max_weight,
-            loss_function=self.loss_function,
-            reduction=self.reduction,
-            weight=self._weight(batch, value.shape),
-            mask=self._mask(batch, value.shape),
-        )
+        of = self._quantities(tensordict, tensors, self.in_keys)
+        value, actor, qvalue = of.value_loss, of.actor_loss, of.qvalue_loss
+        outputs = {
+            "loss_actor": of.reduced(actor),
+            "loss_qvalue": of.reduced(qvalue),
+            "loss_value": of.reduced(value),
+            "entropy": functional.entropy(of.log_prob, of.mask),
+        }
         if not torch.compiler.is_compiling():
             self._estimator_in_state = True
-        outputs = losses._asdict()
         if tensordict is None:
             selected = tuple(outputs[key] for key in self.out_keys)
             return selected[0] if len(selected) == 1 else selected
-        tensordict.set(self._tensor_keys.log_prob, log_prob.detach())
-        tensordict.set(self._tensor_keys.priority, losses.td_error)
+        tensordict.set(self._tensor_keys.log_prob, of.log_prob.detach())
+        tensordict.set(self._tensor_keys.priority, of.unmasked(functional.td_error(of.q, of.target)))
         result = TensorDict(batch_size=value.shape if self.reduction == "none" else [])
         for key in self.out_keys:
             if key == "entropy" and self.reduction == "none":
@@ -417,34 +405,25 @@ class IQLLoss(NetworkOwner):
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_actor`` alone, and no metadata. Writes the log-probability into the input."""
         keys = [*_in_keys(self.actor_network), *_in_keys(self.qvalue_network), *_in_keys(self.value_network)]
-        batch = self._reader.read(self._source(tensordict, {}), [*keys, self._tensor_keys.action])
+        of = self._quantities(tensordict, {}, [*keys, self._tensor_keys.action])
         with torch.no_grad():
-            value = self._value(batch)
-        advantage = functional.advantage(self._target_q(batch, value.shape), value)
-        log_prob = self._log_prob(batch, value.shape)
-        weight = functional.advantage_weight(advantage, self.temperature, self.max_weight)
-        loss = self._reduced(functional.weighted_log_likelihood(log_prob, weight), batch)
-        tensordict.set(self._tensor_keys.log_prob, log_prob.detach())
+            of.advantage  # noqa: B018 - no other loss will ask for V's gradient
+        loss = of.reduced(of.actor_loss)
+        tensordict.set(self._tensor_keys.log_prob, of.log_prob.detach())
         return loss, {}
 
     def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_value`` alone, and no metadata."""
         keys = [*_in_keys(self.qvalue_network), *_in_keys(self.value_network), self._tensor_keys.action]
-        batch = self._reader.read(self._source(tensordict, {}), keys)
-        value = self._value(batch)
-        advantage = functional.advantage(self._target_q(batch, value.shape), value)
-        return self._reduced(functional.expectile_loss(advantage, self.expectile), batch), {}
+        of = self._quantities(tensordict, {}, keys)
+        return of.reduced(of.value_loss), {}
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_qvalue`` alone, and as metadata ``"td_error"``: each critic's squared errors, ``[N, *B]``."""
         keys = [*_in_keys(self.qvalue_network), self._tensor_keys.action, *self._target_keys]
-        batch = self._reader.read(self._source(tensordict, {}), keys)
-        target = self._target(batch, None)
-        q = self._q(batch, target.shape)
-        loss = functional.qvalue_loss(q, target, self.loss_function)
-        errors = (q.detach() - target).square()
-        mask = self._mask(batch, target.shape)
-        return self._reduced(loss, batch), {"td_error": errors if mask is None else errors.masked_fill(~mask, 0.0)}
+        of = self._quantities(tensordict, {}, keys)
+        target = of.target
+        return of.reduced(of.qvalue_loss), {"td_error": of.unmasked((of.q.detach() - target).square())}
 
     @torch.no_grad()
     def qvalues(self, tensordict: TensorDictBase) -> Tensor:
@@ -466,21 +445,18 @@ class IQLLoss(NetworkOwner):
             **tensors: the batch as keyword tensors instead.
         """
         keys = [*_in_keys(self.qvalue_network), *_in_keys(self.value_network), self._tensor_keys.action]
-        batch = self._reader.read(self._source(tensordict, tensors), keys)
-        value = self._value(batch)
+        of = self._quantities(tensordict, tensors, keys)
+        value, target_q = of.value, of.target_q
         return functional.health(
-            self._target_q(batch, value.shape),
-            value,
-            temperature=self.temperature,
-            max_weight=self.max_weight,
-            mask=self._mask(batch, value.shape),
+            target_q, value, temperature=self.temperature, max_weight=self.max_weight, mask=of.mask
         )
 
-    def _reduced(self, loss: Tensor, batch: Batch) -> Tensor:
-        weight, mask = self._weight(batch, loss.shape), self._mask(batch, loss.shape)
-        return functional.reduce_loss(loss, self.reduction, weight=weight, mask=mask)
+    def _quantities(
+        self, tensordict: TensorDictBase | None, tensors: dict[str, Tensor], keys: Sequence[NestedKey]
+    ) -> "_Quantities":
+        return _Quantities(self, self._reader.read(self._source(tensordict, tensors), keys))
 
-    # The quantities, each computed once a call
+    # How each quantity is computed; nobody but _Quantities asks
 
     def _log_prob(self, batch: Batch, shape: Size) -> Tensor:
         """``[*B]`` log-probability of the dataset's action."""
@@ -659,6 +635,91 @@ class IQLLoss(NetworkOwner):
                 "input, which is locked: unlock_() it, or pass a copy()"
             )
         return tensordict
+
+
+class _Quantities:
+    """What the losses of a batch are made of, each computed when it is first asked for, and once.
+
+    Attributes:
+        batch: what was read.
+        shape: ``*B``, which V(s) or, if it is not asked for, the target of Q tells.
+    """
+
+    def __init__(self, loss: IQLLoss, batch: Batch) -> None:
+        self._loss, self.batch = loss, batch
+        self.shape: Size | None = None
+
+    @cached_property
+    def value(self) -> Tensor:
+        """``[*B]`` V(s)."""
+        value = self._loss._value(self.batch)
+        self.shape = value.shape
+        return value
+
+    @cached_property
+    def target_q(self) -> Tensor:
+        """``[N, *B]`` Q(s, a) of the target critics."""
+        return self._loss._target_q(self.batch, self._known_shape)
+
+    @cached_property
+    def advantage(self) -> Tensor:
+        """``[*B]`` min Q(s, a) of the target critics - V(s); gradients flow through V."""
+        value = self.value
+        return functional.advantage(self.target_q, value)
+
+    @cached_property
+    def q(self) -> Tensor:
+        """``[N, *B]`` Q(s, a) of the critics."""
+        return self._loss._q(self.batch, self._known_shape)
+
+    @cached_property
+    def log_prob(self) -> Tensor:
+        """``[*B]`` log-probability of the dataset's action."""
+        return self._loss._log_prob(self.batch, self._known_shape)
+
+    @cached_property
+    def target(self) -> Tensor:
+        """``[*B]`` target of Q."""
+        target = self._loss._target(self.batch, self.shape)
+        self.shape = target.shape
+        return target
+
+    @property
+    def value_loss(self) -> Tensor:
+        """``[*B]`` of V: expectile regression."""
+        return functional.expectile_loss(self.advantage, self._loss.expectile)
+
+    @property
+    def actor_loss(self) -> Tensor:
+        """``[*B]`` of the policy: advantage-weighted regression."""
+        loss = self._loss
+        weight = functional.advantage_weight(self.advantage.detach(), loss.temperature, loss.max_weight)
+        return functional.weighted_log_likelihood(self.log_prob, weight)
+
+    @property
+    def qvalue_loss(self) -> Tensor:
+        """``[*B]`` of the critics, summed over them."""
+        return functional.qvalue_loss(self.q, self.target, self._loss.loss_function)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """``[*B]`` True where an entry counts; None where all do."""
+        return self._loss._mask(self.batch, self._known_shape)
+
+    def reduced(self, loss: Tensor) -> Tensor:
+        """A loss per sample as the loss's reduction has it, weighted by importance."""
+        weight = self._loss._weight(self.batch, loss.shape)
+        return functional.reduce_loss(loss, self._loss.reduction, weight=weight, mask=self.mask)
+
+    def unmasked(self, errors: Tensor) -> Tensor:
+        """``[..., *B]`` zero where an entry does not count."""
+        mask = self.mask
+        return errors if mask is None else errors.masked_fill(~mask, 0.0)
+
+    @property
+    def _known_shape(self) -> Size:
+        assert self.shape is not None
+        return self.shape
 
 
 class DiscreteIQLLoss(IQLLoss):
