@@ -1,8 +1,7 @@
 r"""The losses of Implicit Q-Learning over networks, for continuous and for discrete actions."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -637,47 +636,61 @@ class IQLLoss(NetworkOwner):
         return tensordict
 
 
+def _once(compute: Callable[["_Quantities"], Tensor]) -> Any:
+    """A property that is computed once; ``functools.cached_property`` breaks a compiled graph."""
+    name = compute.__name__
+
+    def quantity(self: "_Quantities") -> Tensor:
+        if name not in self.computed:
+            self.computed[name] = compute(self)
+        return self.computed[name]
+
+    return property(quantity, doc=compute.__doc__)
+
+
 class _Quantities:
     """What the losses of a batch are made of, each computed when it is first asked for, and once.
 
     Attributes:
         batch: what was read.
+        computed: quantities by name.
         shape: ``*B``, which V(s) or, if it is not asked for, the target of Q tells.
     """
 
     def __init__(self, loss: IQLLoss, batch: Batch) -> None:
         self._loss, self.batch = loss, batch
         self.shape: Size | None = None
+        self.computed: dict[str, Tensor] = {}
 
-    @cached_property
+    @_once
     def value(self) -> Tensor:
         """``[*B]`` V(s)."""
         value = self._loss._value(self.batch)
         self.shape = value.shape
         return value
 
-    @cached_property
+    @_once
     def target_q(self) -> Tensor:
         """``[N, *B]`` Q(s, a) of the target critics."""
         return self._loss._target_q(self.batch, self._known_shape)
 
-    @cached_property
+    @_once
     def advantage(self) -> Tensor:
         """``[*B]`` min Q(s, a) of the target critics - V(s); gradients flow through V."""
         value = self.value
         return functional.advantage(self.target_q, value)
 
-    @cached_property
+    @_once
     def q(self) -> Tensor:
         """``[N, *B]`` Q(s, a) of the critics."""
         return self._loss._q(self.batch, self._known_shape)
 
-    @cached_property
+    @_once
     def log_prob(self) -> Tensor:
         """``[*B]`` log-probability of the dataset's action."""
         return self._loss._log_prob(self.batch, self._known_shape)
 
-    @cached_property
+    @_once
     def target(self) -> Tensor:
         """``[*B]`` target of Q."""
         target = self._loss._target(self.batch, self.shape)
