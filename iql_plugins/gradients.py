@@ -149,7 +149,8 @@ class LossGradients:
         return (
             (loss.expectile, loss.temperature, loss.max_weight, loss.loss_function, loss.reduction),
             (loss.use_prioritized_weights, loss.loss_mask_key, *vars(loss.tensor_keys).values()),
-            (loss.value_estimator, loss.vmap_randomness, loss.deactivate_vmap, loss.check_finite),
+            (loss.value_estimator, getattr(loss.value_estimator, "time_dim", None)),
+            (loss.vmap_randomness, loss.deactivate_vmap, loss.check_finite),
             tuple([module.training for module in self._modules]),
         )
 

@@ -324,14 +324,15 @@ class IQLLoss(NetworkOwner):
             value_type: ``ValueEstimators.TD0`` (the default), ``TD1`` or ``TDLambda``; TorchRL's members
                 of these names, or the names, work as well.
             **hyperparams: ``gamma`` (0.99); for TDLambda ``lmbda`` (0.95); for TD1 and TDLambda
-                ``time_dim``, which batch dimension is time.
+                ``time_dim``, which dimension is time: the last of a TensorDict's batch size (or the one named
+                ``"time"``) when None. Keyword tensors need it: their last dimension may be that of agents.
 
         Returns:
             The loss.
 
         Raises:
             NotImplementedError: for an estimator that IQL does not take.
-            TypeError: for a hyper-parameter that the estimator does not have.
+            TypeError: for a hyper-parameter that the estimator does not have, or of the wrong type.
             ValueError: for one out of range.
         """
         value_type = supported_value_type(self.default_value_estimator if value_type is None else value_type)
