@@ -49,6 +49,8 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
             value_network = default_value_function(actor_network)
         _check_network("value_network", value_network)
 
+        for network in (actor_network, value_network, *critics):
+            parameters.expose_nested(network)
         super().__init__()
         self.num_qvalue_nets = num_qvalue_nets
         self.separate_losses = separate_losses
