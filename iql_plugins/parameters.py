@@ -221,7 +221,7 @@ class NestedParams(TensorDictParams):  # type: ignore[misc]
 
     def __init__(self, params: TensorDictParams) -> None:
         nn.Module.__init__(self)
-        self._batch_dims, self._get_post_hook = params.batch_dims, params._get_post_hook
+        self._original_batch_size, self._get_post_hook = params.batch_size, params._get_post_hook
         for key, tensor in params.items(True, True):
             *path, name = key if isinstance(key, tuple) else (key,)
             owner: nn.Module = self
@@ -232,8 +232,9 @@ class NestedParams(TensorDictParams):  # type: ignore[misc]
     @property
     def _param_td(self) -> TensorDict:
         tensors = leaves(self)
-        # Stacked critics that share some of their leaves have no batch size.
-        shapes = {tensor.shape[: self._batch_dims] for tensor in tensors.values()}
+        known = [tensor for tensor in tensors.values() if not nn.parameter.is_lazy(tensor)]
+        shapes = {tensor.shape[: len(self._original_batch_size)] for tensor in known} or {self._original_batch_size}
+        # Stacked critics that share some of their leaves have no common batch size.
         return _nested(tensors, shapes.pop() if len(shapes) == 1 else ())
 
     @_param_td.setter
@@ -254,7 +255,7 @@ class NestedParams(TensorDictParams):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         # Without the caches and locks of TensorDicts around it.
-        return {name: vars(self)[name] for name in (*vars(nn.Module()), "_batch_dims", "_get_post_hook")}
+        return {name: vars(self)[name] for name in (*vars(nn.Module()), "_original_batch_size", "_get_post_hook")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
