@@ -8,7 +8,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
-from iql_plugins import parameters
+from iql_plugins import distributed, parameters
 from iql_plugins.networks import default_value_function
 
 __all__ = ["NetworkOwner"]
@@ -234,7 +234,7 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
         pairs: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
         for name, target in parameters.leaves(self._network("target_qvalue_network")).items():
             is_parameter = isinstance(sources[name], nn.Parameter)
-            pairs[0 if is_parameter else 1].append((target, full[name].detach()))
+            pairs[0 if is_parameter else 1].append((target, distributed.whole(full[name].detach())))
         return pairs
 
     @torch.no_grad()
