@@ -37,7 +37,7 @@ def check_output(loss: nn.Module) -> None:
         )
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
 def replicate(tensors: Iterable[Tensor], ddp: DistributedDataParallel) -> None:
     """Gives the first process's values to all processes of a DDP; every one of them must call it."""
