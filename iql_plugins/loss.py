@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from iql_plugins import evaluation, functional, parameters
+from iql_plugins import distributed, evaluation, functional, parameters
 from iql_plugins.batch import Batch, BatchReader, dtype_kind, keyword_tensors, to_batch_shape
 from iql_plugins.distributions import at_least_float32
 from iql_plugins.functional import LossFunction, Reduction
@@ -66,6 +66,12 @@ class IQLLoss(NetworkOwner):
     **Input** by the layout of :mod:`iql_plugins.keys`: a TensorDict, into which the log-probability and the
     priority are written and nothing else; or keyword tensors, with a tuple in the order of
     :attr:`out_keys` in return. Losses are computed in float32 at least, whatever the networks' dtype.
+
+    **Several processes.** ``DistributedDataParallel(loss)`` trains all replicas alike: the first call that trains
+    gives the target critics of rank 0 to all, whether or not DDP synchronises buffers. ``fully_shard(loss)``, over
+    ranks with equal weights as FSDP asks for, and DDP with ``find_unused_parameters=True`` look for the losses in what
+    a call returns, and see none in a TensorDict: they are given keyword tensors, a TensorDict is refused. Updaters are
+    stepped by every rank. Call the wrapper, not the loss inside it.
 
     **Function transforms.** ``torch.func.functional_call(loss, parameters, kwargs=batch)`` computes the losses
     at ``parameters`` (names of ``named_parameters()``), and ``torch.func.grad`` of it equals autograd's.
@@ -121,6 +127,7 @@ class IQLLoss(NetworkOwner):
     SUPPORTED_VALUE_ESTIMATORS: ClassVar = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
     use_prioritized_weights: bool | str = "auto"
     vmap_randomness: str = "different"
+    _targets_replicated = False
 
     def __init__(
         self,
@@ -324,14 +331,15 @@ class IQLLoss(NetworkOwner):
             value_type: ``ValueEstimators.TD0`` (the default), ``TD1`` or ``TDLambda``; TorchRL's members
                 of these names, or the names, work as well.
             **hyperparams: ``gamma`` (0.99); for TDLambda ``lmbda`` (0.95); for TD1 and TDLambda
-                ``time_dim``, which batch dimension is time.
+                ``time_dim``, which dimension is time: the last of a TensorDict's batch size (or the one named
+                ``"time"``) when None. Keyword tensors need it: their last dimension may be that of agents.
 
         Returns:
             The loss.
 
         Raises:
             NotImplementedError: for an estimator that IQL does not take.
-            TypeError: for a hyper-parameter that the estimator does not have.
+            TypeError: for a hyper-parameter that the estimator does not have, or of the wrong type.
             ValueError: for one out of range.
         """
         value_type = supported_value_type(self.default_value_estimator if value_type is None else value_type)
@@ -370,9 +378,12 @@ class IQLLoss(NetworkOwner):
             KeyError: for a missing key.
             TypeError: for a keyword that is no key's name, or an entry that is no tensor or has the wrong dtype.
             ValueError: for a wrong shape, device or value, or an empty batch.
-            RuntimeError: if a network fails on the batch, or the TensorDict is locked.
+            RuntimeError: if a network fails on the batch, the TensorDict is locked, or a wrapper for several
+                processes cannot take a TensorDict.
         """
         self._check_updater()
+        if torch.is_grad_enabled():
+            self._check_wrapper(tensordict)
         of = self._quantities(tensordict, tensors, self.in_keys)
         value, actor, qvalue = of.value_loss, of.actor_loss, of.qvalue_loss
         outputs = {
@@ -400,6 +411,14 @@ class IQLLoss(NetworkOwner):
         if not self._has_update_associated["qvalue_network"] and not torch.compiler.is_compiling():
             # Past this method, forward, and the two frames of torch.nn.Module's call.
             warnings.warn(_NO_UPDATER, UserWarning, stacklevel=5)
+
+    def _check_wrapper(self, tensordict: TensorDictBase | None) -> None:
+        if tensordict is not None:
+            distributed.check_output(self)
+        # DDP may leave buffers, which the targets are, as each process drew them.
+        if not self._targets_replicated and (ddp := distributed.active_ddp()) is not None:
+            distributed.replicate(parameters.leaves(self._network("target_qvalue_network")).values(), ddp)
+            self._targets_replicated = True
 
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_actor`` alone, and no metadata. Writes the log-probability into the input."""
