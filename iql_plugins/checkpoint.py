@@ -10,10 +10,21 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
-__all__ = ["CheckpointError", "flatten", "read", "seal", "unflatten", "unseal", "write", "write_bytes"]
+__all__ = [
+    "CheckpointError",
+    "flatten",
+    "packed",
+    "read",
+    "seal",
+    "unflatten",
+    "unpacked",
+    "unseal",
+    "write",
+    "write_bytes",
+]
 
 FORMAT = "iql-plugins"
 VERSION = "1"
@@ -32,8 +43,21 @@ def write(path: str | os.PathLike[str], document: Mapping[str, Any], tensors: Ma
         document: JSON values.
         tensors: by name; brought to the CPU.
     """
+    write_bytes(path, packed(document, tensors))
+
+
+def packed(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
+    """A checkpoint as :func:`write` writes it.
+
+    Args:
+        document: JSON values.
+        tensors: by name; brought to the CPU.
+
+    Raises:
+        TypeError, ValueError: for what JSON does not have.
+    """
     metadata, copies = seal(document, tensors)
-    write_bytes(path, _with_sorted_metadata(save(copies, metadata)))
+    return _with_sorted_metadata(save(copies, metadata))
 
 
 def seal(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -85,6 +109,25 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{os.fspath(path)!r} is no checkpoint, or damaged: {error}") from error
     return unseal(metadata, tensors, os.fspath(path), "safetensors file"), tensors
+
+
+def unpacked(content: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The document and the tensors of what :func:`packed` made, on the CPU.
+
+    Args:
+        content: of the checkpoint.
+        name: of where it came from, for errors.
+
+    Raises:
+        CheckpointError: as :func:`read`.
+    """
+    try:
+        tensors = load(content)
+        metadata = _header(content).get("__metadata__", {})
+    except Exception as error:
+        # Whatever the library raises for bytes that are none of its own.
+        raise CheckpointError(f"{name!r} is no checkpoint, or damaged: {error}") from error
+    return unseal(metadata, tensors, name, "safetensors file"), tensors
 
 
 def unseal(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str, container: str) -> dict[str, Any]:
@@ -168,12 +211,16 @@ def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _with_sorted_metadata(content: bytes) -> bytes:
     """A safetensors file whose bytes depend on its content alone: the library shuffles the metadata in each process."""
-    size = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + size])
+    header, size = _header(content), int.from_bytes(content[:8], "little")
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + content[8 + size :]
+
+
+def _header(content: bytes) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return header
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -36,11 +36,14 @@ class Training:
             key layout in the environment's units, in batches of ``agent.config.batch_size`` that
             ``agent.generator`` draws, and calls ``callback(agent.learner.step_count)`` after each.
         save: ``save(algorithm, path)`` writes the framework's native file.
-        load: ``load(path)`` reads it.
+        load: ``load(path)`` reads it; where there is no ``load_agent``, without running anything that is in it.
         suffix: of native files.
         fit_together: ``fit_together(algorithms, dataset, n_steps, callback)``: as ``fit``, for several algorithms whose
             agents differ in their seeds alone, each step of theirs in one; the callback is called once a step. None if
             there is no faster way than one after the other.
+        load_agent: ``load_agent(path)``: the agent in a native file that ``load`` would run code of, a pickle's say,
+            read without that; raises ``ValueError`` for a file that it cannot be read from so. Whoever trusts a file
+            has the command line call ``load`` by ``--trust-pickle``.
     """
 
     from_agent: "Callable[[Agent], Any]"
@@ -50,6 +53,7 @@ class Training:
     load: Callable[[str | os.PathLike[str]], Any]
     suffix: str
     fit_together: "Callable[[Sequence[Any], TensorDictBase, int, Callable[[int], None]], object] | None" = None
+    load_agent: "Callable[[str | os.PathLike[str]], Agent] | None" = None
 
 
 @dataclass(frozen=True)

@@ -274,12 +274,15 @@ def _check_files(training: Training, spaces: Spaces, dataset: TensorDict) -> Non
         with _expected("save writes the native file, and load reads it"):
             training.save(algorithm, path)
             _require(path.is_file(), "save writes the file that it is told", sorted(map(str, Path(folder).iterdir())))
-            native = training.to_agent(training.load(path))
+            read = {"native file": training.to_agent(training.load(path))}
+        if training.load_agent is not None:
+            with _expected("load_agent reads what save writes"):
+                read["native file's agent"] = training.load_agent(path)
         common = Path(folder) / "common.safetensors"
         with _expected("the agent in an algorithm can be saved as a common checkpoint"):
             training.to_agent(algorithm).save(common)
-            loaded = Agent.load(common)
-    for name, other in (("native file", native), ("common checkpoint", loaded)):
+            read["common checkpoint"] = Agent.load(common)
+    for name, other in read.items():
         _require_equal(
             {"actions": actions}, {"actions": other.act(observation)}, f"the policy of the {name} acts alike"
         )

@@ -58,7 +58,7 @@ def test_every_adapter_trains_from_the_command_line_and_goes_on_after_ctrl_c(
     stop_at(23, monkeypatch)
     assert main(["train", *OPTIONS, "--adapter", adapter, "--run-dir", str(run)]) == 130
     torch.manual_seed(99)
-    assert main(["train", "--resume", str(run)]) == 0
+    assert main(["train", "--resume", str(run), "--env", "short_pendulum:ShortPendulum-v0"]) == 0
     document, other = results(run), results(expected)
     assert document["adapter"] == adapter
     assert list(other["results"]) == ["data", "IQL final", "IQL best"]

@@ -27,6 +27,8 @@ from iql_plugins.gradients import compiler_available
 from iql_plugins.spaces import Box, Spaces
 
 ENV = "short_pendulum:ShortPendulum-v0"
+#: A run's own environment, which no file can make the command line import.
+AGAIN = ["--env", ENV]
 #: Small, so that a run takes no second.
 TINY = [
     *("--n-steps", "40", "--hidden-sizes", "8", "--batch-size", "16", "--evaluate-every", "20", "--log-every", "10"),
@@ -180,7 +182,7 @@ def test_json_has_the_table_and_every_seed(run: Run, tmp_path: Path) -> None:
 def test_the_table_is_what_evaluate_measures(run: Run) -> None:
     document = json.loads(run("train", *SMALL, "--run-dir", "run", "--json")[1])
     assert set(document["results"]) == {"data", "IQL final", "IQL best"}
-    measured = json.loads(run("evaluate", "run", "--episodes", "2", "--json")[1])
+    measured = json.loads(run("evaluate", "run", *AGAIN, "--episodes", "2", "--json")[1])
     assert measured["env"] == ENV
     np.testing.assert_allclose(measured["returns"], document["by_seed"][0]["final_returns"], rtol=1e-6)
 
@@ -191,7 +193,7 @@ def test_the_best_policy_is_measured_by_other_episodes_than_it_was_chosen_by(run
     assert np.mean(chosen) == max(np.mean(returns) for _, returns in unit["evaluations"])
     path = "run/policy_best.safetensors"
     for seed, returns in ((0, unit["best_returns"]), (SELECTION_SEED, chosen)):
-        measured = json.loads(run("evaluate", path, "--episodes", "2", "--seed", str(seed), "--json")[1])
+        measured = json.loads(run("evaluate", path, *AGAIN, "--episodes", "2", "--seed", str(seed), "--json")[1])
         np.testing.assert_allclose(measured["returns"], returns, rtol=1e-6)
 
 
@@ -348,9 +350,10 @@ def test_ctrl_c_leaves_a_run_that_goes_on_bit_for_bit(
     stop_at(step)
     status, _, err = run("train", *BOTH, "--run-dir", "stopped")
     assert status == 130
-    assert err.splitlines()[-1] == "iql-plugins: interrupted: go on with iql-plugins train --resume stopped"
+    again = f"iql-plugins train --resume stopped --env {ENV}"
+    assert err.splitlines()[-1] == f"iql-plugins: interrupted: go on with {again}"
     torch.manual_seed(99)
-    assert run("train", "--resume", "stopped", "--workers", str(processes))[0] == 0
+    assert run("train", "--resume", "stopped", *AGAIN, "--workers", str(processes))[0] == 0
     assert_same_run(whole, tmp_path / "stopped", "bc")
     picture = (tmp_path / "stopped" / "learning_curve.png").read_bytes()
     assert (whole / "learning_curve.png").read_bytes() == picture
@@ -365,7 +368,7 @@ def test_rows_after_the_checkpoint_and_leftovers_of_a_killed_write_are_dropped(
     with (tmp_path / "killed" / "metrics.csv").open("a") as file:
         file.write("40,0.5,0.")
     (tmp_path / "killed" / ".checkpoint.safetensors.abc.tmp").write_bytes(b"half of it")
-    assert run("train", "--resume", "killed")[0] == 0
+    assert run("train", "--resume", "killed", *AGAIN)[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     assert not list((tmp_path / "killed").rglob("*.tmp"))
 
@@ -373,14 +376,14 @@ def test_rows_after_the_checkpoint_and_leftovers_of_a_killed_write_are_dropped(
 def test_a_run_that_is_over_is_measured_again(run: Run, tmp_path: Path) -> None:
     first = json.loads(run("train", *SMALL, "--run-dir", "run", "--json")[1])
     before = {name: (tmp_path / "run" / name).read_bytes() for name in BITWISE}
-    again = json.loads(run("train", "--resume", "run", "--json")[1])
+    again = json.loads(run("train", "--resume", "run", *AGAIN, "--json")[1])
     assert again["results"] == first["results"]
     assert {name: (tmp_path / "run" / name).read_bytes() for name in BITWISE} == before
 
 
 def test_a_configuration_repeats_its_run_bit_for_bit(run: Run, tmp_path: Path) -> None:
     assert run("train", *SMALL, "--expectile", "0.8", "--run-dir", "first")[0] == 0
-    assert run("train", "--config", "first", "--run-dir", "second")[0] == 0  # or first/config.json
+    assert run("train", "--config", "first", *AGAIN, "--run-dir", "second")[0] == 0  # or first/config.json
     assert_same_run(tmp_path / "first", tmp_path / "second")
     assert Settings.read(tmp_path / "second" / "config.json")[0].hyperparameters.expectile == 0.8
 
@@ -396,7 +399,7 @@ def test_what_auto_came_to_is_kept(run: Run, tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("iql_plugins.cli.settings.available_cores", lambda: 64)
     monkeypatch.setattr("iql_plugins.cli.train.available_cores", lambda: 64)
-    assert run("train", "--config", "first/config.json", "--run-dir", "second", "--workers", "1")[0] == 0
+    assert run("train", "--config", "first/config.json", *AGAIN, "--run-dir", "second", "--workers", "1")[0] == 0
     assert Settings.read(tmp_path / "second" / "config.json")[0] == settings
     assert settings.hyperparameters.compile == "no"
     assert settings.threads == available_cores()
@@ -435,23 +438,23 @@ def test_a_damaged_checkpoint_is_named(run: Run, stop_at: Callable[[int], None],
     run("train", *SMALL, "--run-dir", "run")
     path = tmp_path / "run" / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    status, _, err = run("train", "--resume", "run")
+    status, _, err = run("train", "--resume", "run", *AGAIN)
     assert status == 2
     assert "checkpoint.safetensors" in err
     assert "Traceback" not in err
     (tmp_path / "run" / "metrics.csv").write_text("step,loss_actor\n20,half\n")
     Agent.load(tmp_path / "run" / "policy_best.safetensors").save(path)
-    status, _, err = run("train", "--resume", "run")
+    status, _, err = run("train", "--resume", "run", *AGAIN)
     assert status == 2
     assert "metrics.csv is damaged in line 2" in err
     agent = Agent.load(path)
     agent.extra = {}
     agent.save(path)
-    status, _, err = run("train", "--resume", "run")
+    status, _, err = run("train", "--resume", "run", *AGAIN)
     assert status == 2
     assert "checkpoint.safetensors is not this run's" in err
     (tmp_path / "run" / "config.json").write_text('{"format": 1}')
-    status, _, err = run("train", "--resume", "run")
+    status, _, err = run("train", "--resume", "run", *AGAIN)
     assert status == 2
     assert "config.json is no configuration of a run" in err
 
@@ -459,7 +462,7 @@ def test_a_damaged_checkpoint_is_named(run: Run, stop_at: Callable[[int], None],
 def test_two_processes_do_not_train_in_one_directory(run: Run, tmp_path: Path) -> None:
     assert run("train", *SMALL, "--run-dir", "run")[0] == 0
     with train._locked(tmp_path / "run"):
-        status, _, err = run("train", "--resume", "run")
+        status, _, err = run("train", "--resume", "run", *AGAIN)
     assert status == 2
     assert "another process is training in run" in err
 
@@ -523,7 +526,7 @@ def test_kill_9_leaves_no_process_and_a_run_that_goes_on_bit_for_bit(
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert_all_end(process.pid)
-    assert run("train", "--resume", folder, "--workers", "1")[0] == 0
+    assert run("train", "--resume", folder, *AGAIN, "--workers", "1")[0] == 0
     # One process or several, stopped or not: the same.
     assert run("train", *options, "whole", "--workers", "1")[0] == 0
     assert_same_run(tmp_path / "whole", folder, "bc")
@@ -599,7 +602,7 @@ def test_a_stacked_run_that_was_stopped_goes_on_bit_for_bit(
     assert run("train", *SEEDS, "--stack", "3", "--run-dir", "whole", "--workers", processes)[0] == 0
     stop_at(33)
     assert run("train", *SEEDS, "--stack", "3", "--run-dir", "stopped")[0] == 130
-    assert run("train", "--resume", "stopped")[0] == 0
+    assert run("train", "--resume", "stopped", *AGAIN)[0] == 0
     for subfolder in SUBFOLDERS:
         assert_same_run(tmp_path / "whole" / subfolder, tmp_path / "stopped" / subfolder)
 
@@ -611,7 +614,7 @@ def test_a_stack_that_was_killed_between_its_checkpoints_goes_on(
     run("train", *SEEDS, "--stack", "3", "--run-dir", "killed")
     # As if the last of three checkpoints had not been written any more, nor any before it.
     (tmp_path / "killed" / "seed-2" / "checkpoint.safetensors").unlink()
-    assert run("train", "--resume", "killed")[0] == 0
+    assert run("train", "--resume", "killed", *AGAIN)[0] == 0
     for subfolder in SUBFOLDERS:
         agent, other = (
             Agent.load(folder / subfolder / "checkpoint.safetensors") for folder in (tmp_path / "killed", whole_stack)

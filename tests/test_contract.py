@@ -107,6 +107,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"load": noisy},
         "the native file has all weights, those of targets as well; .* differs by up to 0.1",
     ),
+    "another agent in the file": (
+        {"load_agent": lambda path: noisy(path).agent},
+        "the native file's agent has all weights, those of targets as well; .* differs by up to 0.1",
+    ),
+    "no agent in the file": ({"load_agent": fails}, "load_agent reads what save writes; it raised RuntimeError: oh"),
     "steps forgotten": ({"load": forgetful}, "the native file knows that 6 steps were taken; got 0"),
     "no suffix": ({"suffix": "zip"}, "training.suffix starts with a dot; got zip"),
     "all agents train on the batches of one": (

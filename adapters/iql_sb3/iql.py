@@ -1,5 +1,6 @@
 """IQL as an off-policy algorithm of Stable-Baselines3, which learns offline as well."""
 
+import contextlib
 import copy
 import io
 import os
@@ -18,6 +19,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, configure_logger
 from stable_baselines3.common.vec_env import VecEnv
@@ -33,9 +35,18 @@ from iql_plugins.gradients import compiler_available
 from iql_plugins.keys import next_key
 from iql_plugins.learner import NETWORKS, Learner, resolve_compile
 from iql_plugins.spaces import Box, Space, Spaces
-from iql_plugins.value_estimators import ValueEstimators
 from iql_sb3 import datasets
-from iql_sb3.policies import Actor, AgentPolicy, CnnPolicy, Critic, IQLPolicy, MlpPolicy, MultiInputPolicy
+from iql_sb3.files import add_agent
+from iql_sb3.policies import (
+    Actor,
+    AgentPolicy,
+    CnnPolicy,
+    Critic,
+    IQLPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    set_hyperparameters,
+)
 from iql_sb3.spaces import gymnasium_spaces, is_stand_in, layout_spaces, stand_in
 
 __all__ = ["IQL"]
@@ -448,9 +459,7 @@ class IQL(OffPolicyAlgorithm):
         if wanted == self._applied:
             return
         config, loss, learner = self.config, self.policy.loss, self.learner
-        loss.expectile, loss.temperature = config.expectile, config.temperature
-        loss.max_weight, loss.loss_function = config.max_weight, config.loss_function
-        loss.make_value_estimator(ValueEstimators.TD0, gamma=config.discount)
+        set_hyperparameters(loss, config)
         learner.target_updater.tau = config.polyak
         learner.max_grad_norm = config.max_grad_norm
         learner.actor_schedule_steps = config.n_steps if config.actor_schedule == "cosine" else None
@@ -718,9 +727,21 @@ class IQL(OffPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """As in any algorithm, with the random state that batches are drawn from."""
+        """As in any algorithm, with the random state that batches are drawn from.
+
+        Beside its own members the zip has the agent as ``iql_plugins.safetensors``, from which the command line reads
+        it without running anything. A model with classes of your own has none: only pickles describe it.
+        """
         self._generator_state = (self.generator.device.type, self.generator.get_state().numpy())
-        super().save(path, exclude, include)
+        archive = io.BytesIO()
+        super().save(archive, exclude, include)
+        # A model that cannot be described is saved all the same.
+        with contextlib.suppress(TypeError, ValueError):
+            add_agent(archive, self._as_agent(), self.policy)
+        file = open_path(path, "w", suffix="zip")
+        file.write(archive.getbuffer())
+        if file is not path:
+            file.close()
 
     @classmethod
     def load(
@@ -735,7 +756,14 @@ class IQL(OffPolicyAlgorithm):
         trust_pickle: bool = False,
         **kwargs: Any,
     ) -> "IQL":
-        """As in any algorithm; ``dataset`` is loaded with it, see :meth:`load_dataset`."""
+        """As in any algorithm; ``dataset`` is loaded with it, see :meth:`load_dataset`.
+
+        As in any algorithm, too, loading runs code that is in the file: ``data`` holds cloudpickles, of spaces,
+        schedules and the policy's class, which can be anything. Load what you trust. The ``.pth`` members are read by
+        ``torch.load(weights_only=True)``, and a ``dataset`` runs nothing unless ``trust_pickle`` says so. To read a
+        stranger's file, ``iql-plugins convert`` it: the command line takes the agent in it from
+        ``iql_plugins.safetensors``, and runs nothing.
+        """
         start = path.tell() if isinstance(path, io.IOBase) else None
         arguments: Any = (device, custom_objects, print_system_info, force_reset)
         try:

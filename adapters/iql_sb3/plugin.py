@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 @hookimpl
 def iql_adapter() -> Adapter:
     """The algorithm is what Stable-Baselines3's users build; its native file is the framework's zip."""
+    from iql_sb3.files import load_agent
     from iql_sb3.iql import IQL
 
     training = Training(
-        from_agent=IQL.from_agent, to_agent=IQL.to_agent, fit=_fit, save=_save, load=_load, suffix=".zip"
+        from_agent=IQL.from_agent,
+        to_agent=IQL.to_agent,
+        fit=_fit,
+        save=_save,
+        load=_load,
+        suffix=".zip",
+        load_agent=load_agent,
     )
     return Adapter("sb3", framework="stable_baselines3", algorithms={"IQL": IQL}, training=training)
 

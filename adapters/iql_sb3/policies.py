@@ -24,9 +24,19 @@ from iql_plugins.learner import Groups, adam
 from iql_plugins.loss import IQLLoss
 from iql_plugins.networks import MLP, categorical_actor, critic, discrete_critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.value_estimators import ValueEstimators
 from iql_sb3.spaces import layout_spaces
 
-__all__ = ["Actor", "AgentPolicy", "CnnPolicy", "Critic", "IQLPolicy", "MlpPolicy", "MultiInputPolicy"]
+__all__ = [
+    "Actor",
+    "AgentPolicy",
+    "CnnPolicy",
+    "Critic",
+    "IQLPolicy",
+    "MlpPolicy",
+    "MultiInputPolicy",
+    "set_hyperparameters",
+]
 
 NetArch = Sequence[int] | Mapping[str, Sequence[int]]
 
@@ -51,6 +61,13 @@ def layer_sizes(net_arch: NetArch | None) -> dict[str, tuple[int, ...]]:
     if not {"pi", "qf"} <= net_arch.keys() <= {"pi", "qf", "vf"}:
         raise ValueError(f"net_arch must be a list, or a dict of 'pi', 'qf' and, if V differs, 'vf', got {net_arch}")
     return {name: tuple(net_arch.get(name, net_arch["qf"])) for name in ("pi", "qf", "vf")}
+
+
+def set_hyperparameters(loss: IQLLoss, config: IQLConfig) -> None:
+    """Brings a policy's loss, which is built with the defaults, to an algorithm's hyper-parameters."""
+    loss.expectile, loss.temperature = config.expectile, config.temperature
+    loss.max_weight, loss.loss_function = config.max_weight, config.loss_function
+    loss.make_value_estimator(ValueEstimators.TD0, gamma=config.discount)
 
 
 class Inputs:

@@ -31,7 +31,8 @@ def layout_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spa
 
 def _observation(space: spaces.Space[Any]) -> Space:
     if isinstance(space, spaces.MultiDiscrete):
-        return Box((len(space.nvec),), "int64")
+        low, high = space.start, space.start + space.nvec - 1
+        return Box((len(space.nvec),), "int64", tuple(map(float, low)), tuple(map(float, high)))
     if isinstance(space, spaces.MultiBinary):
         return Box(tuple(space.shape), "int8")
     observation: Any = Spaces.from_gymnasium(space, spaces.Discrete(1)).observation
@@ -49,6 +50,11 @@ def gymnasium_spaces(known: Spaces) -> tuple[spaces.Space[Any], spaces.Space[Any
 def _gymnasium(space: Space) -> spaces.Space[Any]:
     if isinstance(space, Discrete):
         return spaces.Discrete(space.n, start=space.start)
+    if space.dtype == "int8":
+        return spaces.MultiBinary(space.shape)
+    if space.dtype == "int64" and space.low is not None and space.high is not None:
+        low, high = (np.asarray(bound, np.int64) for bound in (space.low, space.high))
+        return spaces.MultiDiscrete(high - low + 1, start=low)
     if space.dtype == "uint8" and space.low is None:
         return spaces.Box(0, 255, space.shape, np.uint8)
     dtype: Any = np.dtype(space.dtype)

@@ -51,7 +51,8 @@ class Train:
     dataset: str = DEFAULT_DATASET
     """File, folder or name; see `iql-plugins inspect`."""
     env: str | None = None
-    """gymnasium's id of the environment for evaluations, or module:Name-v0; by default the one the dataset names."""
+    """gymnasium's id of the environment for evaluations, or module:Name-v0; by default the one the dataset names. One
+    with a module is never taken from a file, so that --resume and --config need it again."""
     preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
     """Hyper-parameters to start from; options given beside it win."""
     baseline: Literal["bc", "none"] = "bc"
@@ -101,13 +102,15 @@ class Evaluate:
     policy: Policy
     """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
     env: str | None = None
-    """gymnasium's id; by default the one that the policy was trained for."""
+    """gymnasium's id, or module:Name-v0; by default the one that the policy was trained for, if it has no module."""
     episodes: int = 50
     """Number of episodes."""
     seed: int = 0
     """Of the first episode's start; the next ones count up."""
     adapter: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """The adapter of a native file; by default it is found by the file's suffix."""
+    trust_pickle: Flag = False
+    """Load a native file that holds pickles, which can run any code, as its framework does."""
     json: Flag = False
     """Print one JSON document on stdout, and nothing else."""
 
@@ -127,6 +130,8 @@ class Export:
     """The file to write; by default beside the policy, with the format's suffix."""
     adapter: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """The adapter of a native file; by default it is found by the file's suffix."""
+    trust_pickle: Flag = False
+    """Load a native file that holds pickles, which can run any code, as its framework does."""
     json: Flag = False
     """Print one JSON document on stdout, and nothing else."""
 
@@ -143,6 +148,8 @@ class Convert:
     """The adapter whose native file it becomes; tensor for the common checkpoint."""
     adapter: Annotated[str | None, tyro.conf.arg(name="from")] = None
     """The adapter of a native IN; by default it is found by the file's suffix."""
+    trust_pickle: Flag = False
+    """Load a native file that holds pickles, which can run any code, as its framework does."""
     json: Flag = False
     """Print one JSON document on stdout, and nothing else."""
 

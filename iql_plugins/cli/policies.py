@@ -12,7 +12,7 @@ from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.cli.arguments import Convert, Evaluate, Export
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.output import Result, table
-from iql_plugins.cli.rollouts import environment_spaces, rollouts
+from iql_plugins.cli.rollouts import environment_spaces, recorded_environment, rollouts
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.cli.training import POLICY, adapter_training, evaluation_seeds
 from iql_plugins.export import SUFFIXES, ExportError, export_policy, random_observations
@@ -25,12 +25,13 @@ COMMON_SUFFIX = ".safetensors"
 CHECKS = 1000
 
 
-def load_agent(path: str, adapter: str | None) -> Agent:
+def load_agent(path: str, adapter: str | None, trust_pickle: bool) -> Agent:
     """The agent in a file.
 
     Args:
         path: a common checkpoint, a run directory (its final policy), or an adapter's native file.
         adapter: whose native file it is; None finds out by the suffix.
+        trust_pickle: whether the framework's own loader may read it, which may run code that is in it.
 
     Raises:
         UserError: if there is no such file, or nobody can read it.
@@ -43,7 +44,11 @@ def load_agent(path: str, adapter: str | None) -> Agent:
             return Agent.load(file)
     training = adapter_training(adapter or _adapter_by_suffix(file))
     try:
-        return training.to_agent(training.load(file))
+        if training.load_agent is None or trust_pickle:
+            return training.to_agent(training.load(file))
+        return training.load_agent(file)
+    except CheckpointError as error:
+        raise UserError(" ".join(str(error).split())) from error
     except Exception as error:
         # A framework's loader: what it raises for a file that is not its own is its affair.
         raise UserError(f"{file} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from error
@@ -56,8 +61,8 @@ def evaluate(arguments: Evaluate) -> Result:
     if arguments.seed < 0:
         raise UserError(f"--seed must be at least 0, got {arguments.seed}")
     imported("scipy.stats")
-    agent = load_agent(arguments.policy, arguments.adapter)
-    env = arguments.env or agent.extra.get("run", {}).get("env")
+    agent = load_agent(arguments.policy, arguments.adapter, arguments.trust_pickle)
+    env = arguments.env or _recorded_environment(agent, arguments.policy)
     if env is None:
         raise UserError(f"{arguments.policy} does not say which environment it is for: give --env")
     _check_spaces(agent, env)
@@ -80,7 +85,7 @@ def evaluate(arguments: Evaluate) -> Result:
 
 def export(arguments: Export) -> Result:
     """A policy as a file of its own."""
-    agent = load_agent(arguments.policy, arguments.adapter)
+    agent = load_agent(arguments.policy, arguments.adapter, arguments.trust_pickle)
     source = Path(arguments.policy)
     default = (source / POLICY if source.is_dir() else source).with_suffix(SUFFIXES[arguments.format])
     output = default if arguments.output is None else Path(arguments.output)
@@ -109,7 +114,7 @@ def convert(arguments: Convert) -> Result:
         raise UserError(f"there is no folder {str(target.parent)!r} to write {target.name!r} to")
     if target.is_dir():
         raise UserError(f"{str(target)!r} is a folder, no file to write")
-    agent = load_agent(arguments.source, arguments.adapter)
+    agent = load_agent(arguments.source, arguments.adapter, arguments.trust_pickle)
     with (
         mistakes(OSError),
         tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder,
@@ -118,7 +123,10 @@ def convert(arguments: Convert) -> Result:
         with mistakes(ValueError, TypeError, NotImplementedError):
             training.save(training.from_agent(agent), temporary)
         try:
-            converted = training.to_agent(training.load(temporary))
+            # Of this process: what is in it can be run.
+            converted = [training.to_agent(training.load(temporary))]
+            if training.load_agent is not None:
+                converted.append(training.load_agent(temporary))
         except ValueError as error:
             custom = ", ".join(agent.custom_parts())
             if not custom:
@@ -127,7 +135,8 @@ def convert(arguments: Convert) -> Result:
                 f"{custom} of {arguments.source} are not the default ones, which a file of adapter {arguments.to!r} "
                 "cannot describe"
             ) from error
-        _check_same(agent, converted)
+        for other in converted:
+            _check_same(agent, other)
         os.replace(temporary, target)
     document = {"source": arguments.source, "output": str(target), "to": arguments.to, "observations_checked": CHECKS}
     return Result(document, [f"wrote {target}; its actions are the same on {CHECKS} random observations"])
@@ -146,6 +155,11 @@ def _adapter_by_suffix(file: Path) -> str:
         return found[0]
     which = f"may be of {' or '.join(found)}" if found else "has the suffix of no installed adapter's files"
     raise UserError(f"{file} {which}: give --from")
+
+
+def _recorded_environment(agent: Agent, file: str) -> str | None:
+    run = agent.extra.get("run")
+    return recorded_environment(run.get("env"), file) if isinstance(run, dict) else None
 
 
 def _check_spaces(agent: Agent, env: str) -> None:

@@ -1,6 +1,7 @@
 """Episodes of gymnasium's environments under a policy."""
 
 import contextlib
+import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import numpy as np
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.spaces import Spaces
 
-__all__ = ["Episode", "environment_spaces", "rollouts"]
+__all__ = ["Episode", "environment_spaces", "recorded_environment", "rollouts"]
 
 #: Environments that are stepped side by side, so that the policy acts on a batch.
 WIDTH = 32
@@ -45,6 +46,28 @@ def environment_spaces(env: str) -> Spaces:
             return Spaces.from_gymnasium(made.observation_space, made.action_space)
     finally:
         made.close()
+
+
+def recorded_environment(env: object, file: object) -> str | None:
+    """The environment's id that a file holds, unless it is one that makes gymnasium import a module.
+
+    Args:
+        env: what the file holds; None for none.
+        file: for errors.
+
+    Raises:
+        UserError: if it names a module, and says how to give it by hand; if it is no id.
+    """
+    if env is None:
+        return None
+    if not isinstance(env, str) or not env.isprintable():
+        raise UserError(f"{file} must name its environment by gymnasium's id, got {env!r}")
+    if ":" in env:
+        raise UserError(
+            f"{file} names the environment {env}, a module that would be imported, which can run any code: "
+            f"give --env {shlex.quote(env)} if you trust it"
+        )
+    return env
 
 
 def rollouts(act: Callable[[Any], Any], env: str, seeds: Sequence[int]) -> list[Episode]:

@@ -21,7 +21,7 @@ from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.figures import learning_curve
 from iql_plugins.cli.output import Result, json_text, note, table
 from iql_plugins.cli.progress import reporter
-from iql_plugins.cli.rollouts import environment_spaces
+from iql_plugins.cli.rollouts import environment_spaces, recorded_environment
 from iql_plugins.cli.settings import CONFIG, METHODS, NARROW, Settings, available_cores, versions
 from iql_plugins.cli.sources import SHIPPED, Source, digest, load_source
 from iql_plugins.cli.statistics import Estimate, estimate
@@ -34,14 +34,14 @@ from iql_plugins.spaces import Box, Spaces
 __all__ = ["InterruptedRun", "run"]
 
 #: Options that go with --resume and --config; all others are the run's own.
-BESIDE = {"--json", "--workers", "--trust-pickle"}
+BESIDE = {"--json", "--workers", "--trust-pickle", "--env"}
 #: Torch takes 64 bits, of which one is the sign.
 LARGEST_SEED = 2**63
 RESULTS, PICTURE, LOCK = "results.json", "learning_curve.png", ".lock"
 
 
 class InterruptedRun(KeyboardInterrupt):
-    """Ctrl-C while a run was under way; the argument is its directory."""
+    """Ctrl-C while a run was under way; the argument is what comes after --resume to go on with it."""
 
 
 def run(arguments: Train, command_line: Sequence[str]) -> Result:
@@ -56,11 +56,13 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
         _check_alone(command_line, "--resume")
         folder: Path | None = Path(arguments.resume)
         settings, made_on = Settings.read(Path(arguments.resume) / CONFIG)
+        _check_environment(settings.env, arguments.env, arguments.resume)
         _note_differences(made_on)
         source = settings.load(trust_pickle=arguments.trust_pickle)
     elif arguments.config is not None:
         _check_alone(command_line, "--config", "--run-dir")
         settings, made_on = Settings.read(Path(arguments.config))
+        _check_environment(settings.env, arguments.env, arguments.config)
         _note_differences(made_on)
         folder = _empty(arguments.run_dir)
         source = settings.load(trust_pickle=arguments.trust_pickle)
@@ -103,7 +105,7 @@ def _settings(arguments: Train) -> tuple[Settings, Source]:
     )
     env = arguments.env
     if env is None:
-        env, spaces = _environment_of(source)
+        env, spaces = _environment_of(source, arguments.dataset)
     if spaces is None:
         with mistakes(ValueError):
             spaces = Spaces.from_dataset(source.dataset) if source.spaces is None else source.spaces
@@ -143,13 +145,14 @@ def _wherever(dataset: str) -> str:
     return os.path.abspath(dataset) if dataset not in SHIPPED and os.path.exists(dataset) else dataset
 
 
-def _environment_of(source: Source) -> tuple[str | None, Spaces | None]:
+def _environment_of(source: Source, dataset: str) -> tuple[str | None, Spaces | None]:
     """The environment that a dataset names, if it can be made here."""
-    if source.env is None:
+    env = recorded_environment(source.env, dataset)
+    if env is None:
         note("no --env was given, and the dataset names none: there will be no evaluations")
         return None, None
     try:
-        return source.env, environment_spaces(source.env)
+        return env, environment_spaces(env)
     except UserError as error:
         note(f"{error}: there will be no evaluations")
         return None, None
@@ -243,6 +246,16 @@ def _check_alone(command_line: Sequence[str], option: str, *also: str) -> None:
         )
 
 
+def _check_environment(recorded: str | None, given: str | None, file: object) -> None:
+    """Raises :class:`UserError` unless a run's environment is the one given, or needs not to be given."""
+    if given is None:
+        recorded_environment(recorded, file)
+    elif given != recorded:
+        raise UserError(
+            f"--env {given} is not the environment of {file}, which is {recorded!r}: leave it out, or give that"
+        )
+
+
 def _note_differences(made_on: dict[str, Any]) -> None:
     before, now = made_on.get("packages", {}), versions()["packages"]
     changed = [f"{name} {before[name]} (now {now.get(name)})" for name in before if before[name] != now.get(name)]
@@ -300,7 +313,8 @@ def _train(settings: Settings, source: Source, folder: Path, arguments: Train) -
         with reporter(settings) as report:
             outcomes = train_all(settings, folder, workers, report, trust_pickle=arguments.trust_pickle)
     except KeyboardInterrupt:
-        raise InterruptedRun(str(folder)) from None
+        module = settings.env is not None and ":" in settings.env
+        raise InterruptedRun(f"{folder} --env {settings.env}" if module else str(folder)) from None
     seconds = time.monotonic() - start
     data = estimate([episode_returns(source.dataset).tolist()])
     estimates = _estimates(settings, outcomes, data)
