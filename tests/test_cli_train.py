@@ -458,7 +458,7 @@ def test_a_damaged_checkpoint_is_named(run: Run, stop_at: Callable[[int], None],
 
 def test_two_processes_do_not_train_in_one_directory(run: Run, tmp_path: Path) -> None:
     assert run("train", *SMALL, "--run-dir", "run")[0] == 0
-    with train._locked(tmp_path / "run"):
+    with workers.locked(tmp_path / "run"):
         status, _, err = run("train", "--resume", "run")
     assert status == 2
     assert "another process is training in run" in err

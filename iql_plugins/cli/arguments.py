@@ -42,10 +42,13 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-_RESUME = f"""Run directory of a run to go on with, bit for bit as if it had never stopped. Everything is the run's,
-but for what these change from there on, which results.json records: {", ".join(map(option, CHANGEABLE))}, --workers.
-The dataset may lie elsewhere, and must be the same. --n-steps may be raised: the run is trained to its end as it was,
-and from there to the new one, by the learning rates that a run of that length has there."""
+_RESUME = (
+    "Run directory of a run to go on with, bit for bit as if it had never stopped. Everything is the run's, but for "
+    "what these change from there on, which results.json records: "
+    f"{', '.join(map(option, (*CHANGEABLE, 'workers')))}. The dataset may lie elsewhere, and must be "
+    "the same. --n-steps may be raised: the run is trained to its end as it was, and from there to the new one, by the "
+    "learning rates that a run of that length has there."
+)
 
 
 class HelpRequest(Exception):  # noqa: N818

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from iql_plugins.cli.settings import CHANGEABLE, CONFIG, COUNTS, METHODS, NARROW
 from iql_plugins.cli.sources import SHIPPED, Source, digest, load_source
 from iql_plugins.cli.statistics import Estimate, estimate
 from iql_plugins.cli.training import POLICY, Outcome, adapter_training, resumed
-from iql_plugins.cli.workers import train_all
+from iql_plugins.cli.workers import LOCK, locked, train_all
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.episodes import episode_returns
 from iql_plugins.learner import resolve_compile
@@ -38,7 +38,7 @@ __all__ = ["InterruptedRun", "run"]
 BESIDE = {"--json", "--workers", "--trust-pickle"}
 #: Torch takes 64 bits, of which one is the sign.
 LARGEST_SEED = 2**63
-RESULTS, PICTURE, LOCK = "results.json", "learning_curve.png", ".lock"
+RESULTS, PICTURE = "results.json", "learning_curve.png"
 #: What a process that was killed while it wrote has left.
 LEFTOVERS = ".*.tmp"
 
@@ -75,7 +75,7 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
     _check(settings, source)
     with mistakes(OSError):
         folder = _made(folder, settings.dataset)
-    with _locked(folder):
+    with locked(folder):
         if arguments.resume is None:
             _empty(folder)
         for place in {folder, *(settings.folder(folder, unit) for unit in settings.units)}:
@@ -315,24 +315,6 @@ def _made(wanted: Path | None, dataset: str) -> Path:
             folder.mkdir(parents=True)
             break
     return folder
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in the same run directory."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with mistakes(OSError):
-        lock = (folder / LOCK).open("w")
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is training in {folder}") from error
-        yield
 
 
 def _train(settings: Settings, source: Source, folder: Path, arguments: Train) -> Result:

@@ -312,8 +312,7 @@ class _Trainer:
         agent, episodes = self.agent, self.settings.episodes
         final, best = self._returns(agent, episodes), list[float]()
         if self.state.best_step is not None:
-            with mistakes(CheckpointError, FileNotFoundError):
-                best = self._returns(Agent.load(self.folder / BEST, device=self.settings.device), episodes)
+            best = self._returns(self._best(), episodes)
         return Outcome(
             self.unit,
             [(step, list(returns)) for step, returns in self.state.evaluations],
@@ -326,6 +325,17 @@ class _Trainer:
             self.steps,
             self.state.changes,
         )
+
+    def _best(self) -> Agent:
+        path = self.folder / BEST
+        with mistakes(CheckpointError, FileNotFoundError):
+            agent = Agent.load(path, device=self.settings.device)
+        if agent.learner.step_count != self.state.best_step:
+            raise UserError(
+                f"{path} is of step {agent.learner.step_count}, the best policy was that of step "
+                f"{self.state.best_step}, which is lost: start another run"
+            )
+        return agent
 
     def evaluates(self, step: int) -> bool:
         """Whether the policy is evaluated after a step."""
