@@ -16,6 +16,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from processes import alive, assert_all_end
 
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
@@ -483,26 +484,6 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
     while not path.exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-
-
-def alive(session: int) -> list[int]:
-    """The processes of a session."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(folder.name))
-    return found
-
-
-def assert_all_end(session: int) -> None:
-    until = time.monotonic() + 10.0
-    while alive(session) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not alive(session)
 
 
 @pytest.fixture
