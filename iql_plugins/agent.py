@@ -364,9 +364,12 @@ class Agent:
             learner = Learner.from_config(loss, config, seed=0, make_optimizers=make_optimizers)
             agent = cls(spaces, config, normalizers=normalizers, loss=loss, learner=learner, seed=0)
             learner.load_state_dict(checkpoint.unflatten(document["learner"], tensors))
-            # The state of another kind of device's generator means nothing to this one's.
+            # The state of another kind of device's generator means nothing to this one's: it draws anew, and for
+            # every seed something else.
             if document["generator"] == agent.generator.device.type:
                 agent.generator.set_state(tensors["generator"])
+            else:
+                agent.generator.manual_seed(learner.seed + learner.step_count)
             if (parts_of_loss := [part for part in agent.custom_parts() if part != _DTYPE]) != modules:
                 raise CheckpointError(
                     f"{name!r} has other networks than the default ones in {modules}, the loss in {parts_of_loss}"

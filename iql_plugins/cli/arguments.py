@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
 from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.cli.settings import CHANGEABLE
 from iql_plugins.cli.sources import SHIPPED
 from iql_plugins.config import PRESETS, IQLConfig, preset
 from iql_plugins.plugins import PluginError, host
@@ -33,6 +34,20 @@ DEFAULT_DATASET = "pendulum-v1-sac"
 Flag: TypeAlias = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Automatic: TypeAlias = int | Literal["auto"]
 Policy: TypeAlias = Annotated[str, tyro.conf.Positional]
+
+
+def option(name: str) -> str:
+    """The option of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+_RESUME = (
+    "Run directory of a run to go on with, bit for bit as if it had never stopped. Everything is the run's, but for "
+    "what these change from there on, which results.json records: "
+    f"{', '.join(map(option, (*CHANGEABLE, 'workers')))}. The dataset may lie elsewhere, and must be "
+    "the same. --n-steps may be raised: the run is trained to its end as it was, and from there to the new one, by the "
+    "learning rates that a run of that length has there."
+)
 
 
 class HelpRequest(Exception):  # noqa: N818
@@ -71,8 +86,7 @@ class Train:
     """Gradient steps between rows of metrics.csv."""
     run_dir: str | None = None
     """New folder for the run; by default runs/DATASET-TIME."""
-    resume: str | None = None
-    """Run directory of a run to go on with, bit for bit as if it had never stopped."""
+    resume: Annotated[str | None, tyro.conf.arg(help=_RESUME)] = None
     config: str | None = None
     """config.json of a run to repeat."""
     tensorboard: Flag = False

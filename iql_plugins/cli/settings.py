@@ -3,8 +3,9 @@
 import json
 import os
 import platform
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,13 +18,21 @@ from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.spaces import Spaces
 
-__all__ = ["METHODS", "Method", "Settings", "Unit", "available_cores", "versions"]
+__all__ = ["CHANGEABLE", "COUNTS", "METHODS", "Method", "Settings", "Unit", "available_cores", "versions"]
 
 Method = Literal["iql", "bc"]
 METHODS: Mapping[str, str] = {"iql": "IQL", "bc": "behaviour cloning"}
 
 CONFIG = "config.json"
 FORMAT = 1
+#: What may differ when a run goes on, and holds from there on: where its data are (not which), its end (not an earlier
+#: one), how it is looked at, and on what it is computed. All else is the checkpoints'.
+CHANGEABLE = (
+    *("n_steps", "episodes", "evaluation_episodes", "evaluate_every", "log_every", "tensorboard"),
+    *("device", "threads", "dataset", "memmap_dir"),
+)
+#: Settings that are integers of at least 1.
+COUNTS = ("episodes", "evaluation_episodes", "evaluate_every", "log_every", "threads", "stack")
 #: Hidden layers up to this width run no faster on several threads.
 NARROW = 128
 _PACKAGES = ("iql-plugins", "torch", "tensordict", "numpy", "safetensors", "gymnasium")
@@ -70,6 +79,11 @@ class Settings:
         threads: of torch, in each process.
         stack: so many trainings of a method take their steps together, in one process; 1 for none.
         tensorboard: whether TensorBoard's events are written.
+        earlier_ends: the steps at which the run ended before it was prolonged. It is trained to each of them first,
+            with a schedule that ends there: what comes of it does not depend on when it was prolonged.
+
+    Raises:
+        ValueError: for a count below 1, or ends that do not increase.
     """
 
     adapter: str
@@ -91,6 +105,59 @@ class Settings:
     threads: int
     stack: int
     tensorboard: bool
+    earlier_ends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            value: object = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if list(self.ends) != sorted(set(self.ends)):
+            raise ValueError(f"earlier_ends and n_steps must increase, got {list(self.ends)}")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The steps at which the run ended, or ends."""
+        return (*self.earlier_ends, self.hyperparameters.n_steps)
+
+    def prolonged(self, n_steps: int) -> "Settings":
+        """The settings of the run when it has come to its end, and goes on to another one."""
+        return replace(self, hyperparameters=self.hyperparameters.replace(n_steps=n_steps), earlier_ends=self.ends)
+
+    def at(self, step: int) -> "Settings":
+        """The settings by which a training goes on after a step: its end is the next one."""
+        index = min(bisect_right(self.ends, step), len(self.ends) - 1)
+        config = self.hyperparameters.replace(n_steps=self.ends[index])
+        return replace(self, hyperparameters=config, earlier_ends=self.ends[:index])
+
+    def changes(self, before: "Settings", name: str) -> dict[str, list[Any]]:
+        """What differs from the settings of a checkpoint: by name, the value there and the one here.
+
+        Args:
+            before: the settings of the checkpoint.
+            name: of the checkpoint, for errors.
+
+        Raises:
+            UserError: for a difference that there cannot be.
+        """
+        own, others = self._values(), before._values()
+        changed = {key: [others[key], value] for key, value in own.items() if others[key] != value}
+        if self.earlier_ends == before.ends:
+            del changed["earlier_ends"]
+        if wrong := [
+            f"{key} is {old!r} in {name}, {new!r} in {CONFIG}"
+            for key, (old, new) in changed.items()
+            if key not in CHANGEABLE or (key == "n_steps" and new < old)
+        ]:
+            raise UserError(
+                f"{'; '.join(wrong)}: a run goes on as it was begun; change {CONFIG} back, or start another run"
+            )
+        return changed
+
+    def _values(self) -> dict[str, Any]:
+        values = self.to_json()
+        hyperparameters: dict[str, Any] = values.pop("hyperparameters")
+        return values | hyperparameters
 
     @property
     def units(self) -> list[Unit]:
@@ -152,6 +219,7 @@ class Settings:
             "spaces": self.spaces.to_json(),
             "hyperparameters": self.hyperparameters.to_json(),
             "seeds": list(self.seeds),
+            "earlier_ends": list(self.earlier_ends),
         }
 
     @classmethod
@@ -163,12 +231,13 @@ class Settings:
                 "spaces": Spaces.from_json(document["spaces"]),
                 "hyperparameters": IQLConfig.from_json(document["hyperparameters"]),
                 "seeds": tuple(document["seeds"]),
+                "earlier_ends": tuple(document.get("earlier_ends", ())),
             }
         )
 
-    def write(self, run: Path) -> None:
-        """Writes ``config.json``, with what the run is made on."""
-        document = {"format": FORMAT, "settings": self.to_json(), "environment": versions()}
+    def write(self, run: Path, made_on: Mapping[str, Any]) -> None:
+        """Writes ``config.json``, with the :func:`versions` that the run is made on."""
+        document = {"format": FORMAT, "settings": self.to_json(), "environment": made_on}
         checkpoint.write_bytes(run / CONFIG, (json.dumps(document, indent=2) + "\n").encode())
 
     @classmethod

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iql_plugins.cli.errors import UserError
+from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.cli.settings import Settings, Unit
 from iql_plugins.cli.training import DivergenceError, Outcome, Progress, train
 
-__all__ = ["WorkerError", "train_all"]
+__all__ = ["LOCK", "WorkerError", "locked", "train_all"]
 
+LOCK = ".lock"
 
 #: Processes that have no more work may take so long to end by themselves, and clean up.
 SECONDS_TO_END = 5.0
@@ -91,6 +92,34 @@ def train_all(
                 process.join()
 
 
+@contextlib.contextmanager
+def locked(run: Path, *, alone: bool = True) -> Iterator[None]:
+    """Keeps other runs out of a run directory until this process ends, and every other that is inside.
+
+    Args:
+        run: the directory.
+        alone: whether no process may be inside already; the ones that train for it are.
+
+    Raises:
+        UserError: if one is that must not.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with mistakes(OSError):
+        lock = (run / LOCK).open("w")
+    with lock as file:
+        try:
+            if alone:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is training in {run}") from error
+        yield
+
+
 def _collect(
     units: Sequence[Unit], processes: Sequence[Any], answers: Any, report: Callable[[Progress], None]
 ) -> list[Outcome]:
@@ -125,9 +154,10 @@ def _work(settings: Settings, run: Path, trust_pickle: bool, tasks: Any, answers
     sys.stdout = sys.stderr
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        while (group := tasks.get()) is not None:
-            for outcome in train(settings, group, run, answers.put, trust_pickle=trust_pickle):
-                answers.put(outcome)
+        with locked(run, alone=False):
+            while (group := tasks.get()) is not None:
+                for outcome in train(settings, group, run, answers.put, trust_pickle=trust_pickle):
+                    answers.put(outcome)
     except (UserError, DivergenceError) as error:
         answers.put(_Failure(error, traceback.format_exc()))
     except BaseException:
