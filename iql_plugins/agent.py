@@ -22,6 +22,7 @@ from iql_plugins.data.packed import Transitions, transitions
 from iql_plugins.encoders import ObservationEncoder, is_plain
 from iql_plugins.gradients import compiler_available
 from iql_plugins.keys import flat_name
+from iql_plugins.limits import WeightLimit, available_memory
 from iql_plugins.learner import Groups, Learner, adam, resolve_compile
 from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
@@ -140,7 +141,9 @@ class Agent:
         device: torch.device | str = "cpu",
     ) -> None:
         if loss is None:
-            loss = _seeded_loss(spaces, config, seed).to(torch.device(device))
+            memory = available_memory()
+            with WeightLimit(memory // 4, f"the networks do not fit into the {memory:,} bytes that are left of the memory"):
+                loss = _seeded_loss(spaces, config, seed).to(torch.device(device))
         for name, value in _hyperparameters(loss).items():
             if not _equal(value, getattr(config, name)):
                 raise ValueError(
@@ -359,7 +362,10 @@ class Agent:
             normalizers = Normalizers.restored(spaces, document["normalizers"], parts["normalizers"])
             normalizers.to(_dtype(parts["normalizers"]))
             if loss is None:
-                loss = _seeded_loss(spaces, config, seed=0).to(device, _dtype(_of_networks(parts["loss"])))
+                _check_counts(name, spaces, config, parts["loss"])
+                with WeightLimit.of(tensors.values()):
+                    loss = _seeded_loss(spaces, config, seed=0)
+                loss.to(device, _dtype(_of_networks(parts["loss"])))
             _check_dtypes(name, _of_networks(parts["loss"]), loss)
             learner = Learner.from_config(loss, config, seed=0, make_optimizers=make_optimizers)
             agent = cls(spaces, config, normalizers=normalizers, loss=loss, learner=learner, seed=0)
@@ -493,6 +499,18 @@ def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
     """The one dtype of all numbers that are not integers; None if there are several."""
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def _check_counts(name: str, spaces: Spaces, config: IQLConfig, saved: Mapping[str, Tensor]) -> None:
+    """Raises for more layers or critics than the tensors of a file are of; a module takes more than its weights."""
+    images = sum(isinstance(space, Box) and space.is_image for space in spaces.observations.values())
+    layers = len(config.hidden_sizes) + images
+    critics = max((len(saved[key]) for key in saved if key.startswith("qvalue_") and saved[key].ndim), default=0)
+    if layers > len(saved) or config.n_critics > max(critics, 1):
+        raise CheckpointError(
+            f"the configuration of {name!r} names {layers} layers and {config.n_critics} critics, "
+            f"its {len(saved)} tensors are not those of so many"
+        )
 
 
 def _check_dtypes(name: str, saved: Mapping[str, Tensor], loss: IQLLoss) -> None:

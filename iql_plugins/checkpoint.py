@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from iql_plugins.limits import parse_json
+
 __all__ = ["CheckpointError", "flatten", "read", "seal", "unflatten", "unseal", "write", "write_bytes"]
 
 FORMAT = "iql-plugins"
@@ -82,7 +84,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         with safe_open(os.fspath(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{os.fspath(path)!r} is no checkpoint, or damaged: {error}") from error
     return unseal(metadata, tensors, os.fspath(path), "safetensors file"), tensors
 
@@ -110,13 +112,13 @@ def unseal(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
     try:
         checksum = _checksum(text, tensors)
     except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{name!r} has tensors that no checkpoint has, sparse ones, say: {error}") from error
+        raise CheckpointError(f"{name!r} has tensors that no checkpoint has: {error}") from error
     if metadata.get("checksum") != checksum:
         raise CheckpointError(f"{name!r} is not as it was written: its checksum is another one")
     try:
-        document = json.loads(text)
+        document = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"the document of {name!r} is no JSON: {error}") from error
+        raise CheckpointError(f"the document of {name!r} cannot be read: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{name!r} has no document, but a {type(document).__name__}")
     return document
@@ -180,6 +182,9 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
+        # Ours are; one that repeats its numbers has no end of them.
+        if not tensor.is_contiguous():
+            raise TypeError(f"{name} is not contiguous")
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
