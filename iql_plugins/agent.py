@@ -22,8 +22,8 @@ from iql_plugins.data.packed import Transitions, transitions
 from iql_plugins.encoders import ObservationEncoder, is_plain
 from iql_plugins.gradients import compiler_available
 from iql_plugins.keys import flat_name
-from iql_plugins.limits import WeightLimit, available_memory
 from iql_plugins.learner import Groups, Learner, adam, resolve_compile
+from iql_plugins.limits import WeightLimit
 from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
@@ -141,8 +141,7 @@ class Agent:
         device: torch.device | str = "cpu",
     ) -> None:
         if loss is None:
-            memory = available_memory()
-            with WeightLimit(memory // 4, f"the networks do not fit into the {memory:,} bytes that are left of the memory"):
+            with WeightLimit.of_memory():
                 loss = _seeded_loss(spaces, config, seed).to(torch.device(device))
         for name, value in _hyperparameters(loss).items():
             if not _equal(value, getattr(config, name)):
@@ -363,7 +362,7 @@ class Agent:
             normalizers.to(_dtype(parts["normalizers"]))
             if loss is None:
                 _check_counts(name, spaces, config, parts["loss"])
-                with WeightLimit.of(tensors.values()):
+                with WeightLimit.of_file(tensors.values()):
                     loss = _seeded_loss(spaces, config, seed=0)
                 loss.to(device, _dtype(_of_networks(parts["loss"])))
             _check_dtypes(name, _of_networks(parts["loss"]), loss)

@@ -110,10 +110,16 @@ class WeightLimit(TorchFunctionMode):
         self._left, self._why = numbers, why
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor]) -> "WeightLimit":
+    def of_file(cls, tensors: Iterable[Tensor]) -> "WeightLimit":
         """No more than the tensors of a file, which overwrite the networks: twice, because critics are copied."""
         held = sum(tensor.numel() for tensor in tensors)
-        return cls(2 * held, f"its configuration names networks of more weights than the {held:,} numbers that it holds")
+        return cls(2 * held, f"its configuration names networks of more weights than its {held:,} numbers can be")
+
+    @classmethod
+    def of_memory(cls) -> "WeightLimit":
+        """No more than memory holds, of four bytes each."""
+        memory = available_memory()
+        return cls(memory // 4, f"the networks do not fit into the {memory:,} bytes that are left of the memory")
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -137,5 +143,5 @@ _FACTORIES = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
 
 
 def _check_size(size: int) -> None:
-    if size * _PARSED_BYTES > available_memory():
-        raise ValueError(f"its {size:,} bytes of JSON may take more than the {available_memory():,} bytes of memory left")
+    if size * _PARSED_BYTES > (memory := available_memory()):
+        raise ValueError(f"its {size:,} bytes of JSON may take more than the {memory:,} that are left of the memory")
