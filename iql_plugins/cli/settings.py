@@ -15,6 +15,7 @@ from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.cli.sources import Source, digest, load_source
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.limits import read_json
 from iql_plugins.spaces import Spaces
 
 __all__ = ["METHODS", "Method", "Settings", "Unit", "available_cores", "versions"]
@@ -182,7 +183,7 @@ class Settings:
         if not path.is_file():
             raise UserError(f"there is no {path}: a run directory has it from its first second on")
         try:
-            document = json.loads(path.read_text())
+            document = read_json(path)
             if document["format"] != FORMAT:
                 raise UserError(
                     f"{path} has format {document['format']!r}, known is {FORMAT}: another release wrote it"
