@@ -362,7 +362,7 @@ class Agent:
             normalizers.to(_dtype(parts["normalizers"]))
             if loss is None:
                 _check_counts(name, spaces, config, parts["loss"])
-                with WeightLimit.of_file(tensors.values()):
+                with WeightLimit.of_file(sum(tensor.nbytes for tensor in tensors.values())):
                     loss = _seeded_loss(spaces, config, seed=0)
                 loss.to(device, _dtype(_of_networks(parts["loss"])))
             _check_dtypes(name, _of_networks(parts["loss"]), loss)

@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZIP_STORED, ZipFile
@@ -110,10 +110,9 @@ class WeightLimit(TorchFunctionMode):
         self._left, self._why = numbers, why
 
     @classmethod
-    def of_file(cls, tensors: Iterable[Tensor]) -> "WeightLimit":
-        """No more than the tensors of a file, which overwrite the networks: twice, because critics are copied."""
-        held = sum(tensor.numel() for tensor in tensors)
-        return cls(2 * held, f"its configuration names networks of more weights than its {held:,} numbers can be")
+    def of_file(cls, size: int) -> "WeightLimit":
+        """No more than a file of so many bytes overwrites: two or more are a number, and critics are copied once."""
+        return cls(size, f"its configuration names networks of more weights than the {size:,} bytes of its tensors are")
 
     @classmethod
     def of_memory(cls) -> "WeightLimit":

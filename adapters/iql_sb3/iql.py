@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from tensordict import TensorDictBase
 
+from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.config import ActorSchedule, Compile, IQLConfig
 from iql_plugins.data.normalizers import Normalizers
@@ -718,9 +719,18 @@ class IQL(OffPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """As in any algorithm, with the random state that batches are drawn from."""
+        """As in any algorithm, with the random state that batches are drawn from; whole, or not at all."""
         self._generator_state = (self.generator.device.type, self.generator.get_state().numpy())
-        super().save(path, exclude, include)
+        if not isinstance(path, str | pathlib.Path):
+            super().save(path, exclude, include)
+            return
+        content = io.BytesIO()
+        super().save(content, exclude, include)
+        # Names, and folders that are made, are Stable-Baselines3's.
+        target = pathlib.Path(path) if pathlib.Path(path).suffix else pathlib.Path(f"{path}.zip")
+        target = pathlib.Path(f"{target}_2") if target.is_dir() else target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_bytes(target, content.getvalue())
 
     @classmethod
     def load(

@@ -48,7 +48,7 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
     """Trains, and says what came of it.
 
     Raises:
-        UserError: for a mistake of the user.
+        UserError: for a mistake of the user, or a file that cannot be written.
         InterruptedRun: on Ctrl-C; the run can be resumed.
     """
     check_libraries(arguments)
@@ -73,9 +73,11 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
     with _locked(folder):
         if arguments.resume is None:
             _empty(folder)
-            settings.write(folder)
+            with mistakes(OSError):
+                settings.write(folder)
         note(f"run directory: {folder}")
-        return _train(settings, source, folder, arguments)
+        with _to_be_resumed(folder):
+            return _train(settings, source, folder, arguments)
 
 
 def check_libraries(arguments: Train) -> None:
@@ -293,14 +295,24 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _to_be_resumed(folder: Path) -> Iterator[None]:
+    """Says how a run goes on that was interrupted, or that the system had no room for."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRun(str(folder)) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{error}; when that is over, go on with {PROGRAM} train --resume {folder}") from error
+
+
 def _train(settings: Settings, source: Source, folder: Path, arguments: Train) -> Result:
     workers = worker_count(arguments.workers, len(settings.groups), settings.device)
     start = time.monotonic()
-    try:
-        with reporter(settings) as report:
-            outcomes = train_all(settings, folder, workers, report, trust_pickle=arguments.trust_pickle)
-    except KeyboardInterrupt:
-        raise InterruptedRun(str(folder)) from None
+    with reporter(settings) as report:
+        outcomes = train_all(settings, folder, workers, report, trust_pickle=arguments.trust_pickle)
     seconds = time.monotonic() - start
     data = estimate([episode_returns(source.dataset).tolist()])
     estimates = _estimates(settings, outcomes, data)

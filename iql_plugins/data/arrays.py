@@ -156,9 +156,9 @@ class Transitions:
                 shapes and dtypes tell; names the column.
         """
         rows = self._rows()
-        # Flags, row numbers and the rows that are read at a time are in memory even if nothing else is.
+        # Flags and row numbers are in memory even if nothing else is, and at least a row of the columns.
         row = sum(map(_row_bytes, self._columns().values()))
-        require_space(16 * rows + 2 * row, self.name, replace(options, memmap_dir=None))
+        require_space(max(16 * rows, 2 * row), self.name, replace(options, memmap_dir=None))
         require_space(unpacked + rows * self._smallest_row(), self.name, options)
         terminals = _flags(self.name, "terminals", self.terminals)
         timeouts = np.zeros(rows, bool) if self.timeouts is None else _flags(self.name, "timeouts", self.timeouts)

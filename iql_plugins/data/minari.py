@@ -75,8 +75,10 @@ def load(path: Path, options: Options) -> Loaded:
         stored = None
         if metadata.get("data_format") == "hdf5":
             stored = stack.enter_context(hdf5.opened(path / _HDF5))
-            if not 0 <= metadata.get("total_episodes", 0) <= len(stored):
-                raise DatasetError(f"{name} has {len(stored)} episodes, {metadata['total_episodes']} were expected")
+        # Of its other formats, an episode is a folder.
+        count = len(list(path.iterdir()) if stored is None else stored)
+        if not 0 <= metadata.get("total_episodes", 0) <= count:
+            raise DatasetError(f"{name} has {count} episodes at most, {metadata['total_episodes']} were expected")
         dataset = minari.MinariDataset(path)
         try:
             spaces = Spaces.from_gymnasium(dataset.observation_space, dataset.action_space)
@@ -152,11 +154,9 @@ def _check_space(space: Any) -> None:
     if isinstance(space, dict):
         if not _NUMBERS.fullmatch(str(space.get("dtype", "bool"))):
             raise DatasetError(f"a space has dtype {str(space['dtype'])[:50]!r}, which is no number's")
-        for entry_ in space.values():
-            _check_space(entry_)
-    elif isinstance(space, list):
-        for entry_ in space:
-            _check_space(entry_)
+        space = list(space.values())
+    for inner in space if isinstance(space, list) else ():
+        _check_space(inner)
 
 
 def _arrays(observations: Any, path: Names = ()) -> dict[Names, Any]:
