@@ -197,5 +197,5 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
         if not tensor.is_contiguous():
             raise TypeError(f"{name} is not contiguous")
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -76,8 +76,9 @@ def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
 def _check_memo(file: BinaryIO) -> None:
     """Raises for a pickle that numbers what it keeps beyond its own length: there would be room for all of it."""
     size = os.fstat(file.fileno()).st_size
+    argument: Any
     for opcode, argument, _ in pickletools.genops(file):
-        if opcode.name.endswith("PUT") and int(argument) > size:
+        if opcode.name.endswith("PUT") and argument > size:
             raise pickle.UnpicklingError(f"it keeps {argument} objects in {size} bytes")
     file.seek(0)
 

@@ -19,7 +19,7 @@ def iql_adapter() -> Adapter:
     from iql_sb3.iql import IQL
 
     training = Training(
-        from_agent=IQL.from_agent, to_agent=IQL.to_agent, fit=_fit, save=IQL.save, load=_load, suffix=".zip"
+        from_agent=IQL.from_agent, to_agent=IQL.to_agent, fit=_fit, save=_save, load=_load, suffix=".zip"
     )
     return Adapter("sb3", framework="stable_baselines3", algorithms={"IQL": IQL}, training=training)
 
@@ -37,6 +37,10 @@ def _fit(model: "IQL", dataset: TensorDictBase, n_steps: int, callback: Callable
 
     model.load_dataset(dataset)
     model.learn_offline(n_steps, callback=called, log_interval=None, reset_num_timesteps=False)
+
+
+def _save(model: "IQL", path: str | os.PathLike[str]) -> None:
+    model.save(os.fspath(path))
 
 
 def _load(path: str | os.PathLike[str]) -> "IQL":

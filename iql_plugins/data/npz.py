@@ -55,7 +55,7 @@ def _members(path: Path, options: Options, stack: ExitStack) -> dict[str, "_Memb
         # An array that is compressed can be mapped only once it is unpacked.
         parent = existing_parent(Path(options.memmap_dir))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".unpacked-")))
-    members = {}
+    members: dict[str, _Member] = {}
     for info in archive.infolist():
         key = info.filename.removesuffix(".npy")
         if key.split("/")[0] in _READ and key != info.filename:
