@@ -14,8 +14,9 @@ from iql_plugins.agent import Agent
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.cli.sources import Source, digest, load_source
 from iql_plugins.config import IQLConfig
+from iql_plugins.data.dataset import row_bytes
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.limits import read_json
+from iql_plugins.limits import available_memory, read_json
 from iql_plugins.spaces import Spaces
 
 __all__ = ["METHODS", "Method", "Settings", "Unit", "available_cores", "versions"]
@@ -141,6 +142,11 @@ class Settings:
             UserError: if dataset, spaces, hyper-parameters and device do not fit together.
         """
         config = self.config(unit.method)
+        size = config.batch_size * sum(map(row_bytes, source.dataset.values(True, True)))
+        if size > available_memory():
+            raise UserError(
+                f"batch_size {config.batch_size} makes batches of {size:,} bytes, which memory does not hold"
+            )
         with mistakes(ValueError, RuntimeError):
             self.spaces.check(source.dataset)
             normalizers = Normalizers.fit(source.dataset, self.spaces, config)
