@@ -361,7 +361,6 @@ class Agent:
             normalizers = Normalizers.restored(spaces, document["normalizers"], parts["normalizers"])
             normalizers.to(_dtype(parts["normalizers"]))
             if loss is None:
-                _check_counts(name, spaces, config, parts["loss"])
                 with WeightLimit.of_file(sum(tensor.nbytes for tensor in tensors.values())):
                     loss = _seeded_loss(spaces, config, seed=0)
                 loss.to(device, _dtype(_of_networks(parts["loss"])))
@@ -498,18 +497,6 @@ def _dtype(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
     """The one dtype of all numbers that are not integers; None if there are several."""
     dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     return dtypes.pop() if len(dtypes) == 1 else None
-
-
-def _check_counts(name: str, spaces: Spaces, config: IQLConfig, saved: Mapping[str, Tensor]) -> None:
-    """Raises for more layers or critics than the tensors of a file are of; a module takes more than its weights."""
-    images = sum(isinstance(space, Box) and space.is_image for space in spaces.observations.values())
-    layers = len(config.hidden_sizes) + images
-    critics = max((len(saved[key]) for key in saved if key.startswith("qvalue_") and saved[key].ndim), default=0)
-    if layers > len(saved) or config.n_critics > max(critics, 1):
-        raise CheckpointError(
-            f"the configuration of {name!r} names {layers} layers and {config.n_critics} critics, "
-            f"its {len(saved)} tensors are not those of so many"
-        )
 
 
 def _check_dtypes(name: str, saved: Mapping[str, Tensor], loss: IQLLoss) -> None:

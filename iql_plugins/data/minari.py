@@ -65,7 +65,7 @@ def load(path: Path, options: Options) -> Loaded:
                     f"{name} does not say its {key!r}: it would take to build the environment that it names, "
                     "which can run any code"
                 )
-            _check_space(parse_json(metadata[key]))
+            _check_space(parse_json(metadata[key]), name)
         if isinstance(metadata.get("env_spec"), str):
             parse_json(metadata["env_spec"])
         try:
@@ -149,14 +149,14 @@ class _Episodes:
         return observation(tensor(np.asarray(values), self._name, "/".join(("observations", *path))))
 
 
-def _check_space(space: Any) -> None:
+def _check_space(space: Any, name: str) -> None:
     """Raises for the dtype of a Box that is no number's: NumPy would make room for texts of any length."""
     if isinstance(space, dict):
         if not _NUMBERS.fullmatch(str(space.get("dtype", "bool"))):
-            raise DatasetError(f"a space has dtype {str(space['dtype'])[:50]!r}, which is no number's")
+            raise DatasetError(f"{name}: a space has dtype {str(space['dtype'])[:50]!r}, which is no number's")
         space = list(space.values())
     for inner in space if isinstance(space, list) else ():
-        _check_space(inner)
+        _check_space(inner, name)
 
 
 def _arrays(observations: Any, path: Names = ()) -> dict[Names, Any]:

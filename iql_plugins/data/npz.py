@@ -86,7 +86,7 @@ class _Member:
             # Other methods unpack as much as they like at a time.
             if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
                 raise ValueError("it is compressed as NumPy never does; np.savez_compressed does it well")
-            with archive.open(info) as stream:
+            with archive.open(self._info) as stream:
                 start = BytesIO(stream.read(_HEADER_BYTES))
             version = np.lib.format.read_magic(start)
             if version not in _HEADERS:
