@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.cli.sources import Source, digest, load_source
 from iql_plugins.config import IQLConfig
-from iql_plugins.data.dataset import row_bytes
+from iql_plugins.data.dataset import one_line, row_bytes
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.limits import available_memory, read_json
 from iql_plugins.spaces import Spaces
@@ -163,15 +163,27 @@ class Settings:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Settings":
-        """The settings of :meth:`to_json`."""
-        return cls(
-            **{
-                **document,
-                "spaces": Spaces.from_json(document["spaces"]),
-                "hyperparameters": IQLConfig.from_json(document["hyperparameters"]),
-                "seeds": tuple(document["seeds"]),
-            }
-        )
+        """The settings of :meth:`to_json`.
+
+        Raises:
+            TypeError, ValueError: for a value of another type, or a count below 1; names it.
+        """
+        values = {
+            **document,
+            "spaces": Spaces.from_json(document["spaces"]),
+            "hyperparameters": IQLConfig.from_json(document["hyperparameters"]),
+            "seeds": tuple(document["seeds"]),
+        }
+        settings = cls(**values)
+        for name, hint in get_type_hints(cls).items():
+            if not _fits(getattr(settings, name), hint):
+                raise TypeError(f"{name} must be {hint}, got {getattr(settings, name)!r}")
+        for name in ("episodes", "evaluation_episodes", "evaluate_every", "log_every", "threads", "stack"):
+            if getattr(settings, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(settings, name)}")
+        if not settings.seeds:
+            raise ValueError("seeds must be at least one")
+        return settings
 
     def write(self, run: Path) -> None:
         """Writes ``config.json``, with what the run is made on."""
@@ -196,7 +208,24 @@ class Settings:
                 )
             return cls.from_json(document["settings"]), dict(document["environment"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is no configuration of a run: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{path} is no configuration of a run: {type(error).__name__}: {one_line(error)}"
+            ) from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type."""
+    arguments = get_args(hint)
+    match get_origin(hint):
+        case None:
+            # A truth value is an integer for Python alone.
+            return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        case origin if origin is Literal:
+            return value in arguments
+        case origin if origin is tuple:
+            return all(_fits(item, arguments[0]) for item in value)
+        case _:
+            return any(_fits(value, argument) for argument in arguments)
 
 
 def available_cores() -> int:
