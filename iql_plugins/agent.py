@@ -23,6 +23,7 @@ from iql_plugins.encoders import ObservationEncoder, is_plain
 from iql_plugins.gradients import compiler_available
 from iql_plugins.keys import flat_name
 from iql_plugins.learner import Groups, Learner, adam, resolve_compile
+from iql_plugins.limits import WeightLimit
 from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
@@ -140,7 +141,8 @@ class Agent:
         device: torch.device | str = "cpu",
     ) -> None:
         if loss is None:
-            loss = _seeded_loss(spaces, config, seed).to(torch.device(device))
+            with WeightLimit.of_memory():
+                loss = _seeded_loss(spaces, config, seed).to(torch.device(device))
         for name, value in _hyperparameters(loss).items():
             if not _equal(value, getattr(config, name)):
                 raise ValueError(
@@ -359,7 +361,9 @@ class Agent:
             normalizers = Normalizers.restored(spaces, document["normalizers"], parts["normalizers"])
             normalizers.to(_dtype(parts["normalizers"]))
             if loss is None:
-                loss = _seeded_loss(spaces, config, seed=0).to(device, _dtype(_of_networks(parts["loss"])))
+                with WeightLimit.of_file(sum(tensor.nbytes for tensor in tensors.values())):
+                    loss = _seeded_loss(spaces, config, seed=0)
+                loss.to(device, _dtype(_of_networks(parts["loss"])))
             _check_dtypes(name, _of_networks(parts["loss"]), loss)
             learner = Learner.from_config(loss, config, seed=0, make_optimizers=make_optimizers)
             agent = cls(spaces, config, normalizers=normalizers, loss=loss, learner=learner, seed=0)

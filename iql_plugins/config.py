@@ -16,6 +16,9 @@ from iql_plugins.functional import (
 
 __all__ = ["PRESETS", "IQLConfig", "preset"]
 
+#: Of all critics together; the largest ensembles that are published have 500 of four each.
+MOST_LAYERS = 4096
+
 ActorSchedule = Literal["cosine", "constant"]
 Compile = Literal["auto", "yes", "no"]
 
@@ -87,6 +90,11 @@ class IQLConfig:
         valid = isinstance(sizes, list | tuple) and all(map(_is_count, sizes))
         _check("hidden_sizes", sizes, valid, "a tuple of integers >= 1")
         object.__setattr__(self, "hidden_sizes", tuple(sizes))
+        layers = self.n_critics * (len(sizes) + 1)
+        if layers > MOST_LAYERS:
+            raise ValueError(
+                f"n_critics and hidden_sizes must make at most {MOST_LAYERS} layers of critics, got {layers}"
+            )
         for name in ("squashed", "normalize_observations"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         for name in ("discount", "polyak"):

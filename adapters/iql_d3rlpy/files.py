@@ -3,7 +3,8 @@
 import io
 import os
 import pickle
-from typing import Any
+import pickletools
+from typing import Any, BinaryIO
 
 import torch
 from d3rlpy import __version__
@@ -12,6 +13,7 @@ from d3rlpy.base import LearnableConfigWithShape, _process_device
 from iql_d3rlpy.algorithm import BaseIQL
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
+from iql_plugins.limits import WeightLimit
 
 __all__ = ["Registered", "load", "save"]
 
@@ -58,15 +60,27 @@ def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
     torch.empty(0, device=_process_device(device))
     try:
         with open(path, "rb") as file:
+            _check_memo(file)
             document = _Reader(file).load()
-        algorithm: BaseIQL = LearnableConfigWithShape.deserialize(document["config"]).create(device)
+        with WeightLimit.of_file(len(document["torch"])):
+            algorithm: BaseIQL = LearnableConfigWithShape.deserialize(document["config"]).create(device)
         algorithm.impl.load_model(io.BytesIO(document["torch"]))
     except Exception as error:
         raise CheckpointError(
             f"{os.fspath(path)!r} is no d3rlpy file of iql_d3rlpy's algorithms, or damaged: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     return algorithm
+
+
+def _check_memo(file: BinaryIO) -> None:
+    """Raises for a pickle that numbers what it keeps beyond its own length: there would be room for all of it."""
+    size = os.fstat(file.fileno()).st_size
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name.endswith("PUT") and argument > size:
+            raise pickle.UnpicklingError(f"it keeps {argument} objects in {size} bytes")
+    file.seek(0)
 
 
 class _Reader(pickle.Unpickler):

@@ -17,6 +17,7 @@ from iql_d3rlpy.batches import entries
 from iql_d3rlpy.optimizers import reset
 from iql_plugins.agent import Agent
 from iql_plugins.keys import flat_name, next_key
+from iql_plugins.limits import load_torch
 from iql_plugins.loss import IQLLoss
 from iql_plugins.spaces import Discrete
 
@@ -110,7 +111,7 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
         Raises:
             RuntimeError, KeyError, ValueError: for another model's.
         """
-        state = torch.load(f, map_location="cpu", weights_only=True)
+        state = load_torch(f)
         if not {"loss", "training"} <= state.keys():
             raise ValueError(
                 f"the file has {', '.join(map(str, state))}: it is another algorithm's, an IQL of iql_d3rlpy has loss "

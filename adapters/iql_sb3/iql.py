@@ -19,13 +19,13 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from tensordict import TensorDictBase
 
+from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.config import ActorSchedule, Compile, IQLConfig
 from iql_plugins.data.normalizers import Normalizers
@@ -727,21 +727,25 @@ class IQL(OffPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """As in any algorithm, with the random state that batches are drawn from.
+        """As in any algorithm, with the random state that batches are drawn from; whole, or not at all.
 
         Beside its own members the zip has the agent as ``iql_plugins.safetensors``, from which the command line reads
         it without running anything. A model with classes of your own has none: only pickles describe it.
         """
         self._generator_state = (self.generator.device.type, self.generator.get_state().numpy())
-        archive = io.BytesIO()
-        super().save(archive, exclude, include)
+        content = io.BytesIO()
+        super().save(content, exclude, include)
         # A model that cannot be described is saved all the same.
         with contextlib.suppress(TypeError, ValueError):
-            add_agent(archive, self._as_agent(), self.policy)
-        file = open_path(path, "w", suffix="zip")
-        file.write(archive.getbuffer())
-        if file is not path:
-            file.close()
+            add_agent(content, self._as_agent(), self.policy)
+        if not isinstance(path, str | pathlib.Path):
+            path.write(content.getbuffer())
+            return
+        # Names, and folders that are made, are Stable-Baselines3's.
+        target = pathlib.Path(path) if pathlib.Path(path).suffix else pathlib.Path(f"{path}.zip")
+        target = pathlib.Path(f"{target}_2") if target.is_dir() else target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_bytes(target, content.getvalue())
 
     @classmethod
     def load(

@@ -13,6 +13,7 @@ from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent, Observation
 from iql_plugins.checkpoint import CheckpointError
+from iql_plugins.limits import load_torch
 from iql_torchrl.losses import IQLLoss
 
 __all__ = ["IQL"]
@@ -142,7 +143,7 @@ class IQL:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no file {name!r}")
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_torch(path)
         except Exception as error:
             # Whatever torch raises for a file that is none of its own.
             raise CheckpointError(f"{name!r} is no {_CONTAINER}, or damaged: {error}") from error

@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.cli.sources import Source, digest, load_source
 from iql_plugins.config import IQLConfig
+from iql_plugins.data.dataset import one_line, row_bytes
 from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.limits import available_memory, read_json
 from iql_plugins.spaces import Spaces
 
 __all__ = ["CHANGEABLE", "COUNTS", "METHODS", "Method", "Settings", "Unit", "available_cores", "versions"]
@@ -207,6 +209,11 @@ class Settings:
             UserError: if dataset, spaces, hyper-parameters and device do not fit together.
         """
         config = self.config(unit.method)
+        size = config.batch_size * sum(map(row_bytes, source.dataset.values(True, True)))
+        if size > available_memory():
+            raise UserError(
+                f"batch_size {config.batch_size} makes batches of {size:,} bytes, which memory does not hold"
+            )
         with mistakes(ValueError, RuntimeError):
             self.spaces.check(source.dataset)
             normalizers = Normalizers.fit(source.dataset, self.spaces, config)
@@ -224,16 +231,25 @@ class Settings:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Settings":
-        """The settings of :meth:`to_json`."""
-        return cls(
-            **{
-                **document,
-                "spaces": Spaces.from_json(document["spaces"]),
-                "hyperparameters": IQLConfig.from_json(document["hyperparameters"]),
-                "seeds": tuple(document["seeds"]),
-                "earlier_ends": tuple(document.get("earlier_ends", ())),
-            }
-        )
+        """The settings of :meth:`to_json`.
+
+        Raises:
+            TypeError, ValueError: for a value of another type, or a count below 1; names it.
+        """
+        values = {
+            **document,
+            "spaces": Spaces.from_json(document["spaces"]),
+            "hyperparameters": IQLConfig.from_json(document["hyperparameters"]),
+            "seeds": tuple(document["seeds"]),
+            "earlier_ends": tuple(document.get("earlier_ends", ())),
+        }
+        settings = cls(**values)
+        for name, hint in get_type_hints(cls).items():
+            if not _fits(getattr(settings, name), hint):
+                raise TypeError(f"{name} must be {hint}, got {getattr(settings, name)!r}")
+        if not settings.seeds:
+            raise ValueError("seeds must be at least one")
+        return settings
 
     def write(self, run: Path, made_on: Mapping[str, Any]) -> None:
         """Writes ``config.json``, with the :func:`versions` that the run is made on."""
@@ -251,14 +267,31 @@ class Settings:
         if not path.is_file():
             raise UserError(f"there is no {path}: a run directory has it from its first second on")
         try:
-            document = json.loads(path.read_text())
+            document = read_json(path)
             if document["format"] != FORMAT:
                 raise UserError(
                     f"{path} has format {document['format']!r}, known is {FORMAT}: another release wrote it"
                 )
             return cls.from_json(document["settings"]), dict(document["environment"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is no configuration of a run: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{path} is no configuration of a run: {type(error).__name__}: {one_line(error)}"
+            ) from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type."""
+    arguments = get_args(hint)
+    match get_origin(hint):
+        case None:
+            # A truth value is an integer for Python alone.
+            return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        case origin if origin is Literal:
+            return value in arguments
+        case origin if origin is tuple:
+            return all(_fits(item, arguments[0]) for item in value)
+        case _:
+            return any(_fits(value, argument) for argument in arguments)
 
 
 def available_cores() -> int:

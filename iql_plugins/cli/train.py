@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
     """Trains, and says what came of it.
 
     Raises:
-        UserError: for a mistake of the user.
+        UserError: for a mistake of the user, or a file that cannot be written.
         InterruptedRun: on Ctrl-C; the run can be resumed.
     """
     check_libraries(arguments)
@@ -83,9 +83,11 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
         for place in {folder, *(settings.folder(folder, unit) for unit in settings.units)}:
             for leftover in place.glob(LEFTOVERS):
                 leftover.unlink()
-        settings.write(folder, made_on)
+        with mistakes(OSError):
+            settings.write(folder, made_on)
         note(f"run directory: {folder}")
-        return _train(settings, source, folder, arguments)
+        with _to_be_resumed(folder, settings.env):
+            return _train(settings, source, folder, arguments)
 
 
 def check_libraries(arguments: Train) -> None:
@@ -330,15 +332,25 @@ def _made(wanted: Path | None, dataset: str) -> Path:
     return folder
 
 
+@contextlib.contextmanager
+def _to_be_resumed(folder: Path, env: str | None) -> Iterator[None]:
+    """Says how a run goes on that was interrupted, or that the system had no room for."""
+    again = str(folder) if env is None or ":" not in env else f"{folder} --env {env}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRun(again) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{error}; when that is over, go on with {PROGRAM} train --resume {again}") from error
+
+
 def _train(settings: Settings, source: Source, folder: Path, arguments: Train) -> Result:
     workers = worker_count(arguments.workers, len(settings.groups), settings.device)
     start = time.monotonic()
-    try:
-        with reporter(settings) as report:
-            outcomes = train_all(settings, folder, workers, report, trust_pickle=arguments.trust_pickle)
-    except KeyboardInterrupt:
-        module = settings.env is not None and ":" in settings.env
-        raise InterruptedRun(f"{folder} --env {settings.env}" if module else str(folder)) from None
+    with reporter(settings) as report:
+        outcomes = train_all(settings, folder, workers, report, trust_pickle=arguments.trust_pickle)
     seconds = time.monotonic() - start
     data = estimate([episode_returns(source.dataset).tolist()])
     estimates = _estimates(settings, outcomes, data)

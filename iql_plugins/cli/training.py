@@ -497,14 +497,16 @@ class _MetricsFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with checkpoint.naming(self._path):
+            self._file.close()
 
     def append(self, step: int, row: Mapping[str, float]) -> None:
-        if not self._columns:
-            self._columns = ["step", *(name for name in row if name != "mean_return"), "mean_return"]
-            self._write(self._columns)
-        self._write([step, *(row.get(name, "") for name in self._columns[1:])])
-        self._file.flush()
+        with checkpoint.naming(self._path):
+            if not self._columns:
+                self._columns = ["step", *(name for name in row if name != "mean_return"), "mean_return"]
+                self._write(self._columns)
+            self._write([step, *(row.get(name, "") for name in self._columns[1:])])
+            self._file.flush()
 
     def _write(self, values: Sequence[object]) -> None:
         # One write a row: a row is there, or it is not.
@@ -523,7 +525,9 @@ def metrics_rows(path: Path) -> list[dict[str, float]]:
         try:
             for row in reader:
                 rows.append({name: float(value) for name, value in row.items() if value})
-        except (ValueError, TypeError) as error:
+                if "step" not in rows[-1]:
+                    raise ValueError("it has no step")
+        except (ValueError, TypeError, csv.Error) as error:
             raise UserError(f"{path} is damaged in line {reader.line_num}: {error}") from error
     return rows
 

@@ -38,7 +38,7 @@ class _Failure:
         trace: of the error, as text.
     """
 
-    error: UserError | DivergenceError | None
+    error: UserError | DivergenceError | OSError | None
     trace: str
 
 
@@ -58,7 +58,7 @@ def train_all(
         In the order of ``settings.units``.
 
     Raises:
-        UserError, DivergenceError: as ``train``.
+        UserError, DivergenceError, OSError: as ``train``.
         WorkerError: if a process dies, or anything else goes wrong in it.
     """
     units, groups = settings.units, settings.groups
@@ -158,7 +158,7 @@ def _work(settings: Settings, run: Path, trust_pickle: bool, tasks: Any, answers
             while (group := tasks.get()) is not None:
                 for outcome in train(settings, group, run, answers.put, trust_pickle=trust_pickle):
                     answers.put(outcome)
-    except (UserError, DivergenceError) as error:
+    except (UserError, DivergenceError, OSError) as error:
         answers.put(_Failure(error, traceback.format_exc()))
     except BaseException:
         answers.put(_Failure(None, traceback.format_exc()))

@@ -1,5 +1,6 @@
 """From arrays, as files and buffers have them, to the key layout: the only place that knows both."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from iql_plugins.data.dataset import (
     Options,
     check_dataset,
     chunks,
+    existing_parent,
+    one_line,
     require_space,
     row_bytes,
 )
@@ -141,15 +144,22 @@ class Transitions:
             _by_path(name, "next_observations", columns) or None,
         )
 
-    def load(self, options: Options) -> Loaded:
+    def load(self, options: Options, unpacked: int = 0) -> Loaded:
         """The dataset.
 
+        Args:
+            options: how it is to be loaded.
+            unpacked: bytes that the columns themselves take where the dataset goes, once they are read.
+
         Raises:
-            DatasetError: for anything that does not fit together; names the column.
+            DatasetError: for anything that does not fit together, or does not fit; before any column is read where
+                shapes and dtypes tell; names the column.
         """
         rows = self._rows()
-        # Flags and row numbers are in memory even if nothing else is.
-        require_space(16 * rows, self.name, replace(options, memmap_dir=None))
+        # Flags and row numbers are in memory even if nothing else is, and at least a row of the columns.
+        row = sum(map(_row_bytes, self._columns().values()))
+        require_space(max(16 * rows, 2 * row), self.name, replace(options, memmap_dir=None))
+        require_space(unpacked + rows * self._smallest_row(), self.name, options)
         terminals = _flags(self.name, "terminals", self.terminals)
         timeouts = np.zeros(rows, bool) if self.timeouts is None else _flags(self.name, "timeouts", self.timeouts)
         both = np.flatnonzero(terminals & timeouts)
@@ -202,6 +212,12 @@ class Transitions:
                 f"not in both is {entries[0]!r}"
             )
         return rows
+
+    def _smallest_row(self) -> int:
+        """Bytes of a transition of the dataset, at least: reward, action and two flags beside the observations."""
+        following = self.observations if self.next_observations is None else self.next_observations
+        observed = [*self.observations.values(), *following.values()]
+        return 10 + sum(math.prod(column.shape[1:]) * (1 if column.dtype == np.uint8 else 4) for column in observed)
 
     def _discrete(self, options: Options) -> bool:
         if options.discrete is not None:
@@ -273,7 +289,7 @@ def _by_path(name: str, group: str, columns: Mapping[str, Column]) -> dict[Names
 
 
 def _row_bytes(column: Column) -> int:
-    return int(np.prod(column.shape[1:], dtype=np.int64)) * column.dtype.itemsize
+    return math.prod(column.shape[1:]) * column.dtype.itemsize
 
 
 def _flags(name: str, key: str, column: Column) -> Array:
@@ -388,10 +404,10 @@ def assemble(blocks: Iterable[Block], rows: int, name: str, options: Options) ->
             f"memmap_dir must be a new or an empty folder, {target} is not: "
             "a dataset that was written there can be loaded by that folder's name"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+    with tempfile.TemporaryDirectory(dir=existing_parent(target), prefix=f".{target.name}-") as folder:
         written = Path(folder) / "dataset"
         check_dataset(_filled(blocks, rows, name, options, written), name, finite=options.finite)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             target.rmdir()
         os.replace(written, target)
@@ -433,4 +449,13 @@ def _allocated(block: Block, rows: int, name: str, options: Options, folder: Pat
         )
     # One row that stands for all of them: only the files get the real size.
     shapes = TensorDict({key: t[:1].expand(rows, *t.shape[1:]) for key, t in block.items()}, batch_size=[rows])
-    return shapes.memmap_like(folder)
+    try:
+        mapped = shapes.memmap_like(folder)
+        if hasattr(os, "posix_fallocate"):
+            # A file with holes has its size and no space: a disk that fills while it is written to kills the process.
+            for path in folder.rglob("*.memmap"):
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+    except (OSError, RuntimeError) as error:
+        raise DatasetError(f"{name} cannot be written to {options.memmap_dir}: {one_line(error)}") from error
+    return mapped

@@ -10,7 +10,7 @@ import numpy as np
 
 from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Column, Concatenated, Transitions
-from iql_plugins.data.dataset import DatasetError, Loaded, Options, reading
+from iql_plugins.data.dataset import DatasetError, Loaded, Options, reading, require_space
 
 __all__ = ["load", "load_file"]
 
@@ -26,7 +26,7 @@ def load_file(path: Path, options: Options) -> Loaded:
         DatasetError: if it is no such file.
     """
     with hdf5.opened(path) as file:
-        number = int(hdf5.member(file, "num_episodes", path)[()])
+        number = hdf5.number(file, "num_episodes", path)
         columns: list[dict[str, Column]] = []
         terminated = []
         for episode in range(number):
@@ -34,7 +34,7 @@ def load_file(path: Path, options: Options) -> Loaded:
             for key in ("observations", "actions", "rewards"):
                 entries |= _entries(file, key, episode, path)
             columns.append(entries)
-            terminated.append(bool(hdf5.member(file, f"terminated_{episode}", path)[()]))
+            terminated.append(bool(hdf5.number(file, f"terminated_{episode}", path)))
         return _transitions(str(path), columns, terminated).load(options)
 
 
@@ -63,11 +63,11 @@ def load(buffer: Any, options: Options) -> Loaded:
 
 
 def _entries(file: Any, key: str, episode: int, path: Path) -> dict[str, Column]:
-    if f"{key}_{episode}" in file or key != "observations":
+    if hdf5.has(file, f"{key}_{episode}") or key != "observations":
         return {key: hdf5.member(file, f"{key}_{episode}", path)}
     entries: dict[str, Column] = {}
     for index in count():
-        if f"{key}_{episode}_{index}" not in file:
+        if not hdf5.has(file, f"{key}_{episode}_{index}"):
             break
         entries[f"{key}/{index}"] = hdf5.member(file, f"{key}_{episode}_{index}", path)
     if not entries:
@@ -88,8 +88,10 @@ def _transitions(name: str, episodes: Sequence[dict[str, Column]], terminated: S
                     f"got shapes {list(column.shape)} and {list(episode['rewards'].shape)}"
                 )
     joined = {key: Concatenated([episode[key] for episode in episodes], name, key) for key in episodes[0]}
+    rows = joined["rewards"].shape[0]
+    require_space(2 * rows, name, Options())
     ends = np.cumsum([episode["rewards"].shape[0] for episode in episodes]) - 1
-    terminals = np.zeros(joined["rewards"].shape[0], bool)
+    terminals = np.zeros(rows, bool)
     terminals[ends] = terminated
     timeouts = np.zeros_like(terminals)
     timeouts[ends] = ~terminals[ends]

@@ -27,9 +27,9 @@ def load(path: Path, options: Options) -> Loaded:
     with hdf5.opened(path) as file:
         found: dict[str, Column] = {}
         for key in ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts"):
-            if key in file:
+            if hdf5.has(file, key):
                 found |= hdf5.columns(file, key, path)
-        if "timeouts" in found or "episode_terminals" not in file:
+        if "timeouts" in found or not hdf5.has(file, "episode_terminals"):
             return Transitions.from_columns(str(path), found).load(options)
         found["timeouts"] = hdf5.member(file, "episode_terminals", path)
         # Set at terminal states as well: no contradiction here.

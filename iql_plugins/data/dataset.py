@@ -14,6 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from iql_plugins.keys import shown
+from iql_plugins.limits import available_memory
 from iql_plugins.spaces import Spaces
 
 __all__ = ["DatasetError", "Loaded", "Options", "check_dataset"]
@@ -134,13 +135,11 @@ def require_space(size: int, name: str, options: Options) -> None:
         free = shutil.disk_usage(folder).free
         if size > free:
             raise DatasetError(f"{name} needs {size:,} bytes, of which {folder} has {free:,} left")
-    elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if size > memory:
-            raise DatasetError(
-                f"{name} needs {size:,} bytes, more than the {memory:,} of this machine's memory: "
-                "pass memmap_dir, a folder to write it to, where it stays memory-mapped"
-            )
+    elif size > (memory := available_memory()):
+        raise DatasetError(
+            f"{name} needs {size:,} bytes, more than the {memory:,} that are left of the memory: "
+            "pass memmap_dir, a folder to write it to, where it stays memory-mapped"
+        )
 
 
 def existing_parent(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """TensorDicts that have the key layout already, and their memory-mapped folders."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -25,10 +25,13 @@ from iql_plugins.data.dataset import (
     row_bytes,
 )
 from iql_plugins.keys import AUTO_MASK_KEYS, DISCOUNT, STEPS_TO_NEXT_OBS, shown
+from iql_plugins.limits import read_json
 
 __all__ = ["is_folder", "load", "load_folder"]
 
 _METADATA = "meta.json"
+#: Of the numbers and flags of a row while rows are brought into order.
+_ROW_BYTES = 32
 _TRAJECTORY: NestedKey = ("collector", "traj_ids")
 
 
@@ -69,6 +72,8 @@ def load(dataset: TensorDictBase, options: Options, name: str = "the TensorDict"
             raise DatasetError(f"{name} must have batch size [N] or [*B, T], got []")
         if dataset.numel() == 0:
             raise DatasetError(f"{name} is empty: it has no transition")
+        # Row numbers are in memory even if nothing else is.
+        require_space(_ROW_BYTES * dataset.numel(), name, replace(options, memmap_dir=None))
         flat = _selected(dataset, name)
         length = dataset.batch_size[-1]
         rows = torch.arange(len(flat), device=flat.get(DONE).device)
@@ -86,7 +91,7 @@ def load(dataset: TensorDictBase, options: Options, name: str = "the TensorDict"
 
 
 def _check_files(folder: Path, shapes: TensorDictBase, name: str) -> None:
-    metadata = json.loads((folder / _METADATA).read_text())
+    metadata = read_json(folder / _METADATA)
     files = {unquote(file.name.removesuffix(".memmap")): file for file in folder.glob("*.memmap")}
     folders = {unquote(inner.name): inner for inner in folder.iterdir() if inner.is_dir()}
     for key, entry in metadata.items():
