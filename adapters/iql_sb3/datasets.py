@@ -17,6 +17,7 @@ from iql_plugins.data.dataset import DatasetError, Options, non_finite
 from iql_plugins.data.episodes import episode_ends
 from iql_plugins.data.normalizers import CHUNK, Normalizers
 from iql_plugins.data.packed import transitions
+from iql_plugins.data.replay_buffers import check_stable_baselines3
 from iql_plugins.keys import flat_name, next_key, shown
 from iql_plugins.spaces import Box, Spaces
 from iql_sb3.batches import entries
@@ -242,9 +243,11 @@ def buffer_dataset(buffer: ReplayBuffer) -> TensorDictBase:
     not full share the buffer's memory. Goals that hindsight replay makes when it samples are no part of it.
 
     Raises:
-        DatasetError: if the buffer is empty, or has a value that is not finite; names the key and the row.
+        DatasetError: if the buffer is empty, has a value that is not finite (names the key and the row), or
+            :func:`~iql_plugins.data.replay_buffers.check_stable_baselines3` objects.
     """
     name = f"the {type(buffer).__name__}"
+    check_stable_baselines3(buffer, name)
     size, shared = buffer.buffer_size, buffer.optimize_memory_usage
     # The slot at pos holds the newest observation where observations are shared, and so no transition.
     start, length = ((buffer.pos + shared) % size, size - shared) if buffer.full else (0, buffer.pos)

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Block, Names, action, assemble, entry, observation, reward, tensor
+from iql_plugins.data.columns import METADATA, require_read, unread
 from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, DatasetError, Loaded, Options, reading
 from iql_plugins.spaces import Spaces
 
@@ -18,6 +20,7 @@ __all__ = ["found", "is_identifier", "load"]
 
 _IDENTIFIER = re.compile(r"(?:[-\w]+/)*[-\w]+-v\d+")
 _METADATA = "metadata.json"
+_READ = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
 def is_identifier(source: str) -> bool:
@@ -51,7 +54,8 @@ def load(path: Path, options: Options) -> Loaded:
 
     Raises:
         ImportError: without Minari; says how to install it.
-        DatasetError: if it is no such dataset, or has spaces other than Box, Discrete and Dict of these.
+        DatasetError: if it is no such dataset, has spaces other than Box, Discrete and Dict of these, or a column
+            that is neither read nor metadata.
     """
     name = str(path)
     with reading(name):
@@ -67,6 +71,7 @@ def load(path: Path, options: Options) -> Loaded:
         except ImportError as error:
             raise ImportError("Minari datasets need minari: pip install 'iql-plugins[minari]'") from error
         dataset = minari.MinariDataset(path)
+        _require_read(path / "main_data.hdf5")
         try:
             spaces = Spaces.from_gymnasium(dataset.observation_space, dataset.action_space)
         except (TypeError, ValueError) as error:
@@ -75,6 +80,17 @@ def load(path: Path, options: Options) -> Loaded:
         reader = _Episodes(name, dataset, discrete)
         data = assemble(reader.blocks(), int(dataset.total_steps), name, options)
         return Loaded(data, name, both=reader.both, both_row=reader.both_row, spaces=spaces)
+
+
+def _require_read(file_path: Path) -> None:
+    """Looks at the names in Minari's HDF5 file itself, as Minari reads no other than those that it expects."""
+    if file_path.is_file():
+        with hdf5.opened(file_path) as file:
+            for episode in file:
+                columns = hdf5.member(file, episode, file_path)
+                if not isinstance(columns, Mapping):
+                    raise unread(str(file_path), episode, ["episode_0"])
+                require_read(f"{file_path}: {episode}", columns, _READ, METADATA)
 
 
 class _Episodes:

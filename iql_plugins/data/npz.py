@@ -10,11 +10,10 @@ from zipfile import ZipFile, is_zipfile
 import numpy as np
 
 from iql_plugins.data.arrays import Column, Transitions
+from iql_plugins.data.columns import readable
 from iql_plugins.data.dataset import DatasetError, Loaded, Options, existing_parent, one_line, reading, require_space
 
 __all__ = ["load"]
-
-_READ = ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")
 
 
 def load(path: Path, options: Options) -> Loaded:
@@ -22,11 +21,12 @@ def load(path: Path, options: Options) -> Loaded:
 
     That is ``timeouts``, and ``next_observations``, without which the last transition of each episode that was cut
     is left out: see :class:`~iql_plugins.data.arrays.Transitions`. Dict observations are
-    ``observations/NAME`` and ``next_observations/NAME``. Whole numbers from 0 on in a single column of actions are
+    ``observations/NAME`` and ``next_observations/NAME``. The other names that are read, and those of metadata, which
+    are not, are those of :mod:`iql_plugins.data.columns`. Whole numbers from 0 on in a single column of actions are
     discrete actions. Pickled objects are never loaded. With ``memmap_dir``, no column needs to fit into memory.
 
     Raises:
-        DatasetError: if it is no such archive.
+        DatasetError: if it is no such archive, or has a column that is neither read nor metadata.
     """
     name = str(path)
     with reading(name):
@@ -40,11 +40,9 @@ def load(path: Path, options: Options) -> Loaded:
 
 def _columns(path: Path, options: Options, stack: ExitStack) -> dict[str, Column]:
     archive = stack.enter_context(ZipFile(path))
-    members = {
-        key: info
-        for info in archive.infolist()
-        if (key := info.filename.removesuffix(".npy")).split("/")[0] in _READ and key != info.filename
-    }
+    files = [(info.filename.removesuffix(".npy"), info) for info in archive.infolist() if not info.is_dir()]
+    read = readable(str(path), [key for key, _ in files])
+    members = {key: info for key, info in files if key in read}
     require_space(sum(info.file_size for info in members.values()), str(path), options)
     columns: dict[str, Column] = {}
     if options.memmap_dir is None:
