@@ -304,7 +304,7 @@ def test_a_column_that_is_not_read_is_refused_in_one_line(command: str, run: Run
     columns = {key: np.zeros((4, 2), np.float32) for key in ("observations", "next_observations", "actions")}
     flags = {key: np.zeros(4, np.float32) for key in ("rewards", "terminals", "time_outs")}
     np.savez(path, **columns, **flags)
-    source = (path,) if command == "inspect" else ("--dataset", path, "--out", tmp_path / "run")
+    source = (path,) if command == "inspect" else ("--dataset", path, "--run-dir", tmp_path / "run")
     status, out, err = run(command, *source)
     assert status == 2
     assert out == ""
