@@ -113,6 +113,9 @@ def test_ends_are_read_for_what_they_mean(ends: Arrays, write: Callable[[Arrays]
     for data in (load_dataset(path), load_dataset(path, memmap_dir=tmp_path / "mapped")):
         assert flags(data, "done") == [0, 1, 0, 1, 0]
         assert flags(data, "terminated") == [0, 1, 0, 0, 0]
+    loaded = read(path, Options())
+    assert loaded is not None
+    assert loaded.both == 0, "no step is called a terminal state and a time-out"
 
 
 def test_masks_alone_are_terminal_states(write: Callable[[Arrays], Path]) -> None:
@@ -166,7 +169,7 @@ def test_ends_that_contradict_each_other_name_the_row(ends: Arrays, row: int, wr
     [
         ("time_outs", "timeouts"),
         ("truncation", "truncations"),
-        ("Rewards", "rewards"),
+        ("REWARDS_", "rewards"),
         ("next_observatoins", "next_observations"),
         ("mask", "masks"),
         ("terminals_", "terminals"),
