@@ -183,6 +183,17 @@ def test_a_buffer_with_an_array_that_is_not_read_is_refused() -> None:
         model_of().load_dataset(buffer)
 
 
+@pytest.mark.parametrize("key", ["steps_to_next_obs", ("next", "discount")])
+def test_n_step_transitions_are_refused_rather_than_read_as_single_steps(key: Any) -> None:
+    dataset = buffer_dataset(filled_buffer()).clone()
+    dataset[key] = torch.full((30, 1), 3, device="cpu")
+    model = model_of()
+    with pytest.raises(DatasetError, match=r"has .*(steps_to_next_obs|discount).*: give single steps, .*n_steps"):
+        model.load_dataset(dataset)
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        model.learn_offline(1)
+
+
 def test_a_buffer_is_kept_once() -> None:
     rows, width = 400_000, 8
     observation_space = gym.spaces.Box(-np.inf, np.inf, (width,))

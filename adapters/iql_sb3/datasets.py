@@ -13,7 +13,7 @@ from torch import Tensor
 
 import iql_plugins
 from iql_plugins.data import read
-from iql_plugins.data.dataset import DatasetError, Options, non_finite
+from iql_plugins.data.dataset import DatasetError, Options, non_finite, require_single_steps
 from iql_plugins.data.episodes import episode_ends
 from iql_plugins.data.normalizers import CHUNK, Normalizers
 from iql_plugins.data.packed import transitions
@@ -44,13 +44,16 @@ def load(source: object, trust_pickle: bool = False) -> tuple[TensorDictBase, Sp
     """A dataset by the key layout, and its environment's spaces where the source has them.
 
     Raises:
-        DatasetError: one line that names the source and what is wrong.
+        DatasetError: one line that names the source and what is wrong; also for n-step transitions.
     """
     loaded = read(source, Options(trust_pickle))
     if loaded is None:
         # A plugin may know it, or the error says what there is.
-        return iql_plugins.load_dataset(source, trust_pickle=trust_pickle), None
-    return loaded.dataset, loaded.spaces
+        dataset, spaces = iql_plugins.load_dataset(source, trust_pickle=trust_pickle), None
+    else:
+        dataset, spaces = loaded.dataset, loaded.spaces
+    require_single_steps(dataset, "of which n_steps=... makes more")
+    return dataset, spaces
 
 
 def check_spaces(dataset: TensorDictBase, spaces: Spaces) -> None:
