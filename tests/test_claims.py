@@ -55,7 +55,7 @@ except ImportError:
 calls = {{
     "dataset": load_dataset,
     "source": load_source,
-    "agent": lambda path: load_agent(path, None),
+    "agent": lambda path: load_agent(path, None, trust_pickle=False),
     "settings": lambda path: Settings.read(Path(path)),
     "train": lambda path, run: main(["train", "--config", path, "--run-dir", run]),
 }}

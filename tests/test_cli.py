@@ -345,6 +345,21 @@ def test_actions_are_held_against_the_environments_bounds(run: Run, tmp_path: Pa
     assert outside == {(): 2, ("--env", "Pendulum-v1"): 1}
 
 
+@pytest.mark.parametrize("command", ["inspect", "train"])
+def test_a_column_that_is_not_read_is_refused_in_one_line(command: str, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    columns = {key: np.zeros((4, 2), np.float32) for key in ("observations", "next_observations", "actions")}
+    flags = {key: np.zeros(4, np.float32) for key in ("rewards", "terminals", "time_outs")}
+    np.savez(path, **columns, **flags)
+    source = (path,) if command == "inspect" else ("--dataset", path, "--run-dir", tmp_path / "run")
+    status, out, err = run(command, *source)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert f"{path}: 'time_outs' is not a column that is read; did you mean 'timeouts'?" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_plugins_dataset_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from iql_plugins.data import load_dataset
 

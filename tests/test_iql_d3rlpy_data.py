@@ -360,8 +360,9 @@ def test_dict_observations_become_tuples_sorted_by_name() -> None:
     assert buffer.transition_count == 9
 
 
-def test_n_step_transitions_are_left_to_d3rlpy() -> None:
-    data = transitions(CONTINUOUS).set("steps_to_next_obs", torch.full((9, 1), 3, device="cpu"))
+@pytest.mark.parametrize("key", ["steps_to_next_obs", ("next", "discount")])
+def test_n_step_transitions_are_left_to_d3rlpy(key: Any) -> None:
+    data = transitions(CONTINUOUS).set(key, torch.full((9, 1), 3, device="cpu"))
     with pytest.raises(ValueError, match="MultiStepTransitionPicker"):
         to_replay_buffer(data)
 

@@ -17,7 +17,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from iql_plugins.agent import build_loss
-from iql_plugins.data import load_dataset
+from iql_plugins.data import DatasetError, load_dataset
 from iql_sb3 import IQL
 from iql_sb3.batches import map_batch
 from iql_sb3.datasets import buffer_dataset
@@ -170,6 +170,28 @@ def test_a_replay_buffer_becomes_a_dataset_in_the_order_of_time(n_envs: int, ste
     theirs = load_dataset(buffer)
     torch.testing.assert_close(dataset["observation"], theirs["observation"])
     torch.testing.assert_close(dataset["next", "terminated"], theirs["next", "terminated"])
+
+
+def test_a_buffer_with_an_array_that_is_not_read_is_refused() -> None:
+    buffer = filled_buffer()
+    buffer.truncation = np.zeros_like(buffer.dones)  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match=r"'truncation' is not a column that is read"):
+        model_of().load_dataset(buffer)
+    buffer = filled_buffer()
+    buffer.timeouts[3] = 1
+    with pytest.raises(DatasetError, match="'timeouts' is 1 and 'dones' 0 in row 3 of environment 0"):
+        model_of().load_dataset(buffer)
+
+
+@pytest.mark.parametrize("key", ["steps_to_next_obs", ("next", "discount")])
+def test_n_step_transitions_are_refused_rather_than_read_as_single_steps(key: Any) -> None:
+    dataset = buffer_dataset(filled_buffer()).clone()
+    dataset[key] = torch.full((30, 1), 3, device="cpu")
+    model = model_of()
+    with pytest.raises(DatasetError, match=r"has .*(steps_to_next_obs|discount).*: give single steps, .*n_steps"):
+        model.load_dataset(dataset)
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        model.learn_offline(1)
 
 
 def test_a_buffer_is_kept_once() -> None:

@@ -10,7 +10,8 @@ from tensordict.utils import NestedKey
 
 from iql_d3rlpy.buffer import Array, FastReplayBuffer
 from iql_plugins.data import load_dataset
-from iql_plugins.keys import STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
+from iql_plugins.data.dataset import require_single_steps
+from iql_plugins.keys import AcceptedKeys, next_key
 
 __all__ = ["to_replay_buffer"]
 
@@ -35,15 +36,10 @@ def to_replay_buffer(source: object, *, action_size: int | None = None, **option
         Observations of a Dict are tuples, sorted by name.
 
     Raises:
-        DatasetError: for what cannot be loaded.
-        ValueError: for n-step transitions, which d3rlpy makes itself when it samples.
+        DatasetError: for what cannot be loaded, and n-step transitions, which d3rlpy makes itself when it samples.
     """
     dataset = load_dataset(source, **options)
-    if dataset.get(STEPS_TO_NEXT_OBS, None) is not None:
-        raise ValueError(
-            f"the dataset has {STEPS_TO_NEXT_OBS!r}: d3rlpy makes n-step transitions itself, of single steps, with "
-            "transition_picker=MultiStepTransitionPicker(...)"
-        )
+    require_single_steps(dataset, "of which d3rlpy makes more with transition_picker=MultiStepTransitionPicker(...)")
     observations = [(_array(dataset, key), _array(dataset, next_key(key))) for key in _observation_keys(dataset)]
     actions, rewards = _array(dataset, _KEYS.action), _array(dataset, next_key(_KEYS.reward))
     last = _last_rows(_flags(dataset, "done"), observations)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 import iql_plugins
 from iql_plugins.data import read
-from iql_plugins.data.dataset import DatasetError, Options, non_finite
+from iql_plugins.data.dataset import DatasetError, Options, non_finite, require_single_steps
 from iql_plugins.data.episodes import episode_ends
 from iql_plugins.data.normalizers import CHUNK, Normalizers
 from iql_plugins.data.packed import transitions
+from iql_plugins.data.replay_buffers import check_stable_baselines3
 from iql_plugins.keys import flat_name, next_key, shown
 from iql_plugins.spaces import Box, Spaces
 from iql_sb3.batches import entries
@@ -43,13 +44,16 @@ def load(source: object, trust_pickle: bool = False) -> tuple[TensorDictBase, Sp
     """A dataset by the key layout, and its environment's spaces where the source has them.
 
     Raises:
-        DatasetError: one line that names the source and what is wrong.
+        DatasetError: one line that names the source and what is wrong; also for n-step transitions.
     """
     loaded = read(source, Options(trust_pickle))
     if loaded is None:
         # A plugin may know it, or the error says what there is.
-        return iql_plugins.load_dataset(source, trust_pickle=trust_pickle), None
-    return loaded.dataset, loaded.spaces
+        dataset, spaces = iql_plugins.load_dataset(source, trust_pickle=trust_pickle), None
+    else:
+        dataset, spaces = loaded.dataset, loaded.spaces
+    require_single_steps(dataset, "of which n_steps=... makes more")
+    return dataset, spaces
 
 
 def check_spaces(dataset: TensorDictBase, spaces: Spaces) -> None:
@@ -242,9 +246,11 @@ def buffer_dataset(buffer: ReplayBuffer) -> TensorDictBase:
     not full share the buffer's memory. Goals that hindsight replay makes when it samples are no part of it.
 
     Raises:
-        DatasetError: if the buffer is empty, or has a value that is not finite; names the key and the row.
+        DatasetError: if the buffer is empty, has a value that is not finite (names the key and the row), or
+            :func:`~iql_plugins.data.replay_buffers.check_stable_baselines3` objects.
     """
     name = f"the {type(buffer).__name__}"
+    check_stable_baselines3(buffer, name)
     size, shared = buffer.buffer_size, buffer.optimize_memory_usage
     # The slot at pos holds the newest observation where observations are shared, and so no transition.
     start, length = ((buffer.pos + shared) % size, size - shared) if buffer.full else (0, buffer.pos)

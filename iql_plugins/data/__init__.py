@@ -25,6 +25,8 @@ def load_dataset(
 ) -> TensorDict:
     """A dataset in the key layout, from a file, a folder, a name or an object. Nothing is ever downloaded.
 
+    Whatever a source has is read, known by its name to be metadata, or an error: :mod:`iql_plugins.data.columns`.
+
     ============================================ ==================================================
     source                                       see
     ============================================ ==================================================

@@ -1,6 +1,6 @@
 """Replay buffers and datasets of d3rlpy: its ``.h5`` files, read without d3rlpy, and its objects."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -10,9 +10,12 @@ import numpy as np
 
 from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Column, Concatenated, Transitions
+from iql_plugins.data.columns import D3RLPY_METADATA, require_read, unread
 from iql_plugins.data.dataset import DatasetError, Loaded, Options, reading, require_space
 
 __all__ = ["load", "load_file"]
+
+_READ = ("observations", "actions", "rewards", "terminated")
 
 
 def load_file(path: Path, options: Options) -> Loaded:
@@ -23,7 +26,7 @@ def load_file(path: Path, options: Options) -> Loaded:
     the entries ``"0"``, ``"1"``, ...
 
     Raises:
-        DatasetError: if it is no such file.
+        DatasetError: if it is no such file, or has data that are not read.
     """
     with hdf5.opened(path) as file:
         number = hdf5.number(file, "num_episodes", path)
@@ -35,20 +38,23 @@ def load_file(path: Path, options: Options) -> Loaded:
                 entries |= _entries(file, key, episode, path)
             columns.append(entries)
             terminated.append(bool(hdf5.number(file, f"terminated_{episode}", path)))
-        return _transitions(str(path), columns, terminated).load(options)
+        transitions = _transitions(str(path), columns, terminated)
+        _require_read(path, file, columns)
+        return transitions.load(options)
 
 
 def load(buffer: Any, options: Options) -> Loaded:
     """The dataset in a d3rlpy ``ReplayBuffer`` or ``MDPDataset``, as :func:`load_file` reads its file.
 
     Raises:
-        DatasetError: if its episodes do not fit together.
+        DatasetError: if its episodes do not fit together, or have a column that is not read.
     """
     name = f"the d3rlpy {type(buffer).__name__}"
     with reading(name):
         columns: list[dict[str, Column]] = []
         terminated = []
         for episode in buffer.episodes:
+            require_read(name, episode.serialize(), _READ)
             observations = episode.observations
             parts = (
                 {f"observations/{index}": np.asarray(part) for index, part in enumerate(observations)}
@@ -60,6 +66,20 @@ def load(buffer: Any, options: Options) -> Loaded:
         if options.discrete is None:
             options = replace(options, discrete=buffer.dataset_info.action_space.name == "DISCRETE")
         return _transitions(name, columns, terminated).load(options)
+
+
+def _require_read(path: Path, names: Iterable[str], episodes: Sequence[dict[str, Column]]) -> None:
+    members = {
+        "_".join((column, str(number), *index))
+        for number, episode in enumerate(episodes)
+        for column, *index in (key.split("/") for key in ("terminated", *episode))
+    }
+    for key in names:
+        if key in members or key in D3RLPY_METADATA:
+            continue
+        if key.split("_")[0] in _READ:
+            raise DatasetError(f"{path}: {key!r} belongs to none of its {len(episodes)} episodes: drop it")
+        raise unread(str(path), key, _READ)
 
 
 def _entries(file: Any, key: str, episode: int, path: Path) -> dict[str, Column]:

@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from iql_plugins.keys import shown
+from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, shown
 from iql_plugins.limits import available_memory
 from iql_plugins.spaces import Spaces
 
@@ -145,6 +145,18 @@ def require_space(size: int, name: str, options: Options) -> None:
 def existing_parent(path: Path) -> Path:
     """The closest folder above a path that exists."""
     return next(folder for folder in path.absolute().parents if folder.exists())
+
+
+def require_single_steps(dataset: TensorDictBase, instead: str) -> None:
+    """Raises :class:`DatasetError` for n-step transitions, of which the reader would drop the n.
+
+    Args:
+        dataset: by the key layout.
+        instead: how the reader makes n-step transitions itself.
+    """
+    for key in (STEPS_TO_NEXT_OBS, DISCOUNT):
+        if dataset.get(key, None) is not None:
+            raise DatasetError(f"the dataset has {shown(key)}: give single steps, {instead}")
 
 
 def check_dataset(dataset: TensorDictBase, name: str = "the dataset", *, finite: bool = True) -> None:

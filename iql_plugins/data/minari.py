@@ -12,6 +12,7 @@ import torch
 
 from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Block, Names, action, assemble, entry, observation, reward, tensor
+from iql_plugins.data.columns import METADATA, require_read, unread
 from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, DatasetError, Loaded, Options, reading, require_space
 from iql_plugins.limits import parse_json, read_json
 from iql_plugins.spaces import Spaces
@@ -21,6 +22,7 @@ __all__ = ["found", "is_identifier", "load"]
 _IDENTIFIER = re.compile(r"(?:[-\w]+/)*[-\w]+-v\d+")
 _METADATA, _HDF5 = "metadata.json", "main_data.hdf5"
 _NUMBERS = re.compile(r"bool|(?:u?int|float)\d{1,3}")
+_READ = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
 def is_identifier(source: str) -> bool:
@@ -54,7 +56,8 @@ def load(path: Path, options: Options) -> Loaded:
 
     Raises:
         ImportError: without Minari; says how to install it.
-        DatasetError: if it is no such dataset, or has spaces other than Box, Discrete and Dict of these.
+        DatasetError: if it is no such dataset, has spaces other than Box, Discrete and Dict of these, or a column
+            that is neither read nor metadata.
     """
     name = str(path)
     with reading(name), ExitStack() as stack:
@@ -80,6 +83,8 @@ def load(path: Path, options: Options) -> Loaded:
         if not 0 <= metadata.get("total_episodes", 0) <= count:
             raise DatasetError(f"{name} has {count} episodes at most, {metadata['total_episodes']} were expected")
         dataset = minari.MinariDataset(path)
+        if stored is not None:
+            _require_read(stored, path / _HDF5)
         try:
             spaces = Spaces.from_gymnasium(dataset.observation_space, dataset.action_space)
         except (TypeError, ValueError) as error:
@@ -88,6 +93,15 @@ def load(path: Path, options: Options) -> Loaded:
         reader = _Episodes(name, dataset, discrete, stored)
         data = assemble(reader.blocks(), int(dataset.total_steps), name, options)
         return Loaded(data, name, both=reader.both, both_row=reader.both_row, spaces=spaces)
+
+
+def _require_read(stored: Any, path: Path) -> None:
+    """Looks at the names in Minari's HDF5 file itself, as Minari reads no other than those that it expects."""
+    for episode in stored:
+        columns = hdf5.member(stored, episode, path)
+        if not isinstance(columns, Mapping):
+            raise unread(str(path), episode, ["episode_0"])
+        require_read(f"{path}: {episode}", columns, _READ, METADATA)
 
 
 class _Episodes:

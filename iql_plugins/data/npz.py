@@ -14,11 +14,10 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo, is_zipfile
 import numpy as np
 
 from iql_plugins.data.arrays import Array, Transitions
+from iql_plugins.data.columns import readable
 from iql_plugins.data.dataset import DatasetError, Loaded, Options, existing_parent, one_line, reading
 
 __all__ = ["load"]
-
-_READ = ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")
 
 #: NumPy's own limit of a header, and its length and magic before it; a longer one is not even unpacked.
 _HEADER_BYTES = 12 + 10_000
@@ -30,11 +29,12 @@ def load(path: Path, options: Options) -> Loaded:
 
     That is ``timeouts``, and ``next_observations``, without which the last transition of each episode that was cut
     is left out: see :class:`~iql_plugins.data.arrays.Transitions`. Dict observations are
-    ``observations/NAME`` and ``next_observations/NAME``. Whole numbers from 0 on in a single column of actions are
+    ``observations/NAME`` and ``next_observations/NAME``. The other names that are read, and those of metadata, which
+    are not, are those of :mod:`iql_plugins.data.columns`. Whole numbers from 0 on in a single column of actions are
     discrete actions. Pickled objects are never loaded. With ``memmap_dir``, no column needs to fit into memory.
 
     Raises:
-        DatasetError: if it is no such archive.
+        DatasetError: if it is no such archive, or has a column that is neither read nor metadata.
     """
     name = str(path)
     with reading(name):
@@ -55,10 +55,11 @@ def _members(path: Path, options: Options, stack: ExitStack) -> dict[str, "_Memb
         # An array that is compressed can be mapped only once it is unpacked.
         parent = existing_parent(Path(options.memmap_dir))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".unpacked-")))
+    files = [(info.filename.removesuffix(".npy"), info) for info in archive.infolist() if not info.is_dir()]
+    read = readable(str(path), [key for key, _ in files])
     members: dict[str, _Member] = {}
-    for info in archive.infolist():
-        key = info.filename.removesuffix(".npy")
-        if key.split("/")[0] in _READ and key != info.filename:
+    for key, info in files:
+        if key in read:
             copy = None if folder is None else folder / f"{len(members)}.npy"
             members[key] = _Member(archive, info, f"{path}: {key!r}", copy)
     return members
