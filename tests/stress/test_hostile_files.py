@@ -41,6 +41,10 @@ from iql_sb3.files import MEMBER
 
 ENV = "hostile_environments:Hostile-v0"
 ROWS = 200
+TINY = [
+    *("--n-steps", "2", "--hidden-sizes", "8", "--episodes", "1", "--evaluation-episodes", "1"),
+    *("--baseline", "none", "--device", "cpu", "--compile", "no"),
+]
 
 
 class Payload:
@@ -108,7 +112,7 @@ def policy_commands(path: Path, *more: str) -> list[list[str]]:
 
 
 def dataset_commands(path: Path) -> list[list[str]]:
-    return [["inspect", str(path)], ["train", "--dataset", str(path), "--run-dir", str(path.parent / "run")]]
+    return [["inspect", str(path)], ["train", *TINY, "--dataset", str(path), "--run-dir", str(path.parent / "run")]]
 
 
 def native(work: Workshop, adapter: str, suffix: str, env: str | None = None) -> Path:
@@ -310,12 +314,6 @@ def minari_without_spaces(work: Workshop) -> Hostile:
 # Runs
 
 
-TINY = [
-    *("--n-steps", "2", "--hidden-sizes", "8", "--episodes", "1", "--evaluation-episodes", "1"),
-    *("--baseline", "none", "--device", "cpu", "--compile", "no"),
-]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a run, which is over."""
@@ -436,9 +434,10 @@ def test_nothing_that_is_in_a_hostile_file_is_executed(
         for status, commands in hostile.commands.items():
             for command in commands:
                 capfd.readouterr()
-                assert main(command) == status, command
+                ended = main(command)
                 error = capfd.readouterr().err
                 assert not canary.exists(), f"{command} executed what is in {kind}"
+                assert ended == status, (command, error)
                 assert "Traceback" not in error
                 lines = [line for line in error.splitlines() if not line.startswith("run directory: ")]
                 if status:
