@@ -13,6 +13,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo, is_zipfile
 
 import numpy as np
 
+from iql_plugins.checkpoint import naming
 from iql_plugins.data.arrays import Array, Transitions
 from iql_plugins.data.columns import readable
 from iql_plugins.data.dataset import DatasetError, Loaded, Options, existing_parent, one_line, reading
@@ -115,7 +116,7 @@ class _Member:
             if self._copy is None:
                 array = np.lib.format.read_array(stream, allow_pickle=False)
             else:
-                with self._copy.open("wb") as file:
+                with naming(self._copy), self._copy.open("wb") as file:
                     shutil.copyfileobj(stream, file)
                 array = np.load(self._copy, mmap_mode="r", allow_pickle=False)
             # Read to its end, a member is also held against its checksum.
