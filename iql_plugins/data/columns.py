@@ -26,7 +26,16 @@ from tensordict.utils import NestedKey
 from iql_plugins.data.dataset import DatasetError, one_line
 from iql_plugins.keys import shown
 
-__all__ = ["METADATA", "SYNONYMS", "readable", "require_read", "unread"]
+__all__ = [
+    "D3RLPY_METADATA",
+    "METADATA",
+    "SB3_METADATA",
+    "SYNONYMS",
+    "TORCHRL_METADATA",
+    "readable",
+    "require_read",
+    "unread",
+]
 
 #: The columns of transitions, and what else files call them.
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
