@@ -4,6 +4,7 @@ import base64
 import contextlib
 import csv
 import io
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,9 +23,10 @@ from iql_plugins.cli.rollouts import rollouts
 from iql_plugins.cli.settings import METHODS, Settings, Unit
 from iql_plugins.cli.sources import Source
 from iql_plugins.hookspecs import Training
+from iql_plugins.learner import DivergenceError
 from iql_plugins.registry import AdapterNotFoundError, PluginError, Registry
 
-__all__ = ["DivergenceError", "Outcome", "Progress", "adapter_training", "evaluation_seeds", "metrics_rows", "train"]
+__all__ = ["Outcome", "Progress", "adapter_training", "evaluation_seeds", "metrics_rows", "train"]
 
 CHECKPOINT, POLICY, BEST, METRICS = (
     "checkpoint.safetensors",
@@ -38,10 +40,6 @@ SELECTION_SEED = 10_000
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 SECONDS_BETWEEN_REPORTS = 0.2
 _EXTRA = "run"
-
-
-class DivergenceError(RuntimeError):
-    """A training whose losses are not finite."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +131,10 @@ def train(
 
     Raises:
         UserError: for a dataset that has changed, or an adapter that is missing.
-        DivergenceError: if a loss is not finite; the checkpoint before it stays.
+        DivergenceError: if losses or weights are no longer finite; the checkpoint before that stays.
     """
     training = adapter_training(settings.adapter)
-    with _torch_state(settings):
+    with _torch_state(settings), _quiet_agents():
         source = settings.load(trust_pickle=trust_pickle)
         trainers = [_Trainer(settings, unit, run, report, training, source) for unit in units]
         # Those of a run that was killed between the checkpoints of a stack have not all come as far.
@@ -153,7 +151,7 @@ def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Source) -> 
             trainer.after_step(step)
 
     steps = trainers[0].steps
-    with contextlib.ExitStack() as stack:
+    with _divergence_named(trainers), contextlib.ExitStack() as stack:
         for trainer in trainers:
             stack.enter_context(trainer.started())
         if steps == 0:
@@ -257,11 +255,6 @@ class _Trainer:
 
     def _log(self, step: int, evaluates: bool) -> None:
         settings, metrics = self.settings, self.agent.learner.metrics()
-        if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            raise DivergenceError(
-                f"{self.unit.title}: {', '.join(wrong)} not finite at step {step}: lower the learning rates, or "
-                "look at the dataset with `iql-plugins inspect`"
-            )
         row = dict(metrics)
         if evaluates and settings.env is not None:
             returns = self._returns(self.agent, settings.evaluation_episodes, SELECTION_SEED)
@@ -408,6 +401,32 @@ def _torch_state(settings: Settings) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _quiet_agents() -> Iterator[None]:
+    """Without what each agent says of its data: the command has said it, once."""
+    logger = logging.getLogger("iql_plugins.agent")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _divergence_named(trainers: "Sequence[_Trainer]") -> Iterator[None]:
+    """Says which of the trainings has diverged."""
+    try:
+        yield
+    except DivergenceError as error:
+        for trainer in trainers:
+            try:
+                trainer.agent.learner.check_finite()
+            except DivergenceError:
+                raise DivergenceError(f"{trainer.unit.title}: {error}") from error
+        raise
 
 
 def _bytes(text: str) -> torch.Tensor:
