@@ -1,5 +1,6 @@
 """An agent: a loss, how it is trained, and what its policy needs to act. What is saved, and moved among adapters."""
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.config import IQLConfig
+from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.data.packed import Transitions, transitions
 from iql_plugins.encoders import ObservationEncoder, is_plain
@@ -30,6 +32,8 @@ from iql_plugins.spaces import Box, Discrete, Space, Spaces
 from iql_plugins.value_estimators import ValueEstimator, ValueEstimators
 
 __all__ = ["Agent", "Observation", "assemble_loss", "build_loss"]
+
+_LOGGER = logging.getLogger(__name__)
 
 #: One observation or a batch of them: an array, or one for each name of a Dict space.
 Observation = Tensor | np.ndarray[Any, Any] | int | Mapping[str, "Tensor | np.ndarray[Any, Any] | int"]
@@ -180,7 +184,8 @@ class Agent:
             callback: called with the number of all steps after each of them.
 
         Raises:
-            ValueError: if the dataset is empty or does not fit the spaces; names the entry.
+            ValueError: as :meth:`check`.
+            DivergenceError: if losses or weights are no longer finite.
         """
         source = self.transitions(dataset)
         size, generator = (self.config.batch_size,), self.generator
@@ -189,14 +194,29 @@ class Agent:
             self.learner.step(source.batch(index))
             if callback is not None:
                 callback(self.learner.step_count)
+        self.learner.check_finite()
+
+    def check(self, dataset: TensorDictBase) -> None:
+        """Looks at a dataset in the environment's units before it is trained on; one pass over it.
+
+        How many of its actions are beyond the environment's bounds, and are clipped, is logged as a warning.
+
+        Raises:
+            ValueError: if it does not fit the spaces, has values that are not finite, or actions that no clipping
+                explains, unless the configuration has ``clip_all_actions``; names the key, and the row.
+        """
+        self.spaces.check(dataset)
+        excess = check_numbers(dataset, self.spaces, clip_all_actions=self.config.clip_all_actions)
+        if excess.count:
+            _LOGGER.warning("%s: they are clipped, as the environment clips them", excess)
 
     def transitions(self, dataset: TensorDictBase) -> Transitions:
         """A dataset in the environment's units as batches for the learner; what the loss does not read is left out.
 
         Raises:
-            ValueError: if the dataset is empty or does not fit the spaces; names the entry.
+            ValueError: if the dataset is empty, or as :meth:`check`.
         """
-        self.spaces.check(dataset)
+        self.check(dataset)
         return transitions(dataset.select(*self.loss.accepted_keys, strict=False), self.normalizers, self.device)
 
     @overload

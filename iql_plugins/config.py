@@ -48,6 +48,8 @@ class IQLConfig:
         normalize_observations: whether to standardise observations by the dataset's mean and deviation.
         reward_scale: factor of rewards, or "return_range": 1000 over the range of the dataset's returns.
         reward_shift: added to the scaled rewards.
+        clip_all_actions: whether to train on data of which most actions are beyond the environment's bounds, or one is
+            by an order of magnitude. Fewer are clipped in any case, as environments clip them.
         compile: whether to compile losses and gradients: "yes", "no", or "auto": if there is a compiler
             and the training is long enough for it.
 
@@ -75,6 +77,7 @@ class IQLConfig:
     normalize_observations: bool = False
     reward_scale: float | Literal["return_range"] = 1.0
     reward_shift: float = 0.0
+    clip_all_actions: bool = False
     compile: Compile = "auto"
 
     def __post_init__(self) -> None:
@@ -95,7 +98,7 @@ class IQLConfig:
             raise ValueError(
                 f"n_critics and hidden_sizes must make at most {MOST_LAYERS} layers of critics, got {layers}"
             )
-        for name in ("squashed", "normalize_observations"):
+        for name in ("squashed", "normalize_observations", "clip_all_actions"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         for name in ("discount", "polyak"):
             _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")

@@ -34,7 +34,8 @@ class Training:
         to_agent: the agent in an algorithm; may be called at any time, also from ``fit``'s callback.
         fit: ``fit(algorithm, dataset, n_steps, callback)``: takes that many further gradient steps on a dataset by the
             key layout in the environment's units, in batches of ``agent.config.batch_size`` that
-            ``agent.generator`` draws, and calls ``callback(agent.learner.step_count)`` after each.
+            ``agent.generator`` draws, and calls ``callback(agent.learner.step_count)`` after each. What ``agent.check``
+            refuses is refused before the first.
         save: ``save(algorithm, path)`` writes the framework's native file.
         load: ``load(path)`` reads it; where there is no ``load_agent``, without running anything that is in it.
         suffix: of native files.

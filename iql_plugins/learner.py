@@ -18,14 +18,29 @@ from iql_plugins.keys import flat_name
 from iql_plugins.loss import IQLLoss
 from iql_plugins.targets import SoftUpdate
 
-__all__ = ["Groups", "Learner", "adam", "cosine_decay", "resolve_compile", "scheduled_rate", "set_rate"]
+__all__ = [
+    "DivergenceError",
+    "Groups",
+    "Learner",
+    "adam",
+    "cosine_decay",
+    "resolve_compile",
+    "scheduled_rate",
+    "set_rate",
+]
 
 NETWORKS = ("actor", "critic", "value")
 #: Compilation takes some five seconds (ten on a slow machine), and saves one to two milliseconds a step.
 LONG_ENOUGH_TO_COMPILE = 10_000
+#: Gradient steps after which a training of which nobody reads the metrics looks whether all is finite.
+STEPS_BETWEEN_CHECKS = 1000
 
 #: Parameter groups for an optimiser, ``{"name": "actor", "params": [...], "lr": ...}``, one for each network.
 Groups = Sequence[dict[str, Any]]
+
+
+class DivergenceError(ArithmeticError):
+    """A training whose losses or weights are no longer finite; one line that says which, and since when."""
 
 
 def cosine_decay(step: int, horizon: int) -> float:
@@ -67,6 +82,8 @@ def adam(groups: Groups) -> list[Optimizer]:
 
 class Learner:
     r"""Trains a loss: losses, one backward pass, optimisers, schedule, Polyak update; nothing is read on the host.
+
+    Every thousandth step is the exception: it looks whether losses and weights are finite (:meth:`check_finite`).
 
     Args:
         loss: what is trained. Its optimiser state belongs to the learner.
@@ -242,6 +259,7 @@ class Learner:
 
         Raises:
             KeyError, TypeError, ValueError: for a batch that the loss refuses; nothing was trained.
+            DivergenceError: see :meth:`check_finite`.
         """
         if isinstance(batch, TensorDictBase):
             batch = batch.select(*self.loss.accepted_keys, strict=False)
@@ -258,6 +276,8 @@ class Learner:
         self.step_count += 1
         self.last_losses = losses
         self.record(losses, 1, dict(batch))
+        if self.step_count % STEPS_BETWEEN_CHECKS == 0:
+            self.check_finite()
 
     def _compute(self, batch: Mapping[str, Tensor]) -> Tensor:
         """All of a step that happens on the device; returns its ``[4]`` losses."""
@@ -313,15 +333,47 @@ class Learner:
         Returns:
             ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy``, and the fields of
             :class:`~iql_plugins.functional.Health`; empty if no step was taken since the last call.
+
+        Raises:
+            DivergenceError: see :meth:`check_finite`.
         """
         self.bring_up_to_date()
         if self._sums is None:
             return {}
-        means = (self._sums / self._count).tolist()
-        self._sums, self._count = None, 0
         health: Health = self.loss.health(**self._last_batch)
-        values = torch.stack([value.to(torch.float32) for value in health]).tolist()
-        return dict(zip(OUTPUTS, means, strict=True)) | dict(zip(Health._fields, values, strict=True))
+        values = self._finite(health._asdict())
+        self._sums, self._count = None, 0
+        return values
+
+    def check_finite(self) -> None:
+        """Looks whether the losses since the last call of :meth:`metrics`, and the weights, are finite.
+
+        Reads the device, once.
+
+        Raises:
+            DivergenceError: if they are not; says which.
+        """
+        self.bring_up_to_date()
+        self._finite({})
+
+    @torch.no_grad()
+    def _finite(self, further: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means of the losses, and further values, all of them finite, as the weights are."""
+        told = {} if self._sums is None else dict(zip(OUTPUTS, self._sums / self._count, strict=True))
+        told |= further
+        largest = {
+            f"the {name}'s weights": nn.utils.get_total_norm([p for p in group["params"] if p.numel()], math.inf)
+            for name, group in self._groups.items()
+        }
+        dtype = torch.promote_types(torch.float32, next(self.loss.parameters()).dtype)
+        values = torch.stack([value.to(dtype) for value in (told | largest).values()]).tolist()
+        read = dict(zip(told | largest, values, strict=True))
+        if wrong := [name for name, value in read.items() if not math.isfinite(value)]:
+            raise DivergenceError(
+                f"{', '.join(wrong)} not finite at step {self.step_count}: lower the learning rates, set "
+                "max_grad_norm, or look at the dataset with `iql-plugins inspect`"
+            )
+        return {name: read[name] for name in told}
 
     def state_dict(self) -> dict[str, Any]:
         """All that continues a training and is not in the loss: optimisers, rates and the step."""

@@ -18,7 +18,7 @@ from torch.optim import Adam, Optimizer
 
 from iql_plugins.agent import Agent
 from iql_plugins.gradients import Graph, compiled, slots, traced
-from iql_plugins.learner import scheduled_rate, set_rate
+from iql_plugins.learner import STEPS_BETWEEN_CHECKS, scheduled_rate, set_rate
 
 __all__ = ["fit_together"]
 
@@ -43,6 +43,7 @@ def fit_together(
         ValueError: unless the agents are alike and can be stacked, or for a dataset that does not fit; says what
             differs. Nothing was trained.
         RuntimeError: if the callback trains an agent, loads a learner's state, or moves a loss.
+        DivergenceError: if losses or weights of an agent are no longer finite.
     """
     if len(agents) == 1:
         agents[0].fit(dataset, n_steps, callback)
@@ -61,6 +62,8 @@ def fit_together(
             population.step(batch(torch.cat(drawn)))
             if callback is not None:
                 callback(agents[0].learner.step_count)
+    for agent in agents:
+        agent.learner.check_finite()
 
 
 class _Population:
@@ -151,6 +154,9 @@ class _Population:
             learner.last_losses = own
             learner.step_count = self._step_count
             self._counts[index] += 1
+        if self._step_count % STEPS_BETWEEN_CHECKS == 0:
+            for learner in self.learners:
+                learner.check_finite()
 
     def check(self) -> None:
         """Raises :class:`RuntimeError` if an agent is not what was trained."""

@@ -228,6 +228,7 @@ def test_fields_have_d3rlpys_names_and_defaults() -> None:
         "actor_schedule_steps",
         "squashed",
         "origin",
+        "clip_all_actions",
     }
     # Positional arguments mean the same.
     assert list(vars(ours))[: len(vars(theirs))] == list(vars(theirs))

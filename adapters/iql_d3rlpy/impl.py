@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -135,15 +136,20 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
 
         Returns:
             The losses by d3rlpy's names; ``critic_loss`` is ``q_loss + v_loss``.
+
+        Raises:
+            DivergenceError: if a loss is not finite.
         """
         discrete = self.agent.spaces.discrete
         tensors = self._with_dtypes(entries(batch, self.keys, discrete=discrete))
-        if discrete and self._start:
-            tensors["action"] = tensors["action"] - self._start
+        action = tensors["action"]
+        tensors["action"] = action - self._start if discrete else self.agent.normalizers.clipped(action)
         learner = self.agent.learner
         learner.step({flat_name(key): tensor for key, tensor in tensors.items()})
         assert learner.last_losses is not None
-        actor, qvalue, value, entropy = learner.last_losses.tolist()
+        actor, qvalue, value, entropy = losses = learner.last_losses.tolist()
+        if not all(map(math.isfinite, losses)):
+            learner.check_finite()
         return {
             "critic_loss": qvalue + value,
             "q_loss": qvalue,

@@ -28,6 +28,7 @@ from tensordict import TensorDictBase
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.config import ActorSchedule, Compile, IQLConfig
+from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.encoders import is_plain
 from iql_plugins.functional import LossFunction
@@ -91,6 +92,8 @@ class IQL(OffPolicyAlgorithm):
         reward_scale: factor of rewards, offline and online; ``"return_range"`` is 1000 over the range of the dataset's
             returns.
         reward_shift: added to the scaled rewards.
+        clip_all_actions: whether to train on data of which most actions are beyond the environment's bounds, or one is
+            by an order of magnitude. Fewer are clipped in any case.
         compile: whether to compile losses and gradients; ``"auto"``: long offline trainings of plain perceptrons.
         dataset: what :meth:`load_dataset` takes.
         trust_pickle: whether ``dataset`` may be a pickle, which can run any code.
@@ -154,6 +157,7 @@ class IQL(OffPolicyAlgorithm):
         normalize_observations: bool = False,
         reward_scale: float | Literal["return_range"] = 1.0,
         reward_shift: float = 0.0,
+        clip_all_actions: bool = False,
         compile: Compile = "auto",
         dataset: object = None,
         trust_pickle: bool = False,
@@ -221,6 +225,7 @@ class IQL(OffPolicyAlgorithm):
         self.normalize_observations = normalize_observations
         self.reward_scale = reward_scale
         self.reward_shift = reward_shift
+        self.clip_all_actions = clip_all_actions
         self.compile = compile
         self.offline_ratio = offline_ratio
         self.extra: dict[str, Any] = {}
@@ -229,6 +234,8 @@ class IQL(OffPolicyAlgorithm):
         self._generator_state: tuple[str, Any] | None = None
         self._agent: Agent | None = None
         self._offline: datasets.OfflineData | None = None
+        # Of the data that were taken last, until the logger has been told.
+        self._clipped_actions = 0
         self._applied: tuple[Any, ...] | None = None
         # Whether the networks were trained behind a VecNormalize; None before the first gradient step.
         self._normalized_by_env: bool | None = None
@@ -329,6 +336,7 @@ class IQL(OffPolicyAlgorithm):
             normalize_observations=self.normalize_observations,
             reward_scale=self.reward_scale,
             reward_shift=self.reward_shift,
+            clip_all_actions=self.clip_all_actions,
             compile=self.compile,
             **rates,
         )
@@ -351,7 +359,8 @@ class IQL(OffPolicyAlgorithm):
             trust_pickle: whether it may be a pickle, which can run any code.
 
         Raises:
-            ValueError: if it cannot be read or does not fit the spaces; names the difference. The model is as it was.
+            ValueError: if it cannot be read or does not fit the spaces, has values that are not finite, or actions that
+                no clipping explains; names what. The model is as it was.
         """
         self._set_dataset(*_loaded(source, trust_pickle))
 
@@ -360,8 +369,10 @@ class IQL(OffPolicyAlgorithm):
         if buffer is None:
             dataset = _channels_first(dataset, known)
             datasets.check_spaces(dataset, known)
+            clipped = check_numbers(dataset, known, clip_all_actions=self.clip_all_actions).count
         else:
             _check_buffer(buffer, self.observation_space, self.action_space)
+            clipped = self._clipped_in(buffer)
         normalize = self._vec_normalize_env
         if normalize is not None and (self.normalize_observations or self._scales_rewards_twice()):
             raise ValueError(
@@ -383,6 +394,17 @@ class IQL(OffPolicyAlgorithm):
             n_steps=_steps_of(self.replay_buffer),
             device=self.device,
         )
+        self._clipped_actions = clipped
+
+    def _clipped_in(self, buffer: ReplayBuffer) -> int:
+        """Transitions of a replay buffer whose actions are clipped; ``ValueError`` if it cannot be trained on."""
+        excess = datasets.check_buffer(buffer, self.policy.spaces.action, clip_all_actions=self.clip_all_actions)
+        return excess.count
+
+    def _take_experience(self) -> None:
+        """Looks at what the replay buffer holds before a training: it may have been loaded, or set by hand."""
+        if self.replay_buffer is not None and self.replay_buffer.size():
+            self._clipped_actions += self._clipped_in(self.replay_buffer)
 
     def _scales_rewards_twice(self) -> bool:
         normalize = self._vec_normalize_env
@@ -420,7 +442,11 @@ class IQL(OffPolicyAlgorithm):
 
     @property
     def logger(self) -> Logger:
-        """The logger, with the means of losses and health since it was last looked at."""
+        """The logger, with the means of losses and health since it was last looked at.
+
+        Raises:
+            DivergenceError: if losses or weights are no longer finite.
+        """
         self._record_metrics()
         return self._logger
 
@@ -432,9 +458,11 @@ class IQL(OffPolicyAlgorithm):
         training = self.policy.training
         # To look must not change what is learned: running statistics, say.
         self.policy.set_training_mode(False)
-        for name, value in learner.metrics().items():
-            self._logger.record(f"train/{name}", value)
-        self.policy.set_training_mode(training)
+        try:
+            for name, value in learner.metrics().items():
+                self._logger.record(f"train/{name}", value)
+        finally:
+            self.policy.set_training_mode(training)
 
     def _update_learning_rate(self, optimizers: Any = None) -> None:
         for name, schedule in self._rates.items():
@@ -488,6 +516,9 @@ class IQL(OffPolicyAlgorithm):
                 f"{_steps_of(self.replay_buffer)}: load_dataset(source) after load_replay_buffer(path)"
             )
         self._apply_hyperparameters()
+        if self._clipped_actions:
+            self._logger.record("train/clipped_actions", self._clipped_actions)
+            self._clipped_actions = 0
 
     def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
         """Takes gradient steps on the dataset, the replay buffer, or both, mixed by ``offline_ratio``.
@@ -538,7 +569,9 @@ class IQL(OffPolicyAlgorithm):
             The model.
 
         Raises:
-            ValueError: if there is nothing to learn from.
+            ValueError: if there is nothing to learn from, or the replay buffer has values that are not finite, or
+                actions that no clipping explains.
+            DivergenceError: if losses or weights are no longer finite.
         """
         total_timesteps, callback = self._setup_learn_offline(
             gradient_steps, callback, tb_log_name, reset_num_timesteps, progress_bar
@@ -558,6 +591,7 @@ class IQL(OffPolicyAlgorithm):
                 self.dump_logs()
         if self.num_timesteps:
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        self.learner.check_finite()
         callback.on_training_end()
         return self
 
@@ -572,6 +606,8 @@ class IQL(OffPolicyAlgorithm):
         """What ``_setup_learn`` does, but for the environment, which is left alone."""
         if self._offline is None and not (self.replay_buffer is not None and self.replay_buffer.size()):
             raise ValueError("there is nothing to learn from: load_dataset(source) or load_replay_buffer(path) before")
+        if self._offline is None:
+            self._take_experience()
         self._compile(gradient_steps)
         self.start_time = time.time_ns()
         if self.ep_info_buffer is None or reset_num_timesteps:
@@ -630,9 +666,12 @@ class IQL(OffPolicyAlgorithm):
 
         Raises:
             RuntimeError: if the model has no environment.
+            ValueError: if the replay buffer has values that are not finite, or actions that no clipping explains.
+            DivergenceError: if losses or weights are no longer finite.
         """
         if is_stand_in(self.env):
             raise RuntimeError("this model was made without an environment: give it one with set_env(env)")
+        self._take_experience()
         super().learn(
             total_timesteps,
             callback,
@@ -641,6 +680,7 @@ class IQL(OffPolicyAlgorithm):
             reset_num_timesteps,
             progress_bar,
         )
+        self.learner.check_finite()
         return self
 
     def _sample_action(
@@ -696,6 +736,7 @@ class IQL(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "learner", "generator", "_offline", "_rates", "_agent", "_applied"]
+        own += ["_clipped_actions"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -825,6 +866,7 @@ class IQL(OffPolicyAlgorithm):
             normalize_observations=config.normalize_observations,
             reward_scale=config.reward_scale,
             reward_shift=config.reward_shift,
+            clip_all_actions=config.clip_all_actions,
             compile=config.compile,
             policy_kwargs={
                 "net_arch": list(config.hidden_sizes),

@@ -65,10 +65,10 @@ class IQL:
                 not read is left out.
 
         Raises:
-            ValueError: if the dataset is empty or does not fit the spaces; names the entry.
+            ValueError: if the dataset is empty, or as :meth:`iql_plugins.agent.Agent.check`.
         """
         agent = self.agent
-        agent.spaces.check(dataset)
+        agent.check(dataset)
         read = dataset.select(*agent.loss.accepted_keys, strict=False)
         if len(read) == 0:
             raise ValueError("the dataset is empty: it has no transition to draw")
@@ -98,12 +98,14 @@ class IQL:
 
         Raises:
             ValueError: as :meth:`replay_buffer`.
+            DivergenceError: if losses or weights are no longer finite.
         """
         buffer, learner = self.replay_buffer(dataset), self.agent.learner
         for _ in range(n_steps):
             learner.step(buffer.sample())
             if callback is not None:
                 callback(learner.step_count)
+        learner.check_finite()
         return self
 
     def act(self, observation: Observation, deterministic: bool = True) -> Any:

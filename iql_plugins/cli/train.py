@@ -28,7 +28,9 @@ from iql_plugins.cli.statistics import Estimate, estimate
 from iql_plugins.cli.training import POLICY, Outcome, adapter_training, resumed
 from iql_plugins.cli.workers import LOCK, locked, train_all
 from iql_plugins.config import IQLConfig
+from iql_plugins.data import DatasetError
 from iql_plugins.data.episodes import episode_returns
+from iql_plugins.data.intake import check_numbers
 from iql_plugins.learner import resolve_compile
 from iql_plugins.spaces import Box, Spaces
 
@@ -269,6 +271,11 @@ def _check(settings: Settings, source: Source) -> None:
         environment_spaces(settings.env)
     device_name(settings.device)
     agent = settings.agent(source, settings.units[0])
+    with mistakes(DatasetError):
+        clip_all = settings.hyperparameters.clip_all_actions
+        excess = check_numbers(source.dataset, settings.spaces, clip_all_actions=clip_all)
+    if excess.count:
+        note(f"{settings.dataset}: {excess}: they are clipped, as the environment clips them")
     # Not every framework takes every space.
     with mistakes(ValueError, TypeError, NotImplementedError):
         training.from_agent(agent)

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import csv
 import io
+import logging
 import math
 import os
 import time
@@ -25,11 +26,11 @@ from iql_plugins.cli.settings import CONFIG, METHODS, Settings, Unit
 from iql_plugins.cli.sources import Source
 from iql_plugins.config import IQLConfig
 from iql_plugins.hookspecs import Training
+from iql_plugins.learner import DivergenceError
 from iql_plugins.plugins import AdapterNotFoundError, PluginError, host
 from iql_plugins.spaces import Spaces
 
 __all__ = [
-    "DivergenceError",
     "Outcome",
     "Progress",
     "adapter_training",
@@ -53,10 +54,6 @@ SELECTION_SEED = 10_000
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 SECONDS_BETWEEN_REPORTS = 0.2
 _EXTRA = "run"
-
-
-class DivergenceError(RuntimeError):
-    """A training whose losses are not finite."""
 
 
 @dataclass(frozen=True)
@@ -151,14 +148,14 @@ def train(
 
     Raises:
         UserError: for a dataset that has changed, or an adapter that is missing.
-        DivergenceError: if a loss is not finite; the checkpoint before it stays.
+        DivergenceError: if losses or weights are no longer finite; the checkpoint before that stays.
     """
     training = adapter_training(settings.adapter)
     folders = [settings.folder(run, unit) for unit in units]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     _settle(folders)
-    with _torch_state(settings):
+    with _torch_state(settings), _quiet_agents():
         source = settings.load(trust_pickle=trust_pickle)
         while True:
             trainers = [_Trainer(settings, unit, run, report, training, source) for unit in units]
@@ -240,7 +237,7 @@ def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Source) -> 
             saved = now
 
     steps = first.steps
-    with contextlib.ExitStack() as stack:
+    with _divergence_named(trainers), contextlib.ExitStack() as stack:
         for trainer in trainers:
             stack.enter_context(trainer.started())
         if steps == 0:
@@ -360,11 +357,6 @@ class _Trainer:
 
     def _log(self, step: int, evaluates: bool) -> None:
         settings, metrics = self.settings, self.agent.learner.metrics()
-        if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            raise DivergenceError(
-                f"{self.unit.title}: {', '.join(wrong)} not finite at step {step}: lower the learning rates, or "
-                "look at the dataset with `iql-plugins inspect`"
-            )
         row = dict(metrics)
         if evaluates and settings.env is not None:
             returns = self._returns(self.agent, settings.evaluation_episodes, SELECTION_SEED)
@@ -556,6 +548,32 @@ def _torch_state(settings: Settings) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _quiet_agents() -> Iterator[None]:
+    """Without what each agent says of its data: the command has said it, once."""
+    logger = logging.getLogger("iql_plugins.agent")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _divergence_named(trainers: "Sequence[_Trainer]") -> Iterator[None]:
+    """Says which of the trainings has diverged."""
+    try:
+        yield
+    except DivergenceError as error:
+        for trainer in trainers:
+            try:
+                trainer.agent.learner.check_finite()
+            except DivergenceError:
+                raise DivergenceError(f"{trainer.unit.title}: {error}") from error
+        raise
 
 
 def _bytes(text: str) -> torch.Tensor:

@@ -15,7 +15,8 @@ from typing import Any
 
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.cli.settings import Settings, Unit
-from iql_plugins.cli.training import DivergenceError, Outcome, Progress, train
+from iql_plugins.cli.training import Outcome, Progress, train
+from iql_plugins.learner import DivergenceError
 
 __all__ = ["LOCK", "WorkerError", "locked", "train_all"]
 

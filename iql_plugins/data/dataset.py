@@ -128,6 +128,11 @@ def non_finite(tensor: Tensor) -> tuple[int | None, int]:
     return first, count
 
 
+def not_finite(name: str, key: NestedKey, row: int, count: int) -> str:
+    """What to say of values that are not finite: the first row that has one, and how many there are."""
+    return f"{name}: {shown(key)} is not finite in row {row}, and in {count} rows in all"
+
+
 def require_space(size: int, name: str, options: Options) -> None:
     """Raises :class:`DatasetError` unless that many bytes fit: on the disk of ``memmap_dir``, or into memory."""
     if options.memmap_dir is not None:
@@ -198,7 +203,7 @@ def check_dataset(dataset: TensorDictBase, name: str = "the dataset", *, finite:
             for leaf, tensor in leaves(dataset, key).items():
                 row, count = non_finite(tensor)
                 if row is not None:
-                    raise DatasetError(f"{name}: {shown(leaf)} is not finite in row {row}, and in {count} rows in all")
+                    raise DatasetError(not_finite(name, leaf, row, count))
 
 
 def _check_entry(name: str, key: NestedKey, entry: object, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
