@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-__all__ = ["CheckpointError", "flatten", "read", "seal", "unflatten", "unseal", "write", "write_bytes"]
+__all__ = ["CheckpointError", "checksum", "flatten", "read", "seal", "unflatten", "unseal", "write", "write_bytes"]
 
 FORMAT = "iql-plugins"
 VERSION = "1"
@@ -145,6 +145,16 @@ def flatten(tree: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
         return value
 
     return visit(tree, prefix), tensors
+
+
+def checksum(tree: Any) -> str:
+    """That of nested dicts and lists with tensors, for files that are no checkpoints.
+
+    >>> checksum({"rate": 0.1}) == checksum({"rate": 0.2})
+    False
+    """
+    metadata, _ = seal(*flatten({"content": tree}, "tree"))
+    return metadata["checksum"]
 
 
 def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
