@@ -18,7 +18,8 @@ from torch.optim import Adam, Optimizer
 
 from iql_plugins.agent import Agent
 from iql_plugins.gradients import Graph, compiled, slots, traced
-from iql_plugins.learner import scheduled_rate, set_rate
+from iql_plugins.learner import schedule_factor
+from iql_plugins.rates import set_rate
 
 __all__ = ["fit_together"]
 
@@ -90,9 +91,10 @@ class _Population:
         self._each(lambda index, tensor, stack: stack.detach()[index])
         self._bound = False
         first = self.learners[0]
-        self._actor_rate, self._horizon = first.base_rates().get("actor", 0.0), first.actor_schedule_steps
+        self._actor_rate, self._horizon = first.rates()["actor"], first.actor_schedule_steps
         self._max_grad_norm, self._tau = first.max_grad_norm, first.target_updater.tau
         self._step_count = first.step_count
+        self._shown: float | None = None
         self._sums = torch.zeros(len(agents), 4, device=agents[0].device)
         self._counts = [0] * len(agents)
         self._batch: dict[str, Tensor] = {}
@@ -134,7 +136,9 @@ class _Population:
             if self._max_grad_norm is not None:
                 _clip(group["params"], self._max_grad_norm)
             if group["name"] == "actor":
-                set_rate(group, scheduled_rate(self._actor_rate, self._step_count, self._horizon))
+                factor = schedule_factor("actor", group, self._step_count, self._horizon)
+                self._shown = self._actor_rate.at(factor)
+                set_rate(group, self._shown)
         self._optimizer.step()
         if not self._bound:
             self._bind_optimizers()
@@ -201,6 +205,7 @@ class _Population:
         for group in optimizers[0].param_groups:
             options = {name: _copy(value) for name, value in group.items() if name != "params"}
             groups.append(options | {"params": [self._stack_of[id(parameter)] for parameter in group["params"]]})
+            set_rate(groups[-1], self.learners[0].learning_rate(group["name"]))
         stacked = Adam(groups)
         for parameters in zip(*map(_parameters, optimizers), strict=True):
             states = [
@@ -248,9 +253,8 @@ class _Population:
             learner.record(self._sums[index].clone(), self._counts[index], batch)
             self._sums[index].zero_()
             self._counts[index] = 0
-        for group, stacked in zip(learner.optimizers[0].param_groups, self._optimizer.param_groups, strict=True):
-            if group["name"] == "actor":
-                set_rate(group, stacked["lr"])
+        if self._shown is not None:
+            learner.show_learning_rate("actor", self._shown)
 
 
 @contextmanager
@@ -311,6 +315,7 @@ def _common(agent: Agent) -> dict[str, Any]:
         "the number of steps": learner.step_count,
         "compilation": learner.compiled,
         "the actor's schedule": learner.actor_schedule_steps,
+        "learning rates": learner.rates(),
         "the settings of the loss": agent.options(),
         "the loss": (repr(agent.loss), [module.training for module in agent.loss.modules()]),
         "the tensors": [

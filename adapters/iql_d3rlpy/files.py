@@ -38,7 +38,7 @@ class Registered(str):
             raise CheckpointError("the configuration is not as it was written: its checksum is another one")
         return super().__new__(cls, text)
 
-    def __getnewargs__(self) -> tuple[str, str]:
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
         """What a file has of it."""
         return str(self), checkpoint.checksum(str(self))
 

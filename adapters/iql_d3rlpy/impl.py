@@ -14,7 +14,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from iql_d3rlpy.batches import entries
-from iql_d3rlpy.optimizers import reset
+from iql_d3rlpy.optimizers import ShownOptimizer, reset
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.checkpoint import CheckpointError
@@ -193,13 +193,16 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
 
     @property
     def policy_optim(self) -> Any:
-        """The optimiser that the policy's parameters are in."""
-        return self._optimizer("actor")[0]
+        """The optimiser that the policy's parameters are in, those of the group that is named ``"actor"``.
+
+        What is set in a group counts, see :class:`~iql_plugins.learner.Learner`.
+        """
+        return ShownOptimizer(self._optimizer("actor")[0])
 
     @property
     def q_function_optim(self) -> Any:
-        """The optimiser that the critics' parameters are in."""
-        return self._optimizer("critic")[0]
+        """The optimiser that the critics' parameters are in, those of the group that is named ``"critic"``."""
+        return ShownOptimizer(self._optimizer("critic")[0])
 
     def copy_policy_from(self, impl: Any) -> None:
         """Copies the policy of another IQL.
