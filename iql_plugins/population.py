@@ -19,7 +19,6 @@ from torch.optim import Adam, Optimizer
 from iql_plugins.agent import Agent
 from iql_plugins.gradients import Graph, compiled, slots, traced
 from iql_plugins.learner import schedule_factor
-from iql_plugins.rates import set_rate
 
 __all__ = ["fit_together"]
 
@@ -138,7 +137,7 @@ class _Population:
             if group["name"] == "actor":
                 factor = schedule_factor("actor", group, self._step_count, self._horizon)
                 self._shown = self._actor_rate.at(factor)
-                set_rate(group, self._shown)
+                _set_rate(group, self._shown)
         self._optimizer.step()
         if not self._bound:
             self._bind_optimizers()
@@ -205,7 +204,7 @@ class _Population:
         for group in optimizers[0].param_groups:
             options = {name: _copy(value) for name, value in group.items() if name != "params"}
             groups.append(options | {"params": [self._stack_of[id(parameter)] for parameter in group["params"]]})
-            set_rate(groups[-1], self.learners[0].learning_rate(group["name"]))
+            _set_rate(groups[-1], self.learners[0].learning_rate(group["name"]))
         stacked = Adam(groups)
         for parameters in zip(*map(_parameters, optimizers), strict=True):
             states = [
@@ -345,6 +344,13 @@ def _interfered(index: int) -> str:
         f"agent {index} was trained, moved, or given another state while it was trained together with others: "
         "a callback may read agents, and load weights into their losses; stop, change them, and train them again"
     )
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _copy(value: Any) -> Any:

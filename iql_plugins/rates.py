@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Rate", "Rates", "set_rate"]
+__all__ = ["Rate", "Rates"]
 
 
 class Rate(NamedTuple):
@@ -64,7 +64,7 @@ class Rates:
         self._factor_of = factor
         self._rates = {name: Rate(rate) for name, rate in rates.items()}
         made = {name: self.group(name)["lr"] for name in self.trained}
-        # Theirs for good: a graph may have captured them.
+        # A graph may have captured them: as long as nobody puts another rate in their place, they are filled.
         self._tensors = {name: rate for name, rate in made.items() if isinstance(rate, Tensor)}
         self._seen = {name: _Seen(None, 0, rates[name]) for name in made}
         for name in made:
@@ -150,24 +150,21 @@ class Rates:
         return rate is not seen.rate or _version(rate) != seen.version
 
     def _write(self, name: str, value: float) -> None:
-        group = self.group(name)
-        own = self._tensors.get(name, group["lr"])
-        if value != self._seen[name].value or own is not group["lr"] or self._is_new(name):
-            group["lr"] = self._tensors.get(name, value)
-            set_rate(group, value)
-            self._note(name, value)
+        group, own = self.group(name), self._tensors.get(name)
+        if own is not None and group["lr"] is not own:
+            # What a user put there is his, and so may be what was there before.
+            group["lr"] = self._tensors[name] = torch.full_like(own, value)
+        elif value == self._seen[name].value and not self._is_new(name):
+            return
+        elif own is None:
+            group["lr"] = value
+        else:
+            own.fill_(value)
+        self._note(name, value)
 
     def _note(self, name: str, value: float) -> None:
         rate = self.group(name)["lr"]
         self._seen[name] = _Seen(rate, _version(rate), value)
-
-
-def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
-    """Sets the learning rate of an optimiser's group, in place if it is a tensor."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
 
 
 def _checked(rate: float, where: str = "") -> float:

@@ -155,14 +155,14 @@ CHANGES: dict[str, tuple[Callable[[Learner], Any], int]] = {
     "weight decay": (set_option("weight_decay", 0.1), 1),
     "a rate": (lambda learner: learner.set_learning_rate("critic", 0.3), 0),
     "the actor's rate": (lambda learner: learner.set_learning_rate("actor", 0.3), 0),
-    "a rate that is a number": (set_option("lr", 0.3), 0),
+    "a rate that is a number": (set_option("lr", 0.3), 1),
     "discount": (lambda learner: learner.loss.value_estimator.gamma.fill_(0.5), 0),
     "evaluation mode": (lambda learner: learner.loss.eval(), 1),
     "a frozen parameter": (freeze, 1),
     "moved parameters": (move, 1),
     "weights": (lambda learner: learner.loss.load_state_dict(make_loss("continuous").state_dict()), 0),
-    "an optimiser's state": (reload_optimizer, 0),
-    "a learner's state": (lambda learner: learner.load_state_dict(learner.state_dict()), 0),
+    "an optimiser's state": (reload_optimizer, 1),
+    "a learner's state": (lambda learner: learner.load_state_dict(learner.state_dict()), 1),
     "seed and step": (lambda learner: vars(learner).update(seed=3, step_count=1), 0),
 }
 

@@ -63,8 +63,37 @@ def test_a_rate_that_is_written_is_that_of_the_next_step_and_follows_its_schedul
         assert learner.learning_rate(network) == pytest.approx(0.5 * factor)
         step(learner)
         assert float(group_of(learner, network)["lr"]) == pytest.approx(0.5 * factor)
-    # A graph has the address of the tensor.
-    assert not isinstance(before, torch.Tensor) or group_of(learner, network)["lr"] is before
+    # A graph has the address of the tensor, unless somebody put something else in its place.
+    assert (group_of(learner, network)["lr"] is before) == (way == "into a tensor")
+    assert isinstance(group_of(learner, network)["lr"], type(before))
+
+
+@pytest.mark.parametrize("options", [{}, {"make_optimizers": tensor_rates}])
+def test_what_was_there_before_can_be_put_back(options: dict[str, Any]) -> None:
+    learner = make_learner(**options)
+    step(learner)
+    groups = learner.optimizers[0].param_groups
+    before = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    step(learner)
+    for group, rate in zip(groups, before, strict=True):
+        group["lr"] = rate
+    step(learner)
+    rates = {"actor": 1e-2, "critic": 3e-4, "value": 3e-4}
+    assert learner.base_rates() == {network: float(group_of(learner, network)["lr"]) for network in rates}
+    assert learner.base_rates() == pytest.approx(rates)
+
+
+def test_a_tensor_that_a_user_writes_stays_as_it_is() -> None:
+    for options in ({}, {"make_optimizers": tensor_rates}):
+        learner = make_learner(actor_schedule_steps=4, **options)
+        rate = torch.tensor(0.5)
+        for group in learner.optimizers[0].param_groups:
+            group["lr"] = rate
+        step(learner, 3)
+        assert rate.item() == 0.5
+        assert learner.base_rates() == {"actor": 0.5, "critic": 0.5, "value": 0.5}
 
 
 def test_who_multiplies_the_rate_that_is_shown_multiplies_the_next_one() -> None:
