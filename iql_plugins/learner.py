@@ -283,7 +283,7 @@ class Learner:
             batch = batch.select(*self.loss.accepted_keys, strict=False)
             batch = {flat_name(key): tensor for key, tensor in batch.items(True, True)}
         for network in self._rates.trained:
-            self.show_learning_rate(network, self.learning_rate(network))
+            self._rates.show(network)
         device = next(self.loss.parameters()).device
         captured = self._captured if self.synchronize is None else None
         with _drawing_from(self.seed, self.step_count, device):
@@ -295,7 +295,7 @@ class Learner:
         # A framework's schedule has moved on, and shows the rate of the next step.
         for network in self._rates.trained:
             if "schedule" in self._rates.group(network):
-                self.show_learning_rate(network, self.learning_rate(network))
+                self._rates.show(network)
         self.last_losses = losses
         self.record(losses, 1, dict(batch))
 

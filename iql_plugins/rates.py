@@ -61,6 +61,8 @@ class Rates:
             for optimizer in optimizers
             for index, group in enumerate(optimizer.param_groups)
         }
+        #: The networks that have a group.
+        self.trained = list(self._places)
         self._factor_of = factor
         self._rates = {name: Rate(rate) for name, rate in rates.items()}
         made = {name: self.group(name)["lr"] for name in self.trained}
@@ -69,11 +71,6 @@ class Rates:
         self._seen = {name: _Seen(None, 0, rates[name]) for name in made}
         for name in made:
             self._read(name)
-
-    @property
-    def trained(self) -> list[str]:
-        """The networks that have a group."""
-        return list(self._places)
 
     def group(self, name: str) -> dict[str, Any]:
         """The group of a network; an empty one if it is not trained."""
@@ -106,16 +103,18 @@ class Rates:
         """
         self._rates[name] = Rate(_checked(rate))
         if name in self._places:
+            # Whatever was written there is no more.
+            self._note(name, math.nan)
             self._write(name, rate * self._factor(name))
 
-    def show(self, name: str, rate: float) -> None:
-        """Puts the rate of a step into the group of a network; what was written there is set.
+    def show(self, name: str, rate: float | None = None) -> None:
+        """Puts the rate of a step, None for the next one, into a network's group; what was written there is set.
 
         Raises:
             ValueError: as :meth:`next`.
         """
-        self._read(name)
-        self._write(name, rate)
+        set_last = self._read(name)
+        self._write(name, set_last.at(self._factor(name)) if rate is None else rate)
 
     def state_dict(self) -> dict[str, Rate]:
         """What was set; what the groups have is in the optimisers' state."""
@@ -135,26 +134,23 @@ class Rates:
 
     def _read(self, name: str) -> Rate:
         """The rate that was set last, in the group or by :meth:`set`."""
-        if name in self._places and self._is_new(name):
+        if name in self._places:
             rate, seen = self.group(name)["lr"], self._seen[name]
-            value = float(rate)
-            same = value == _rounded(seen.value, rate)
-            # Who writes the 0 that a schedule has come to means it to stay.
-            if not same or (not value and seen.rate is not None):
-                self._rates[name] = Rate(_checked(value, f"in the {name}'s group "), self._factor(name))
-            self._note(name, seen.value if same else value)
+            if rate is not seen.rate or _version(rate) != seen.version:
+                value = float(rate)
+                same = value == _rounded(seen.value, rate)
+                # Who writes the 0 that a schedule has come to means it to stay.
+                if not same or (not value and seen.rate is not None):
+                    self._rates[name] = Rate(_checked(value, f"in the {name}'s group "), self._factor(name))
+                self._note(name, seen.value if same else value)
         return self._rates[name]
-
-    def _is_new(self, name: str) -> bool:
-        rate, seen = self.group(name)["lr"], self._seen[name]
-        return rate is not seen.rate or _version(rate) != seen.version
 
     def _write(self, name: str, value: float) -> None:
         group, own = self.group(name), self._tensors.get(name)
         if own is not None and group["lr"] is not own:
             # What a user put there is his, and so may be what was there before.
             group["lr"] = self._tensors[name] = torch.full_like(own, value)
-        elif value == self._seen[name].value and not self._is_new(name):
+        elif value == self._seen[name].value:
             return
         elif own is None:
             group["lr"] = value

@@ -583,6 +583,12 @@ def test_rates_that_were_set_on_an_agent_count_in_the_model_around_it(dataset: T
     model.load_dataset(dataset)
     model.learn_offline(1)
     assert model.learner.base_rates() == {"actor": 3e-4, "critic": 0.5, "value": 3e-4}
+    scheduled = model_of(dataset=dataset, learning_rate=lambda left: 0.01 * (1 + left))
+    scheduled.learn_offline(2)
+    model = IQL.from_agent(scheduled.to_agent())
+    model.load_dataset(dataset)
+    model.learn_offline(2)
+    assert model.learner.learning_rate("critic") == pytest.approx(0.015)
 
 
 def test_a_zip_of_an_earlier_release_goes_on(

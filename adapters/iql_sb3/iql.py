@@ -296,6 +296,10 @@ class IQL(OffPolicyAlgorithm):
         self._apply_hyperparameters()
         if agent is not None:
             self._starts = {name: _start(schedule) for name, schedule in self._rates.items()}
+            # A schedule that brought it there is not this model's: the rate is.
+            for group in self.policy.optimizer.param_groups:
+                if group.get("schedule", 1.0) != 1.0:
+                    group["lr"], group["schedule"] = self.learner.learning_rate(group["name"]), 1.0
         elif not loaded:
             self._apply_learning_rates()
 
