@@ -18,6 +18,7 @@ from iql_plugins.limits import parse_json
 
 __all__ = [
     "CheckpointError",
+    "checksum",
     "flatten",
     "naming",
     "packed",
@@ -202,6 +203,16 @@ def flatten(tree: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
         return value
 
     return visit(tree, prefix), tensors
+
+
+def checksum(tree: Any) -> str:
+    """That of nested dicts and lists with tensors, for files that are no checkpoints.
+
+    >>> checksum({"rate": 0.1}) == checksum({"rate": 0.2})
+    False
+    """
+    metadata, _ = seal(*flatten({"content": tree}, "tree"))
+    return metadata["checksum"]
 
 
 def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -19,8 +19,10 @@ from d3rlpy.dataset import (
     BasicTransitionPicker,
     Episode,
     FIFOBuffer,
+    FrameStackTrajectorySlicer,
     FrameStackTransitionPicker,
     InfiniteBuffer,
+    LastFrameWriterPreprocess,
     MDPDataset,
     MixedReplayBuffer,
     MultiStepTransitionPicker,
@@ -381,6 +383,61 @@ def test_n_step_transitions_are_left_to_d3rlpy(key: Any) -> None:
     data = transitions(CONTINUOUS).set(key, torch.full((9, 1), 3, device="cpu"))
     with pytest.raises(ValueError, match="MultiStepTransitionPicker"):
         to_replay_buffer(data)
+
+
+@pytest.mark.parametrize("picker", PICKERS)
+def test_a_datasets_transition_picker_is_kept(kind: str, picker: str) -> None:
+    data = dataset(kind, transition_picker=PICKERS[picker])
+    # The action after a cut is in no dataset.
+    known = [field for field in FIELDS if field != "next_actions"]
+    assert_same_batches(data, to_replay_buffer(data), fields=known)
+    given = to_replay_buffer(dataset(kind), transition_picker=PICKERS[picker])
+    assert_same_batches(data, given, fields=known)
+
+
+def test_a_datasets_frame_stack_slicer_preprocessor_and_action_size_are_kept() -> None:
+    shape, count = (1, 5, 5), 6
+    buffer = ReplayBuffer(
+        InfiniteBuffer(),
+        transition_picker=FrameStackTransitionPicker(4),
+        trajectory_slicer=FrameStackTrajectorySlicer(4),
+        writer_preprocessor=LastFrameWriterPreprocess(),
+        observation_signature=Signature(dtype=[np.dtype(np.uint8)], shape=[shape]),
+        action_signature=Signature(dtype=[np.dtype(np.int64)], shape=[(1,)]),
+        reward_signature=Signature(dtype=[np.dtype(np.float32)], shape=[(1,)]),
+        action_space=d3rlpy.constants.ActionSpace.DISCRETE,
+        action_size=count,
+    )
+    rng = np.random.default_rng(0)
+
+    def play(*buffers: ReplayBuffer) -> None:
+        for _ in range(10):
+            frames = rng.integers(0, 256, (4, 5, 5)).astype(np.uint8)
+            for each in buffers:
+                each.append(frames, 1, 0.5)
+        for each in buffers:
+            each.clip_episode(True)
+
+    play(buffer)
+    ours = to_replay_buffer(buffer)
+    assert ours.sample_transition_batch(3).observations.shape == (3, 4, 5, 5)
+    assert ours.dataset_info == buffer.dataset_info
+    assert to_replay_buffer(buffer, action_size=7).dataset_info.action_size == 7
+    assert type(ours.trajectory_slicer) is FrameStackTrajectorySlicer
+    play(buffer, ours)
+    known = [field for field in FIELDS if field != "next_actions"]
+    assert_same_batches(buffer, ours, fields=known)
+    mixed = MixedReplayBuffer(buffer, buffer, 0.5)
+    assert type(to_replay_buffer(mixed).transition_picker) is FrameStackTransitionPicker
+
+
+def test_a_transition_picker_of_ones_own_is_refused() -> None:
+    class Own(BasicTransitionPicker):
+        pass
+
+    for data, picker in ((dataset(CONTINUOUS, transition_picker=Own()), None), (dataset(CONTINUOUS), Own())):
+        with pytest.raises(UnsupportedBufferError, match="has a Own; fast are"):
+            to_replay_buffer(data, transition_picker=picker)
 
 
 def test_files_of_d3rlpy_load_and_come_back(kind: str, tmp_path: Path) -> None:

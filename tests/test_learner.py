@@ -395,13 +395,13 @@ def test_a_state_that_does_not_fit_changes_nothing(case: str) -> None:
         learner.step(keywords(make_batch("continuous")))
     before = copy.deepcopy(learner.state_dict())
     state = copy.deepcopy(before)
-    state |= {"seed": 99, "actor_learning_rate": 9.0}
+    state |= {"seed": 99, "learning_rates": {"actor": [9.0, 1.0]}}
     change(state)
     with pytest.raises((KeyError, ValueError), match=message):
         learner.load_state_dict(state)
     after = learner.state_dict()
-    assert {name: after[name] for name in ("step_count", "seed", "actor_learning_rate")} == {
-        name: before[name] for name in ("step_count", "seed", "actor_learning_rate")
+    assert {name: after[name] for name in ("step_count", "seed", "learning_rates")} == {
+        name: before[name] for name in ("step_count", "seed", "learning_rates")
     }
     for index, moments in before["optimizers"][0]["state"].items():
         assert same(moments, after["optimizers"][0]["state"][index])

@@ -10,7 +10,7 @@ import torch
 from d3rlpy import __version__
 from d3rlpy.base import LearnableConfigWithShape, _process_device
 
-from iql_d3rlpy.algorithm import BaseIQL
+from iql_d3rlpy.algorithm import BaseIQL, BaseIQLConfig
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.limits import WeightLimit
@@ -22,10 +22,27 @@ class Registered(str):
     """The configuration in a file. To find this class, who unpickles it imports the adapter, which registers its names.
 
     So ``d3rlpy.load_learnable`` works in a process that never imported the adapter, and names ``iql_d3rlpy`` where it
-    is not installed.
+    is not installed. Files have its checksum with it, but for those of earlier releases.
+
+    Args:
+        text: d3rlpy's JSON.
+        checksum: what it must be, if it is known.
+
+    Raises:
+        CheckpointError: for another checksum.
     """
 
     __slots__ = ()
+
+    def __new__(cls, text: str, checksum: str | None = None) -> "Registered":
+        """The text itself, once it is known to be as it was written."""
+        if checksum not in (None, checkpoint.checksum(text)):
+            raise CheckpointError("the configuration is not as it was written: its checksum is another one")
+        return super().__new__(cls, text)
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        """What a file has of it."""
+        return str(self), checkpoint.checksum(str(self))
 
 
 def save(algorithm: BaseIQL, path: str | os.PathLike[str]) -> None:
@@ -51,7 +68,7 @@ def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, or no such file.
+        CheckpointError: if it is damaged, no such file, or that of another algorithm.
         RuntimeError, AssertionError: torch's own, for a device that is not there.
     """
     if not os.path.isfile(path):
@@ -62,8 +79,14 @@ def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
         with open(path, "rb") as file:
             _check_memo(file)
             document = _Reader(file).load()
+        config = LearnableConfigWithShape.deserialize(document["config"])
+        if not isinstance(config.config, BaseIQLConfig):
+            raise TypeError(
+                f"it holds a {type(config.config).__name__} of {type(config.config).__module__}, which "
+                "d3rlpy.load_learnable loads"
+            )
         with WeightLimit.of_file(len(document["torch"])):
-            algorithm: BaseIQL = LearnableConfigWithShape.deserialize(document["config"]).create(device)
+            algorithm: BaseIQL = config.create(device)
         algorithm.impl.load_model(io.BytesIO(document["torch"]))
     except Exception as error:
         raise CheckpointError(

@@ -15,8 +15,10 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from iql_d3rlpy.batches import entries
-from iql_d3rlpy.optimizers import reset
+from iql_d3rlpy.optimizers import ShownOptimizer, reset
+from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
+from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.keys import flat_name, next_key
 from iql_plugins.limits import load_torch
 from iql_plugins.loss import IQLLoss
@@ -106,18 +108,27 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
         self._integers = [*integers, *map(next_key, integers)]
         super().__init__(observation_shape, action_size, IQLModules(agent.loss, TrainingState(agent)), device)
 
+    def save_model(self, f: BinaryIO) -> None:
+        """Writes networks, targets, optimisers, step and random state, with their checksum."""
+        state = {name: module.state_dict() for name, module in self._checkpointer.modules.items()}
+        torch.save({**state, "checksum": checkpoint.checksum(state)}, f)
+
     def load_model(self, f: BinaryIO) -> None:
         """Reads networks, targets, optimisers, step and random state; on an error nothing is changed.
 
         Raises:
             RuntimeError, KeyError, ValueError: for another model's.
+            CheckpointError: for one that is not as it was written.
         """
         state = load_torch(f)
-        if not {"loss", "training"} <= state.keys():
+        # Files of earlier releases have no checksum.
+        if not {"loss", "training"} <= state.keys() <= {"loss", "training", "checksum"}:
             raise ValueError(
                 f"the file has {', '.join(map(str, state))}: it is another algorithm's, an IQL of iql_d3rlpy has loss "
                 "and training"
             )
+        if "checksum" in state and state.pop("checksum") != checkpoint.checksum(state):
+            raise CheckpointError("the model is not as it was written: its checksum is another one")
         before = {name: tensor.clone() for name, tensor in self.agent.loss.state_dict().items()}
         loss, training = state["loss"], state["training"]
         self.agent.loss.load_state_dict(loss)
@@ -189,13 +200,16 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
 
     @property
     def policy_optim(self) -> Any:
-        """The optimiser that the policy's parameters are in."""
-        return self._optimizer("actor")[0]
+        """The optimiser that the policy's parameters are in, those of the group that is named ``"actor"``.
+
+        What is set in a group counts, see :class:`~iql_plugins.learner.Learner`.
+        """
+        return ShownOptimizer(self._optimizer("actor")[0])
 
     @property
     def q_function_optim(self) -> Any:
-        """The optimiser that the critics' parameters are in."""
-        return self._optimizer("critic")[0]
+        """The optimiser that the critics' parameters are in, those of the group that is named ``"critic"``."""
+        return ShownOptimizer(self._optimizer("critic")[0])
 
     def copy_policy_from(self, impl: Any) -> None:
         """Copies the policy of another IQL.

@@ -20,7 +20,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, configure_logger
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, check_for_correct_spaces, configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from tensordict import TensorDictBase
@@ -66,7 +66,9 @@ class IQL(OffPolicyAlgorithm):
             :class:`~iql_sb3.policies.IQLPolicy`.
         env: the environment. None if there is none: the spaces are then those given, or the dataset's.
         learning_rate: of Adam; a number, a schedule of the remaining progress, or a mapping of ``"actor"``,
-            ``"critic"`` and ``"value"`` to these.
+            ``"critic"`` and ``"value"`` to these. It can be changed at any time, as ``lr_schedule`` can, which is one
+            for all networks. A rate that is written into ``policy.optimizer`` stays, and follows a schedule in
+            proportion, see :class:`~iql_plugins.learner.Learner`.
         buffer_size: transitions of the replay buffer, which holds online experience.
         learning_starts: online steps before the first gradient step. An untrained policy acts at random
             meanwhile, a trained one as it was trained.
@@ -237,6 +239,8 @@ class IQL(OffPolicyAlgorithm):
         # Of the data that were taken last, until the logger has been told.
         self._clipped_actions = 0
         self._applied: tuple[Any, ...] | None = None
+        # What the rates were last set to by learning_rate, by network.
+        self._starts: dict[str, float] = {}
         # Whether the networks were trained behind a VecNormalize; None before the first gradient step.
         self._normalized_by_env: bool | None = None
         if _init_setup_model:
@@ -256,6 +260,12 @@ class IQL(OffPolicyAlgorithm):
             rates = dict.fromkeys(NETWORKS, rates)
         self._rates = {name: FloatSchedule(rate) for name, rate in rates.items()}
         self.lr_schedule = self._rates["critic"]
+
+    def _follow_lr_schedule(self) -> None:
+        """Takes what was put in the place of ``learning_rate``, or of ``lr_schedule``, then for all networks."""
+        if self.lr_schedule is not self._rates["critic"]:
+            self.learning_rate = self.lr_schedule
+        self._setup_lr_schedule()
 
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, IQLPolicy):
@@ -302,6 +312,14 @@ class IQL(OffPolicyAlgorithm):
         self.policy.optimizer = self.learner.optimizers[0]
         self._applied = None
         self._apply_hyperparameters()
+        if agent is not None:
+            self._starts = {name: _start(schedule) for name, schedule in self._rates.items()}
+            # A schedule that brought it there is not this model's: the rate is.
+            for group in self.policy.optimizer.param_groups:
+                if group.get("schedule", 1.0) != 1.0:
+                    group["lr"], group["schedule"] = self.learner.learning_rate(group["name"]), 1.0
+        elif not loaded:
+            self._apply_learning_rates()
 
     def _set_reward_units(self, normalizers: Normalizers) -> None:
         if not isinstance(self.reward_scale, str):
@@ -465,11 +483,20 @@ class IQL(OffPolicyAlgorithm):
             self.policy.set_training_mode(training)
 
     def _update_learning_rate(self, optimizers: Any = None) -> None:
-        for name, schedule in self._rates.items():
-            self.learner.set_learning_rate(name, schedule(self._current_progress_remaining))
+        self._apply_learning_rates()
         self._logger.record("train/learning_rate", self.learner.learning_rate("critic"))
         self._logger.record("train/learning_rate_actor", self.learner.learning_rate("actor"))
         self._logger.record("train/learning_rate_value", self.learner.learning_rate("value"))
+
+    def _apply_learning_rates(self) -> None:
+        """Schedules multiply the rates, whoever set them; one that begins elsewhere than the last one sets them."""
+        self._follow_lr_schedule()
+        for name, schedule in self._rates.items():
+            start = _start(schedule)
+            if self._starts.get(name) != start:
+                self._starts[name] = start
+                self.learner.set_learning_rate(name, start)
+            self.learner.set_schedule(name, schedule(self._current_progress_remaining) / start if start else 1.0)
 
     def _apply_hyperparameters(self) -> None:
         """Attributes of an algorithm can be changed at any time, and count from the next step on."""
@@ -773,6 +800,7 @@ class IQL(OffPolicyAlgorithm):
         Beside its own members the zip has the agent as ``iql_plugins.safetensors``, from which the command line reads
         it without running anything. A model with classes of your own has none: only pickles describe it.
         """
+        self._follow_lr_schedule()
         self._generator_state = (self.generator.device.type, self.generator.get_state().numpy())
         content = io.BytesIO()
         super().save(content, exclude, include)
@@ -823,6 +851,7 @@ class IQL(OffPolicyAlgorithm):
             if not model._spaces_from_dataset:
                 raise
             model.set_env(env)
+        model._apply_learning_rates()
         if dataset is not None:
             model.load_dataset(dataset, trust_pickle=trust_pickle)
         return model
@@ -928,6 +957,12 @@ class IQL(OffPolicyAlgorithm):
         from iql_sb3.export import export_policy
 
         export_policy(self._as_agent(), path, format)
+
+
+def _start(schedule: FloatSchedule) -> float:
+    """The rate that a schedule multiplies: that of its beginning, or the default one if it rises from 0."""
+    constant = isinstance(schedule.value_schedule, ConstantSchedule)
+    return schedule(1.0) if constant else schedule(1.0) or IQLConfig.critic_learning_rate
 
 
 class _LearnerState:
