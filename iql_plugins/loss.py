@@ -60,8 +60,10 @@ class IQLLoss(NetworkOwner):
 
     **Who owns the parameters.** The loss. The actor, V and a single critic (``num_qvalue_nets=1``) are the
     modules that were passed, trained in place; several critics are stacked into one module of the
-    loss's own. ``actor_network_params``, ``value_network_params``, ``qvalue_network_params`` and
-    ``target_qvalue_network_params`` show them as nested TensorDicts, under the names of ``state_dict()``.
+    loss's own. In the place of a ``TensorDictParams`` inside a network (TorchRL's ``MultiAgentMLP`` has one) the loss
+    puts one that keeps the same tensors in modules. ``actor_network_params``, ``value_network_params``,
+    ``qvalue_network_params`` and ``target_qvalue_network_params`` show the networks' parameters as nested
+    TensorDicts, under the names of ``state_dict()``.
 
     **Input** by the layout of :mod:`iql_plugins.keys`: a TensorDict, into which the log-probability and the
     priority are written and nothing else; or keyword tensors, with a tuple in the order of
