@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from iql_plugins.host import available, load, load_dataset, map_batch
     from iql_plugins.keys import AcceptedKeys
     from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
+    from iql_plugins.plugins import available, load, load_dataset, map_batch
     from iql_plugins.targets import HardUpdate, SoftUpdate
     from iql_plugins.value_estimators import ValueEstimators, default_value_kwargs
 else:
@@ -17,11 +17,11 @@ else:
         "IQLLoss": "loss",
         "SoftUpdate": "targets",
         "ValueEstimators": "value_estimators",
-        "available": "host",
+        "available": "plugins",
         "default_value_kwargs": "value_estimators",
-        "load": "host",
-        "load_dataset": "host",
-        "map_batch": "host",
+        "load": "plugins",
+        "load_dataset": "plugins",
+        "map_batch": "plugins",
     }
 
     #: Modules that come with an attribute above, for who writes iql_plugins.functional without importing it.

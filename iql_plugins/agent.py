@@ -1,5 +1,6 @@
 """An agent: a loss, how it is trained, and what its policy needs to act. What is saved, and moved among adapters."""
 
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -17,18 +18,22 @@ from torch.optim import Optimizer
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.config import IQLConfig
+from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.data.packed import Transitions, transitions
 from iql_plugins.encoders import ObservationEncoder, is_plain
 from iql_plugins.gradients import compiler_available
 from iql_plugins.keys import flat_name
 from iql_plugins.learner import Groups, Learner, adam, resolve_compile
+from iql_plugins.limits import WeightLimit
 from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
 from iql_plugins.value_estimators import ValueEstimator, ValueEstimators
 
 __all__ = ["Agent", "Observation", "assemble_loss", "build_loss"]
+
+_LOGGER = logging.getLogger(__name__)
 
 #: One observation or a batch of them: an array, or one for each name of a Dict space.
 Observation = Tensor | np.ndarray[Any, Any] | int | Mapping[str, "Tensor | np.ndarray[Any, Any] | int"]
@@ -140,7 +145,8 @@ class Agent:
         device: torch.device | str = "cpu",
     ) -> None:
         if loss is None:
-            loss = _seeded_loss(spaces, config, seed).to(torch.device(device))
+            with WeightLimit.of_memory():
+                loss = _seeded_loss(spaces, config, seed).to(torch.device(device))
         for name, value in _hyperparameters(loss).items():
             if not _equal(value, getattr(config, name)):
                 raise ValueError(
@@ -178,7 +184,8 @@ class Agent:
             callback: called with the number of all steps after each of them.
 
         Raises:
-            ValueError: if the dataset is empty or does not fit the spaces; names the entry.
+            ValueError: as :meth:`check`.
+            DivergenceError: if losses or weights are no longer finite.
         """
         source = self.transitions(dataset)
         size, generator = (self.config.batch_size,), self.generator
@@ -187,14 +194,29 @@ class Agent:
             self.learner.step(source.batch(index))
             if callback is not None:
                 callback(self.learner.step_count)
+        self.learner.check_finite()
+
+    def check(self, dataset: TensorDictBase) -> None:
+        """Looks at a dataset in the environment's units before it is trained on; one pass over it.
+
+        How many of its actions are beyond the environment's bounds, and are clipped, is logged as a warning.
+
+        Raises:
+            ValueError: if it does not fit the spaces, has values that are not finite, or actions that no clipping
+                explains, unless the configuration has ``clip_all_actions``; names the key, and the row.
+        """
+        self.spaces.check(dataset)
+        excess = check_numbers(dataset, self.spaces, clip_all_actions=self.config.clip_all_actions)
+        if excess.count:
+            _LOGGER.warning("%s: they are clipped, as the environment clips them", excess)
 
     def transitions(self, dataset: TensorDictBase) -> Transitions:
         """A dataset in the environment's units as batches for the learner; what the loss does not read is left out.
 
         Raises:
-            ValueError: if the dataset is empty or does not fit the spaces; names the entry.
+            ValueError: if the dataset is empty, or as :meth:`check`.
         """
-        self.spaces.check(dataset)
+        self.check(dataset)
         return transitions(dataset.select(*self.loss.accepted_keys, strict=False), self.normalizers, self.device)
 
     @overload
@@ -359,14 +381,19 @@ class Agent:
             normalizers = Normalizers.restored(spaces, document["normalizers"], parts["normalizers"])
             normalizers.to(_dtype(parts["normalizers"]))
             if loss is None:
-                loss = _seeded_loss(spaces, config, seed=0).to(device, _dtype(_of_networks(parts["loss"])))
+                with WeightLimit.of_file(sum(tensor.nbytes for tensor in tensors.values())):
+                    loss = _seeded_loss(spaces, config, seed=0)
+                loss.to(device, _dtype(_of_networks(parts["loss"])))
             _check_dtypes(name, _of_networks(parts["loss"]), loss)
             learner = Learner.from_config(loss, config, seed=0, make_optimizers=make_optimizers)
             agent = cls(spaces, config, normalizers=normalizers, loss=loss, learner=learner, seed=0)
             learner.load_state_dict(checkpoint.unflatten(document["learner"], tensors))
-            # The state of another kind of device's generator means nothing to this one's.
+            # The state of another kind of device's generator means nothing to this one's: it draws anew, and for
+            # every seed something else.
             if document["generator"] == agent.generator.device.type:
                 agent.generator.set_state(tensors["generator"])
+            else:
+                agent.generator.manual_seed(learner.seed + learner.step_count)
             if (parts_of_loss := [part for part in agent.custom_parts() if part != _DTYPE]) != modules:
                 raise CheckpointError(
                     f"{name!r} has other networks than the default ones in {modules}, the loss in {parts_of_loss}"

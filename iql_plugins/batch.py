@@ -22,6 +22,7 @@ class Batch:
         tensors: by key; the optional ones are absent when the caller gave none.
         shape: ``*B``, or a prefix of it.
         mask: ``[*shape]`` bool, True where an entry counts; None when all do.
+        batch_dims: how many dimensions the batch size of a TensorDict has, None for keyword tensors.
         time_dim: index of the dimension named ``"time"``, None without one.
         action_index: ``[*B]`` discrete actions as indices, once the critics have told how many there are.
     """
@@ -29,6 +30,7 @@ class Batch:
     tensors: dict[NestedKey, Tensor]
     shape: Size
     mask: Tensor | None = None
+    batch_dims: int | None = None
     time_dim: int | None = None
     action_index: Tensor | None = None
 
@@ -95,15 +97,16 @@ class BatchReader:
         given = {key: source.get(key, None) for key in (*required, *self.optional)}
         tensors: dict[NestedKey, Tensor] = {key: tensor for key, tensor in given.items() if tensor is not None}
         self._check_present(tensors, required)
-        batch_size, names = Size(), []
+        batch_size, batch_dims, names = Size(), None, []
         if isinstance(source, TensorDictBase):
-            batch_size, names = source.batch_size, source.names
+            batch_size, batch_dims, names = source.batch_size, source.batch_dims, source.names
         # What is not required still tells the batch's shape, if it is there.
         outcomes = {key: source.get(key, None) for key in (self.reward, self.done, self.terminated)}
         shape = self._shape(batch_size, outcomes)
         for key, tensor in tensors.items():
             self._check(key, tensor, shape)
-        batch = Batch(tensors, shape, time_dim=names.index("time") if "time" in names else None)
+        time_dim = names.index("time") if "time" in names else None
+        batch = Batch(tensors, shape, batch_dims=batch_dims, time_dim=time_dim)
         masks = [_expand_mask(tensors[key], shape, key) for key in self.masks if key in tensors]
         if masks:
             batch.mask = torch.stack(masks).all(0)
@@ -260,7 +263,7 @@ def check_finite(key: NestedKey, tensor: Tensor) -> None:
 def _expand_mask(mask: Tensor, shape: Size, key: NestedKey) -> Tensor:
     """A mask as ``[*shape]``: trailing singletons dropped, missing trailing dimensions expanded."""
     squeezed = mask
-    while squeezed.ndim > len(shape) and squeezed.shape[-1] == 1:
+    while squeezed.ndim > 1 and squeezed.shape[-1] == 1 and squeezed.shape != shape[: squeezed.ndim]:
         squeezed = squeezed.squeeze(-1)
     if squeezed.ndim > len(shape) or squeezed.shape != shape[: squeezed.ndim]:
         raise ValueError(f"{shown(key)} must have shape {(*shape, 1)} or {tuple(shape)}, got {tuple(mask.shape)}")

@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from iql_plugins.limits import parse_json
+
 __all__ = [
     "CheckpointError",
+    "checksum",
     "flatten",
+    "naming",
     "packed",
     "read",
     "seal",
@@ -83,13 +88,23 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         raise FileNotFoundError(f"there is no folder {os.fspath(target.parent)!r} to write {target.name!r} to")
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with naming(target), open(temporary, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the system inside are about this file: that the disk is full, it says without a name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
         raise
 
 
@@ -106,7 +121,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         with safe_open(os.fspath(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"{os.fspath(path)!r} is no checkpoint, or damaged: {error}") from error
     return unseal(metadata, tensors, os.fspath(path), "safetensors file"), tensors
 
@@ -153,13 +168,13 @@ def unseal(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str
     try:
         checksum = _checksum(text, tensors)
     except (RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{name!r} has tensors that no checkpoint has, sparse ones, say: {error}") from error
+        raise CheckpointError(f"{name!r} has tensors that no checkpoint has: {error}") from error
     if metadata.get("checksum") != checksum:
         raise CheckpointError(f"{name!r} is not as it was written: its checksum is another one")
     try:
-        document = json.loads(text)
+        document = parse_json(text)
     except ValueError as error:
-        raise CheckpointError(f"the document of {name!r} is no JSON: {error}") from error
+        raise CheckpointError(f"the document of {name!r} cannot be read: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{name!r} has no document, but a {type(document).__name__}")
     return document
@@ -188,6 +203,16 @@ def flatten(tree: Any, prefix: str) -> tuple[Any, dict[str, Tensor]]:
         return value
 
     return visit(tree, prefix), tensors
+
+
+def checksum(tree: Any) -> str:
+    """That of nested dicts and lists with tensors, for files that are no checkpoints.
+
+    >>> checksum({"rate": 0.1}) == checksum({"rate": 0.2})
+    False
+    """
+    metadata, _ = seal(*flatten({"content": tree}, "tree"))
+    return metadata["checksum"]
 
 
 def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -227,6 +252,9 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
+        # Ours are; one that repeats its numbers has no end of them.
+        if not tensor.is_contiguous():
+            raise TypeError(f"{name} is not contiguous")
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -16,6 +16,9 @@ from iql_plugins.functional import (
 
 __all__ = ["PRESETS", "IQLConfig", "preset"]
 
+#: Of all critics together; the largest ensembles that are published have 500 of four each.
+MOST_LAYERS = 4096
+
 ActorSchedule = Literal["cosine", "constant"]
 Compile = Literal["auto", "yes", "no"]
 
@@ -45,6 +48,8 @@ class IQLConfig:
         normalize_observations: whether to standardise observations by the dataset's mean and deviation.
         reward_scale: factor of rewards, or "return_range": 1000 over the range of the dataset's returns.
         reward_shift: added to the scaled rewards.
+        clip_all_actions: whether to train on data of which most actions are beyond the environment's bounds, or one is
+            by an order of magnitude. Fewer are clipped in any case, as environments clip them.
         compile: whether to compile losses and gradients: "yes", "no", or "auto": if there is a compiler
             and the training is long enough for it.
 
@@ -72,6 +77,7 @@ class IQLConfig:
     normalize_observations: bool = False
     reward_scale: float | Literal["return_range"] = 1.0
     reward_shift: float = 0.0
+    clip_all_actions: bool = False
     compile: Compile = "auto"
 
     def __post_init__(self) -> None:
@@ -87,7 +93,12 @@ class IQLConfig:
         valid = isinstance(sizes, list | tuple) and all(map(_is_count, sizes))
         _check("hidden_sizes", sizes, valid, "a tuple of integers >= 1")
         object.__setattr__(self, "hidden_sizes", tuple(sizes))
-        for name in ("squashed", "normalize_observations"):
+        layers = self.n_critics * (len(sizes) + 1)
+        if layers > MOST_LAYERS:
+            raise ValueError(
+                f"n_critics and hidden_sizes must make at most {MOST_LAYERS} layers of critics, got {layers}"
+            )
+        for name in ("squashed", "normalize_observations", "clip_all_actions"):
             _check(name, getattr(self, name), isinstance(getattr(self, name), bool), "True or False")
         for name in ("discount", "polyak"):
             _check(name, getattr(self, name), 0.0 <= getattr(self, name) <= 1.0, "in [0, 1]")

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import io
 import logging
 import os
 import tempfile
@@ -227,7 +228,10 @@ def _imported(package: str) -> Any:
 
 def _write_torch(policy: PolicyModule, example: Sequence[Tensor], path: Path) -> None:
     program = torch.export.export(policy, tuple(example), dynamic_shapes=_dynamic(policy), strict=False)
-    torch.export.save(program, path)
+    # In memory first: where torch cannot write to a file, it ends the process.
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getvalue())
 
 
 def _load_torch(path: Path) -> Callable[..., Tensor]:

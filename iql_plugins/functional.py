@@ -25,7 +25,6 @@ __all__ = [
     "expectile_loss",
     "health",
     "iql_losses",
-    "losses_from_target",
     "minimum_over_critics",
     "qvalue_loss",
     "reduce_loss",
@@ -458,38 +457,6 @@ def iql_losses(
         ValueError: for a hyper-parameter out of range, or if a shape differs.
     """
     target = td_target(reward, next_value, terminated, discount)
-    return losses_from_target(
-        q,
-        target_q,
-        value,
-        log_prob,
-        target,
-        expectile=expectile,
-        temperature=temperature,
-        max_weight=max_weight,
-        loss_function=loss_function,
-        reduction=reduction,
-        weight=weight,
-        mask=mask,
-    )
-
-
-def losses_from_target(
-    q: Tensor,
-    target_q: Tensor,
-    value: Tensor,
-    log_prob: Tensor,
-    target: Tensor,
-    *,
-    expectile: float,
-    temperature: float,
-    max_weight: float,
-    loss_function: LossFunction,
-    reduction: Reduction,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> IQLLosses:
-    """As :func:`iql_losses`, with the target of Q already made: ``[*B]``, by whichever estimator."""
     _check_shapes(q.shape, "q", target_q=target_q)
     diff = advantage(target_q, value)
     weights = advantage_weight(diff.detach(), temperature, max_weight)

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,14 +144,9 @@ class LossGradients:
         return _signature(batch), _signature(state), tuple(_trained(state)), self._settings(), autocast
 
     def _settings(self) -> tuple[Any, ...]:
-        """What is set on the loss."""
+        """What is set on the loss and its estimator, by whichever class, and on the modules inside."""
         loss = self.loss
-        return (
-            (loss.expectile, loss.temperature, loss.max_weight, loss.loss_function, loss.reduction),
-            (loss.use_prioritized_weights, loss.loss_mask_key, *vars(loss.tensor_keys).values()),
-            (loss.value_estimator, loss.vmap_randomness, loss.deactivate_vmap, loss.check_finite),
-            tuple([module.training for module in self._modules]),
-        )
+        return _set_on(loss), _set_on(loss.value_estimator), tuple([module.training for module in self._modules])
 
 
 #: Takes the tensors of the state, then those of the batch; returns a gradient for each name that is trained, or None,
@@ -253,6 +248,27 @@ def _baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alph
 
 def _trained(state: Mapping[str, Tensor]) -> list[str]:
     return [name for name, tensor in state.items() if tensor.requires_grad]
+
+
+#: What torch itself keeps in a module. A mode is told apart from settings: it is that of every module inside, too.
+_OF_TORCH = vars(nn.Module()).keys()
+
+
+def _set_on(module: nn.Module) -> tuple[Hashable, ...]:
+    return type(module), *[(name, _constant(value)) for name, value in vars(module).items() if name not in _OF_TORCH]
+
+
+def _constant(value: Any) -> Hashable:
+    """A value that equals another one as long as code that reads it does the same."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_constant, value))
+    if isinstance(value, dict):
+        return tuple([(key, _constant(entry)) for key, entry in value.items()])
+    if type(value).__hash__ is None:
+        # An array, say, has nothing to look into: another one is another value.
+        return frozenset(value) if isinstance(value, set) else _constant(getattr(value, "__dict__", id(value)))
+    hashable: Hashable = value
+    return hashable
 
 
 def _signature(tensors: Mapping[str, Tensor]) -> tuple[Any, ...]:

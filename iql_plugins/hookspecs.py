@@ -1,4 +1,4 @@
-"""What a plugin can implement: few hooks, each with a caller in :mod:`iql_plugins.registry`."""
+"""What a plugin can implement: few hooks, each with a caller in :mod:`iql_plugins.plugins`."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from iql_plugins.agent import Agent
 
-__all__ = ["PROJECT", "Adapter", "Training", "hookimpl", "hookspec"]
+__all__ = ["PROJECT", "Adapter", "Command", "Training", "hookimpl", "hookspec"]
 
 #: The pluggy project, and the group of entry points in which plugins are found.
 PROJECT = "iql_plugins"
@@ -34,7 +34,8 @@ class Training:
         to_agent: the agent in an algorithm; may be called at any time, also from ``fit``'s callback.
         fit: ``fit(algorithm, dataset, n_steps, callback)``: takes that many further gradient steps on a dataset by the
             key layout in the environment's units, in batches of ``agent.config.batch_size`` that
-            ``agent.generator`` draws, and calls ``callback(agent.learner.step_count)`` after each.
+            ``agent.generator`` draws, and calls ``callback(agent.learner.step_count)`` after each. What ``agent.check``
+            refuses is refused before the first.
         save: ``save(algorithm, path)`` writes the framework's native file.
         load: ``load(path)`` reads it; where there is no ``load_agent``, without running anything that is in it.
         suffix: of native files.
@@ -73,6 +74,21 @@ class Adapter:
     training: Training | None = None
 
 
+@dataclass(frozen=True)
+class Command:
+    """A subcommand of ``iql-plugins``, of a plugin's own.
+
+    Attributes:
+        name: what the user types; none of the commands that ship.
+        summary: one line for ``iql-plugins --help``.
+        run: takes the arguments behind the name, prints, and returns the exit status. Import what it needs in there.
+    """
+
+    name: str
+    summary: str
+    run: Callable[[Sequence[str]], int]
+
+
 @hookspec
 def iql_adapter() -> Adapter:  # type: ignore[empty-body]
     """Describes the adapter. Called once, when the adapter is asked for; may import its framework."""
@@ -96,3 +112,8 @@ def iql_load_dataset(source: object) -> "TensorDictBase | None":
     Args:
         source: a path, a name or an object.
     """
+
+
+@hookspec
+def iql_commands() -> Sequence[Command]:  # type: ignore[empty-body]
+    """A plugin's own subcommands. Called for ``--help``, and for a command that is none of those that ship."""

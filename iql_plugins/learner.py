@@ -16,16 +16,23 @@ from iql_plugins.functional import Health
 from iql_plugins.gradients import OUTPUTS, LossGradients, compiler_available
 from iql_plugins.keys import flat_name
 from iql_plugins.loss import IQLLoss
+from iql_plugins.rates import Rate, Rates
 from iql_plugins.targets import SoftUpdate
 
-__all__ = ["Groups", "Learner", "adam", "cosine_decay", "resolve_compile", "scheduled_rate", "set_rate"]
+__all__ = ["DivergenceError", "Groups", "Learner", "adam", "cosine_decay", "resolve_compile", "schedule_factor"]
 
 NETWORKS = ("actor", "critic", "value")
 #: Compilation takes some five seconds (ten on a slow machine), and saves one to two milliseconds a step.
 LONG_ENOUGH_TO_COMPILE = 10_000
+#: Gradient steps after which a training of which nobody reads the metrics looks whether all is finite.
+STEPS_BETWEEN_CHECKS = 1000
 
 #: Parameter groups for an optimiser, ``{"name": "actor", "params": [...], "lr": ...}``, one for each network.
 Groups = Sequence[dict[str, Any]]
+
+
+class DivergenceError(ArithmeticError):
+    """A training whose losses or weights are no longer finite; one line that says which, and since when."""
 
 
 def cosine_decay(step: int, horizon: int) -> float:
@@ -43,9 +50,17 @@ def cosine_decay(step: int, horizon: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(step / horizon, 1.0)))
 
 
-def scheduled_rate(rate: float, step: int, horizon: int | None) -> float:
-    """The actor's rate after so many steps; a horizon of None keeps it."""
-    return rate * (1.0 if horizon is None else cosine_decay(step, horizon))
+def schedule_factor(network: str, group: Mapping[str, Any], step: int, horizon: int | None) -> float:
+    """What multiplies the rate of a network after so many steps.
+
+    Args:
+        network: ``"actor"``, ``"critic"`` or ``"value"``.
+        group: the optimiser's; ``"schedule"`` is the factor of a framework's schedule.
+        step: steps already taken.
+        horizon: of the actor's cosine; None for none.
+    """
+    factor: float = group.get("schedule", 1.0)
+    return factor if network != "actor" or horizon is None else factor * cosine_decay(step, horizon)
 
 
 def resolve_compile(choice: Literal["auto", "yes", "no"], n_steps: int, device: torch.device) -> Literal["yes", "no"]:
@@ -67,6 +82,15 @@ def adam(groups: Groups) -> list[Optimizer]:
 
 class Learner:
     r"""Trains a loss: losses, one backward pass, optimisers, schedule, Polyak update; nothing is read on the host.
+
+    Every thousandth step is the exception: it looks whether losses and weights are finite (:meth:`check_finite`).
+
+    A rate is what was set times its schedule's factor: the actor's cosine, and that of a framework's schedule, which
+    :meth:`set_schedule` tells. :meth:`set_learning_rate` sets what the factor multiplies. Who writes ``"lr"`` into an
+    optimiser's group sets the rate of the next step, and from there it follows the schedule in proportion; a rate
+    that is written where the schedule has come to 0 stays. So 0 stops a network, and any other rate lets it go on. All
+    of this is saved. What else is written into a group (``weight_decay``, ``betas``, ``eps``) counts from the next
+    step, too.
 
     Args:
         loss: what is trained. Its optimiser state belongs to the learner.
@@ -145,8 +169,8 @@ class Learner:
                 f"make_optimizers must keep every group once and under its name: it was given {names}, "
                 f"its optimisers have {made}"
             )
-        self._groups = self._named_groups()
-        self._base_actor_rate = actor_learning_rate
+        self.step_count = 0
+        self._rates = Rates(self.optimizers, rates, self._factor)
         if mode is not None and not compile:
             raise ValueError(f"mode={mode!r} is one of compiled code: pass compile=True, too, or no mode")
         self._gradients = LossGradients(loss, compile=compile, mode=mode)
@@ -157,7 +181,6 @@ class Learner:
         self._drops_gradients = capture or mode_captures
         device = next(loss.parameters()).device
         self._captured = CapturedStep(self._compute, self.optimizers, device) if capture else None
-        self.step_count = 0
         self.last_losses: Tensor | None = None
         self.synchronize: Callable[[], None] | None = None
         self._sums: Tensor | None = None
@@ -207,31 +230,51 @@ class Learner:
     def warm_up_seconds(self, seconds: float) -> None:
         self._gradients.warm_up_seconds = seconds
 
+    def rates(self) -> dict[str, Rate]:
+        """What was set last for each network, and the factor of its schedule then.
+
+        Raises:
+            ValueError: if something else than a rate was written into an optimiser's group.
+        """
+        return self._rates.state_dict()
+
     def base_rates(self) -> dict[str, float]:
-        """The rate of each network that is trained, the actor's before its schedule."""
-        rates = {name: group["lr"] for name, group in self._groups.items()}
-        return {name: self._base_actor_rate if name == "actor" else float(rate) for name, rate in rates.items()}
+        """The rate of each network that is trained, before its schedule."""
+        return {network: self._rates.base(network) for network in self._rates.trained}
 
     def learning_rate(self, network: str) -> float:
-        """The rate of ``"actor"``, ``"critic"`` or ``"value"`` in the next step, the actor's schedule included."""
-        if network != "actor":
-            return float(self._groups[network]["lr"])
-        return scheduled_rate(self._base_actor_rate, self.step_count, self.actor_schedule_steps)
+        """The rate of ``"actor"``, ``"critic"`` or ``"value"`` in the next step, its schedule included.
+
+        Raises:
+            ValueError: if something else was written into its optimiser's group.
+        """
+        return self._rates.next(network)
 
     def set_learning_rate(self, network: str, rate: float) -> None:
-        """Sets a rate, the actor's before its schedule.
+        """Sets the rate of a network before its schedule.
 
         Raises:
             ValueError: for a network that is none of actor, critic and value, or a rate out of range.
         """
         if network not in NETWORKS:
             raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {network!r}")
-        if not 0.0 <= rate < math.inf:
-            raise ValueError(f"the learning rate must be a finite number >= 0, got {rate}")
-        if network == "actor":
-            self._base_actor_rate = rate
-        elif network in self._groups:
-            set_rate(self._groups[network], rate)
+        self._rates.set(network, rate)
+
+    def set_schedule(self, network: str, factor: float) -> None:
+        """Tells what a framework's schedule multiplies the rate of a network by, from the next step on."""
+        if network in self._rates.trained:
+            self._rates.group(network)["schedule"] = factor
+
+    def show_learning_rate(self, network: str, rate: float) -> None:
+        """Puts the rate of a step into the group of a network that is trained; what a user wrote there is set.
+
+        Raises:
+            ValueError: if that is no rate.
+        """
+        self._rates.show(network, rate)
+
+    def _factor(self, network: str, group: Mapping[str, Any]) -> float:
+        return schedule_factor(network, group, self.step_count, self.actor_schedule_steps)
 
     def step(self, batch: Mapping[str, Tensor] | TensorDictBase) -> None:
         """One gradient step on a batch.
@@ -241,13 +284,15 @@ class Learner:
                 has is ignored.
 
         Raises:
-            KeyError, TypeError, ValueError: for a batch that the loss refuses; nothing was trained.
+            KeyError, TypeError, ValueError: for a batch that the loss refuses, or if an optimiser's group has no
+                learning rate; nothing was trained.
+            DivergenceError: see :meth:`check_finite`.
         """
         if isinstance(batch, TensorDictBase):
             batch = batch.select(*self.loss.accepted_keys, strict=False)
             batch = {flat_name(key): tensor for key, tensor in batch.items(True, True)}
-        if "actor" in self._groups:
-            set_rate(self._groups["actor"], self.learning_rate("actor"))
+        for network in self._rates.trained:
+            self._rates.show(network)
         device = next(self.loss.parameters()).device
         captured = self._captured if self.synchronize is None else None
         with _drawing_from(self.seed, self.step_count, device):
@@ -256,8 +301,14 @@ class Learner:
             else:
                 losses = captured(batch, *self._constants_and_addresses(batch))
         self.step_count += 1
+        # A framework's schedule has moved on, and shows the rate of the next step.
+        for network in self._rates.trained:
+            if "schedule" in self._rates.group(network):
+                self._rates.show(network)
         self.last_losses = losses
         self.record(losses, 1, dict(batch))
+        if self.step_count % STEPS_BETWEEN_CHECKS == 0:
+            self.check_finite()
 
     def _compute(self, batch: Mapping[str, Tensor]) -> Tensor:
         """All of a step that happens on the device; returns its ``[4]`` losses."""
@@ -265,8 +316,8 @@ class Learner:
         if self.synchronize is not None:
             self.synchronize()
         if self.max_grad_norm is not None:
-            for group in self._groups.values():
-                nn.utils.clip_grad_norm_(group["params"], self.max_grad_norm)
+            for network in self._rates.trained:
+                nn.utils.clip_grad_norm_(self._rates.group(network)["params"], self.max_grad_norm)
         for optimizer in self.optimizers:
             optimizer.step()
             if self._drops_gradients:
@@ -281,7 +332,9 @@ class Learner:
         constants += [self.target_updater.tau, self.max_grad_norm]
         tensors = list(state.values())
         for optimizer in self.optimizers:
-            options = [item for group in optimizer.param_groups for item in group.items() if item[0] != "params"]
+            groups = optimizer.param_groups
+            # The schedule is in the rate.
+            options = [item for group in groups for item in group.items() if item[0] not in ("params", "schedule")]
             constants += [(name, _constant(value)) for name, value in options]
             values = [value for moments in optimizer.state.values() for value in moments.values()]
             values += [value for _, value in options]
@@ -313,15 +366,49 @@ class Learner:
         Returns:
             ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy``, and the fields of
             :class:`~iql_plugins.functional.Health`; empty if no step was taken since the last call.
+
+        Raises:
+            DivergenceError: see :meth:`check_finite`.
         """
         self.bring_up_to_date()
         if self._sums is None:
             return {}
-        means = (self._sums / self._count).tolist()
-        self._sums, self._count = None, 0
         health: Health = self.loss.health(**self._last_batch)
-        values = torch.stack([value.to(torch.float32) for value in health]).tolist()
-        return dict(zip(OUTPUTS, means, strict=True)) | dict(zip(Health._fields, values, strict=True))
+        values = self._finite(health._asdict())
+        self._sums, self._count = None, 0
+        return values
+
+    def check_finite(self) -> None:
+        """Looks whether the losses since the last call of :meth:`metrics`, and the weights, are finite.
+
+        Reads the device, once.
+
+        Raises:
+            DivergenceError: if they are not; says which.
+        """
+        self.bring_up_to_date()
+        self._finite({})
+
+    @torch.no_grad()
+    def _finite(self, further: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means of the losses, and further values, all of them finite, as the weights are."""
+        told = {} if self._sums is None else dict(zip(OUTPUTS, self._sums / self._count, strict=True))
+        told |= further
+        largest = {
+            f"the {name}'s weights": nn.utils.get_total_norm(
+                [parameter for parameter in self._rates.group(name)["params"] if parameter.numel()], math.inf
+            )
+            for name in self._rates.trained
+        }
+        dtype = torch.promote_types(torch.float32, next(self.loss.parameters()).dtype)
+        values = torch.stack([value.to(dtype) for value in (told | largest).values()]).tolist()
+        read = dict(zip(told | largest, values, strict=True))
+        if wrong := [name for name, value in read.items() if not math.isfinite(value)]:
+            raise DivergenceError(
+                f"{', '.join(wrong)} not finite at step {self.step_count}: lower the learning rates, set "
+                "max_grad_norm, or look at the dataset with `iql-plugins inspect`"
+            )
+        return {name: read[name] for name in told}
 
     def state_dict(self) -> dict[str, Any]:
         """All that continues a training and is not in the loss: optimisers, rates and the step."""
@@ -329,7 +416,7 @@ class Learner:
         return {
             "step_count": self.step_count,
             "seed": self.seed,
-            "actor_learning_rate": self._base_actor_rate,
+            "learning_rates": {network: list(rate) for network, rate in self.rates().items()},
             "optimizers": [_saved(optimizer) for optimizer in self.optimizers],
             "target_updater": self.target_updater.state_dict(),
         }
@@ -345,16 +432,18 @@ class Learner:
         if len(states) != len(self.optimizers):
             raise ValueError(f"the state has {len(states)} optimisers, the learner {len(self.optimizers)}")
         fitted = [_fitted(optimizer, saved) for optimizer, saved in zip(self.optimizers, states, strict=True)]
-        step_count, seed, rate = int(state["step_count"]), int(state["seed"]), float(state["actor_learning_rate"])
+        step_count, seed = int(state["step_count"]), int(state["seed"])
+        # A state of an earlier release has that of the actor, and the others in their groups.
+        saved_rates = (
+            state["learning_rates"] if "learning_rates" in state else {"actor": (state["actor_learning_rate"], 1)}
+        )
+        rates = {network: Rate(float(value), float(factor)) for network, (value, factor) in saved_rates.items()}
         self.target_updater.load_state_dict(state["target_updater"])
         for optimizer, saved in zip(self.optimizers, fitted, strict=True):
             optimizer.load_state_dict(saved)
-        self._groups = self._named_groups()
-        self.step_count, self.seed, self._base_actor_rate = step_count, seed, rate
+        self.step_count, self.seed = step_count, seed
+        self._rates.load_state_dict(rates)
         self._sums, self._count = None, 0
-
-    def _named_groups(self) -> dict[str, dict[str, Any]]:
-        return {group["name"]: group for optimizer in self.optimizers for group in optimizer.param_groups}
 
 
 def _trained(loss: IQLLoss) -> dict[str, list[nn.Parameter]]:
@@ -368,14 +457,6 @@ def _trained(loss: IQLLoss) -> dict[str, list[nn.Parameter]]:
         if own:
             groups[name] = own
     return groups
-
-
-def set_rate(group: dict[str, Any], rate: float | Tensor) -> None:
-    """Sets the learning rate of an optimiser's group, in place if it is a tensor."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
 
 
 @contextmanager

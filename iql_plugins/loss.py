@@ -1,7 +1,7 @@
 r"""The losses of Implicit Q-Learning over networks, for continuous and for discrete actions."""
 
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from iql_plugins import evaluation, functional, parameters
+from iql_plugins import distributed, evaluation, functional, parameters
 from iql_plugins.batch import Batch, BatchReader, dtype_kind, keyword_tensors, to_batch_shape
 from iql_plugins.distributions import at_least_float32
 from iql_plugins.functional import LossFunction, Reduction
@@ -60,12 +60,20 @@ class IQLLoss(NetworkOwner):
 
     **Who owns the parameters.** The loss. The actor, V and a single critic (``num_qvalue_nets=1``) are the
     modules that were passed, trained in place; several critics are stacked into one module of the
-    loss's own. ``actor_network_params``, ``value_network_params``, ``qvalue_network_params`` and
-    ``target_qvalue_network_params`` show them as nested TensorDicts, under the names of ``state_dict()``.
+    loss's own. In the place of a ``TensorDictParams`` inside a network (TorchRL's ``MultiAgentMLP`` has one) the loss
+    puts one that keeps the same tensors in modules. ``actor_network_params``, ``value_network_params``,
+    ``qvalue_network_params`` and ``target_qvalue_network_params`` show the networks' parameters as nested
+    TensorDicts, under the names of ``state_dict()``.
 
     **Input** by the layout of :mod:`iql_plugins.keys`: a TensorDict, into which the log-probability and the
     priority are written and nothing else; or keyword tensors, with a tuple in the order of
     :attr:`out_keys` in return. Losses are computed in float32 at least, whatever the networks' dtype.
+
+    **Several processes.** ``DistributedDataParallel(loss)`` trains all replicas alike: the first call that trains
+    gives the target critics of rank 0 to all, whether or not DDP synchronises buffers. ``fully_shard(loss)``, over
+    ranks with equal weights as FSDP asks for, and DDP with ``find_unused_parameters=True`` look for the losses in what
+    a call returns, and see none in a TensorDict: they are given keyword tensors, a TensorDict is refused. Updaters are
+    stepped by every rank. Call the wrapper, not the loss inside it.
 
     **Function transforms.** ``torch.func.functional_call(loss, parameters, kwargs=batch)`` computes the losses
     at ``parameters`` (names of ``named_parameters()``), and ``torch.func.grad`` of it equals autograd's.
@@ -121,6 +129,7 @@ class IQLLoss(NetworkOwner):
     SUPPORTED_VALUE_ESTIMATORS: ClassVar = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
     use_prioritized_weights: bool | str = "auto"
     vmap_randomness: str = "different"
+    _targets_replicated = False
 
     def __init__(
         self,
@@ -324,14 +333,15 @@ class IQLLoss(NetworkOwner):
             value_type: ``ValueEstimators.TD0`` (the default), ``TD1`` or ``TDLambda``; TorchRL's members
                 of these names, or the names, work as well.
             **hyperparams: ``gamma`` (0.99); for TDLambda ``lmbda`` (0.95); for TD1 and TDLambda
-                ``time_dim``, which batch dimension is time.
+                ``time_dim``, which dimension is time: the last of a TensorDict's batch size (or the one named
+                ``"time"``) when None. Keyword tensors need it: their last dimension may be that of agents.
 
         Returns:
             The loss.
 
         Raises:
             NotImplementedError: for an estimator that IQL does not take.
-            TypeError: for a hyper-parameter that the estimator does not have.
+            TypeError: for a hyper-parameter that the estimator does not have, or of the wrong type.
             ValueError: for one out of range.
         """
         value_type = supported_value_type(self.default_value_estimator if value_type is None else value_type)
@@ -370,37 +380,27 @@ class IQLLoss(NetworkOwner):
             KeyError: for a missing key.
             TypeError: for a keyword that is no key's name, or an entry that is no tensor or has the wrong dtype.
             ValueError: for a wrong shape, device or value, or an empty batch.
-            RuntimeError: if a network fails on the batch, or the TensorDict is locked.
+            RuntimeError: if a network fails on the batch, the TensorDict is locked, or a wrapper for several
+                processes cannot take a TensorDict.
         """
         self._check_updater()
-        source = self._source(tensordict, tensors)
-        batch = self._reader.read(source, self.in_keys)
-        value = self._value(batch)
-        target_q = self._target_q(batch, value.shape)
-        q = self._q(batch, value.shape)
-        log_prob = self._log_prob(batch, value.shape)
-        losses = functional.losses_from_target(
-            q,
-            target_q,
-            value,
-            log_prob,
-            self._target(batch, value.shape),
-            expectile=self.expectile,
-            temperature=self.temperature,
-            max_weight=self.max_weight,
-            loss_function=self.loss_function,
-            reduction=self.reduction,
-            weight=self._weight(batch, value.shape),
-            mask=self._mask(batch, value.shape),
-        )
+        if torch.is_grad_enabled():
+            self._check_wrapper(tensordict)
+        of = self._quantities(tensordict, tensors, self.in_keys)
+        value, actor, qvalue = of.value_loss, of.actor_loss, of.qvalue_loss
+        outputs = {
+            "loss_actor": of.reduced(actor),
+            "loss_qvalue": of.reduced(qvalue),
+            "loss_value": of.reduced(value),
+            "entropy": functional.entropy(of.log_prob, of.mask),
+        }
         if not torch.compiler.is_compiling():
             self._estimator_in_state = True
-        outputs = losses._asdict()
         if tensordict is None:
             selected = tuple(outputs[key] for key in self.out_keys)
             return selected[0] if len(selected) == 1 else selected
-        tensordict.set(self._tensor_keys.log_prob, log_prob.detach())
-        tensordict.set(self._tensor_keys.priority, losses.td_error)
+        tensordict.set(self._tensor_keys.log_prob, of.log_prob.detach())
+        tensordict.set(self._tensor_keys.priority, of.unmasked(functional.td_error(of.q, of.target)))
         result = TensorDict(batch_size=value.shape if self.reduction == "none" else [])
         for key in self.out_keys:
             if key == "entropy" and self.reduction == "none":
@@ -414,37 +414,36 @@ class IQLLoss(NetworkOwner):
             # Past this method, forward, and the two frames of torch.nn.Module's call.
             warnings.warn(_NO_UPDATER, UserWarning, stacklevel=5)
 
+    def _check_wrapper(self, tensordict: TensorDictBase | None) -> None:
+        if tensordict is not None:
+            distributed.check_output(self)
+        # DDP may leave buffers, which the targets are, as each process drew them.
+        if not self._targets_replicated and (ddp := distributed.active_ddp()) is not None:
+            distributed.replicate(parameters.leaves(self._network("target_qvalue_network")).values(), ddp)
+            self._targets_replicated = True
+
     def actor_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_actor`` alone, and no metadata. Writes the log-probability into the input."""
         keys = [*_in_keys(self.actor_network), *_in_keys(self.qvalue_network), *_in_keys(self.value_network)]
-        batch = self._reader.read(self._source(tensordict, {}), [*keys, self._tensor_keys.action])
+        of = self._quantities(tensordict, {}, [*keys, self._tensor_keys.action])
         with torch.no_grad():
-            value = self._value(batch)
-        advantage = functional.advantage(self._target_q(batch, value.shape), value)
-        log_prob = self._log_prob(batch, value.shape)
-        weight = functional.advantage_weight(advantage, self.temperature, self.max_weight)
-        loss = self._reduced(functional.weighted_log_likelihood(log_prob, weight), batch)
-        tensordict.set(self._tensor_keys.log_prob, log_prob.detach())
+            of.advantage  # noqa: B018 - no other loss will ask for V's gradient
+        loss = of.reduced(of.actor_loss)
+        tensordict.set(self._tensor_keys.log_prob, of.log_prob.detach())
         return loss, {}
 
     def value_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_value`` alone, and no metadata."""
         keys = [*_in_keys(self.qvalue_network), *_in_keys(self.value_network), self._tensor_keys.action]
-        batch = self._reader.read(self._source(tensordict, {}), keys)
-        value = self._value(batch)
-        advantage = functional.advantage(self._target_q(batch, value.shape), value)
-        return self._reduced(functional.expectile_loss(advantage, self.expectile), batch), {}
+        of = self._quantities(tensordict, {}, keys)
+        return of.reduced(of.value_loss), {}
 
     def qvalue_loss(self, tensordict: TensorDictBase) -> tuple[Tensor, dict[str, Tensor]]:
         """``loss_qvalue`` alone, and as metadata ``"td_error"``: each critic's squared errors, ``[N, *B]``."""
         keys = [*_in_keys(self.qvalue_network), self._tensor_keys.action, *self._target_keys]
-        batch = self._reader.read(self._source(tensordict, {}), keys)
-        target = self._target(batch, None)
-        q = self._q(batch, target.shape)
-        loss = functional.qvalue_loss(q, target, self.loss_function)
-        errors = (q.detach() - target).square()
-        mask = self._mask(batch, target.shape)
-        return self._reduced(loss, batch), {"td_error": errors if mask is None else errors.masked_fill(~mask, 0.0)}
+        of = self._quantities(tensordict, {}, keys)
+        target = of.target
+        return of.reduced(of.qvalue_loss), {"td_error": of.unmasked((of.q.detach() - target).square())}
 
     @torch.no_grad()
     def qvalues(self, tensordict: TensorDictBase) -> Tensor:
@@ -466,21 +465,18 @@ class IQLLoss(NetworkOwner):
             **tensors: the batch as keyword tensors instead.
         """
         keys = [*_in_keys(self.qvalue_network), *_in_keys(self.value_network), self._tensor_keys.action]
-        batch = self._reader.read(self._source(tensordict, tensors), keys)
-        value = self._value(batch)
+        of = self._quantities(tensordict, tensors, keys)
+        value, target_q = of.value, of.target_q
         return functional.health(
-            self._target_q(batch, value.shape),
-            value,
-            temperature=self.temperature,
-            max_weight=self.max_weight,
-            mask=self._mask(batch, value.shape),
+            target_q, value, temperature=self.temperature, max_weight=self.max_weight, mask=of.mask
         )
 
-    def _reduced(self, loss: Tensor, batch: Batch) -> Tensor:
-        weight, mask = self._weight(batch, loss.shape), self._mask(batch, loss.shape)
-        return functional.reduce_loss(loss, self.reduction, weight=weight, mask=mask)
+    def _quantities(
+        self, tensordict: TensorDictBase | None, tensors: dict[str, Tensor], keys: Sequence[NestedKey]
+    ) -> "_Quantities":
+        return _Quantities(self, self._reader.read(self._source(tensordict, tensors), keys))
 
-    # The quantities, each computed once a call
+    # How each quantity is computed; nobody but _Quantities asks
 
     def _log_prob(self, batch: Batch, shape: Size) -> Tensor:
         """``[*B]`` log-probability of the dataset's action."""
@@ -659,6 +655,105 @@ class IQLLoss(NetworkOwner):
                 "input, which is locked: unlock_() it, or pass a copy()"
             )
         return tensordict
+
+
+def _once(compute: Callable[["_Quantities"], Tensor]) -> Any:
+    """A property that is computed once; ``functools.cached_property`` breaks a compiled graph."""
+    name = compute.__name__
+
+    def quantity(self: "_Quantities") -> Tensor:
+        if name not in self.computed:
+            self.computed[name] = compute(self)
+        return self.computed[name]
+
+    return property(quantity, doc=compute.__doc__)
+
+
+class _Quantities:
+    """What the losses of a batch are made of, each computed when it is first asked for, and once.
+
+    Attributes:
+        batch: what was read.
+        computed: quantities by name.
+        shape: ``*B``, which V(s) or, if it is not asked for, the target of Q tells.
+    """
+
+    def __init__(self, loss: IQLLoss, batch: Batch) -> None:
+        self._loss, self.batch = loss, batch
+        self.shape: Size | None = None
+        self.computed: dict[str, Tensor] = {}
+
+    @_once
+    def value(self) -> Tensor:
+        """``[*B]`` V(s)."""
+        value = self._loss._value(self.batch)
+        self.shape = value.shape
+        return value
+
+    @_once
+    def target_q(self) -> Tensor:
+        """``[N, *B]`` Q(s, a) of the target critics."""
+        return self._loss._target_q(self.batch, self._known_shape)
+
+    @_once
+    def advantage(self) -> Tensor:
+        """``[*B]`` min Q(s, a) of the target critics - V(s); gradients flow through V."""
+        value = self.value
+        return functional.advantage(self.target_q, value)
+
+    @_once
+    def q(self) -> Tensor:
+        """``[N, *B]`` Q(s, a) of the critics."""
+        return self._loss._q(self.batch, self._known_shape)
+
+    @_once
+    def log_prob(self) -> Tensor:
+        """``[*B]`` log-probability of the dataset's action."""
+        return self._loss._log_prob(self.batch, self._known_shape)
+
+    @_once
+    def target(self) -> Tensor:
+        """``[*B]`` target of Q."""
+        target = self._loss._target(self.batch, self.shape)
+        self.shape = target.shape
+        return target
+
+    @property
+    def value_loss(self) -> Tensor:
+        """``[*B]`` of V: expectile regression."""
+        return functional.expectile_loss(self.advantage, self._loss.expectile)
+
+    @property
+    def actor_loss(self) -> Tensor:
+        """``[*B]`` of the policy: advantage-weighted regression."""
+        loss = self._loss
+        weight = functional.advantage_weight(self.advantage.detach(), loss.temperature, loss.max_weight)
+        return functional.weighted_log_likelihood(self.log_prob, weight)
+
+    @property
+    def qvalue_loss(self) -> Tensor:
+        """``[*B]`` of the critics, summed over them."""
+        return functional.qvalue_loss(self.q, self.target, self._loss.loss_function)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """``[*B]`` True where an entry counts; None where all do."""
+        return self._loss._mask(self.batch, self._known_shape)
+
+    def reduced(self, loss: Tensor) -> Tensor:
+        """A loss per sample as the loss's reduction has it, weighted by importance."""
+        weight = self._loss._weight(self.batch, loss.shape)
+        return functional.reduce_loss(loss, self._loss.reduction, weight=weight, mask=self.mask)
+
+    def unmasked(self, errors: Tensor) -> Tensor:
+        """``[..., *B]`` zero where an entry does not count."""
+        mask = self.mask
+        return errors if mask is None else errors.masked_fill(~mask, 0.0)
+
+    @property
+    def _known_shape(self) -> Size:
+        assert self.shape is not None
+        return self.shape
 
 
 class DiscreteIQLLoss(IQLLoss):

@@ -8,7 +8,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
-from iql_plugins import parameters
+from iql_plugins import distributed, parameters
 from iql_plugins.networks import default_value_function
 
 __all__ = ["NetworkOwner"]
@@ -49,6 +49,8 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
             value_network = default_value_function(actor_network)
         _check_network("value_network", value_network)
 
+        for network in (actor_network, value_network, *critics):
+            parameters.expose_nested(network)
         super().__init__()
         self.num_qvalue_nets = num_qvalue_nets
         self.separate_losses = separate_losses
@@ -232,7 +234,7 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
         pairs: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
         for name, target in parameters.leaves(self._network("target_qvalue_network")).items():
             is_parameter = isinstance(sources[name], nn.Parameter)
-            pairs[0 if is_parameter else 1].append((target, full[name].detach()))
+            pairs[0 if is_parameter else 1].append((target, distributed.whole(full[name].detach())))
         return pairs
 
     @torch.no_grad()

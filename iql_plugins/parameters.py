@@ -17,6 +17,7 @@ from torch import Tensor, nn
 __all__ = ["NetworkParams"]
 
 Tensors = dict[str, Tensor]
+_IN_PLACE = "the parameters of a loss can be changed in place, not replaced; see from_stateful_net"
 
 
 def leaves(module: nn.Module) -> Tensors:
@@ -201,6 +202,89 @@ def share_modules(module: nn.Module, *others: nn.Module) -> bool:
     return any(submodule in held and (submodule._parameters or submodule._buffers) for submodule in module.modules())
 
 
+class NestedParams(TensorDictParams):  # type: ignore[misc]
+    """A ``TensorDictParams`` inside a network, with its tensors where torch looks for them: in modules.
+
+    The original records its tensors twice, and computes with the record that ``functional_call``, copies and
+    replaced leaves do not reach. This one looks up what its modules hold whenever the network reads it.
+
+    Args:
+        params: the original, whose tensors and names it takes over.
+    """
+
+    no_convert = "skip"
+    _is_locked = _lock_content = False
+    state_dict = nn.Module.state_dict
+    load_state_dict = nn.Module.load_state_dict
+    _load_from_state_dict = nn.Module._load_from_state_dict
+    _apply = nn.Module._apply
+
+    def __init__(self, params: TensorDictParams) -> None:
+        nn.Module.__init__(self)
+        self._original_batch_size, self._get_post_hook = params.batch_size, params._get_post_hook
+        for key, tensor in params.items(True, True):
+            *path, name = key if isinstance(key, tuple) else (key,)
+            owner: nn.Module = self
+            for part in path:
+                owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+            (owner._parameters if isinstance(tensor, nn.Parameter) else owner._buffers)[name] = tensor
+
+    @property
+    def _param_td(self) -> TensorDict:
+        tensors = leaves(self)
+        known = [tensor for tensor in tensors.values() if not nn.parameter.is_lazy(tensor)]
+        shapes = {tensor.shape[: len(self._original_batch_size)] for tensor in known} or {self._original_batch_size}
+        # Stacked critics that share some of their leaves have no common batch size.
+        return _nested(tensors, shapes.pop() if len(shapes) == 1 else ())
+
+    @_param_td.setter
+    def _param_td(self, tensordict: TensorDictBase) -> None:
+        # TensorDict.to_module sets it, and sets it back.
+        for key, tensor in tensordict.items(True, True):
+            *path, name = key if isinstance(key, tuple) else (key,)
+            owner = self.get_submodule(".".join(path))
+            (owner._parameters if name in owner._parameters else owner._buffers)[name] = tensor
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return nn.Module.__getattr__(self, name)
+        except AttributeError:
+            if name.startswith("_"):
+                raise
+            return getattr(self._param_td, name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the caches and locks of TensorDicts around it.
+        return {name: vars(self)[name] for name in (*vars(nn.Module()), "_original_batch_size", "_get_post_hook")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NestedParams":
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def _reset_params(self, params: dict[str, Any] | None = None, buffers: dict[str, Any] | None = None) -> None:
+        raise RuntimeError(_IN_PLACE)
+
+
+def expose_nested(network: nn.Module) -> None:
+    """Puts :class:`NestedParams` in the place of every ``TensorDictParams`` inside a network."""
+    for module in list(network.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, TensorDictParams) and not isinstance(child, NestedParams):
+                module._modules[name] = NestedParams(child)
+
+
+def _nested(tensors: Tensors, batch_size: Sequence[int]) -> TensorDict:
+    """Tensors by dotted name as a nested TensorDict."""
+    nested = TensorDict(batch_size=batch_size)
+    for name, tensor in tensors.items():
+        nested[tuple(name.split("."))] = tensor
+    return nested
+
+
 class NetworkParams(TensorDictParams):  # type: ignore[misc]
     """A network's parameters as TorchRL shows them: a nested TensorDict, one entry a leaf.
 
@@ -217,10 +301,7 @@ class NetworkParams(TensorDictParams):  # type: ignore[misc]
     def __init__(
         self, module: nn.Module, tensors: Tensors, batch_size: Sequence[int], untrained: frozenset[str] = frozenset()
     ) -> None:
-        nested = TensorDict(batch_size=batch_size)
-        for name, tensor in tensors.items():
-            nested[tuple(name.split("."))] = tensor
-        super().__init__(nested, no_convert="skip", lock=True)
+        super().__init__(_nested(tensors, batch_size), no_convert="skip", lock=True)
         # The registries are the module's own, so that torch.func.functional_call, which walks
         # attributes to the leaf that a name means, swaps the tensor that the loss will read.
         self.__dict__.update(
@@ -239,5 +320,5 @@ class NetworkParams(TensorDictParams):  # type: ignore[misc]
 
     def _reset_params(self, params: dict[str, Any] | None = None, buffers: dict[str, Any] | None = None) -> None:
         if "_untrained" in self.__dict__:
-            raise RuntimeError("the parameters of a loss can be changed in place, not replaced; see from_stateful_net")
+            raise RuntimeError(_IN_PLACE)
         super()._reset_params(params, buffers)

@@ -18,7 +18,7 @@ from torch.optim import Adam, Optimizer
 
 from iql_plugins.agent import Agent
 from iql_plugins.gradients import Graph, compiled, slots, traced
-from iql_plugins.learner import scheduled_rate, set_rate
+from iql_plugins.learner import STEPS_BETWEEN_CHECKS, schedule_factor
 
 __all__ = ["fit_together"]
 
@@ -43,6 +43,7 @@ def fit_together(
         ValueError: unless the agents are alike and can be stacked, or for a dataset that does not fit; says what
             differs. Nothing was trained.
         RuntimeError: if the callback trains an agent, loads a learner's state, or moves a loss.
+        DivergenceError: if losses or weights of an agent are no longer finite.
     """
     if len(agents) == 1:
         agents[0].fit(dataset, n_steps, callback)
@@ -61,6 +62,8 @@ def fit_together(
             population.step(batch(torch.cat(drawn)))
             if callback is not None:
                 callback(agents[0].learner.step_count)
+    for agent in agents:
+        agent.learner.check_finite()
 
 
 class _Population:
@@ -90,9 +93,10 @@ class _Population:
         self._each(lambda index, tensor, stack: stack.detach()[index])
         self._bound = False
         first = self.learners[0]
-        self._actor_rate, self._horizon = first.base_rates().get("actor", 0.0), first.actor_schedule_steps
+        self._actor_rate, self._horizon = first.rates()["actor"], first.actor_schedule_steps
         self._max_grad_norm, self._tau = first.max_grad_norm, first.target_updater.tau
         self._step_count = first.step_count
+        self._shown: float | None = None
         self._sums = torch.zeros(len(agents), 4, device=agents[0].device)
         self._counts = [0] * len(agents)
         self._batch: dict[str, Tensor] = {}
@@ -134,7 +138,9 @@ class _Population:
             if self._max_grad_norm is not None:
                 _clip(group["params"], self._max_grad_norm)
             if group["name"] == "actor":
-                set_rate(group, scheduled_rate(self._actor_rate, self._step_count, self._horizon))
+                factor = schedule_factor("actor", group, self._step_count, self._horizon)
+                self._shown = self._actor_rate.at(factor)
+                _set_rate(group, self._shown)
         self._optimizer.step()
         if not self._bound:
             self._bind_optimizers()
@@ -151,6 +157,9 @@ class _Population:
             learner.last_losses = own
             learner.step_count = self._step_count
             self._counts[index] += 1
+        if self._step_count % STEPS_BETWEEN_CHECKS == 0:
+            for learner in self.learners:
+                learner.check_finite()
 
     def check(self) -> None:
         """Raises :class:`RuntimeError` if an agent is not what was trained."""
@@ -201,6 +210,7 @@ class _Population:
         for group in optimizers[0].param_groups:
             options = {name: _copy(value) for name, value in group.items() if name != "params"}
             groups.append(options | {"params": [self._stack_of[id(parameter)] for parameter in group["params"]]})
+            _set_rate(groups[-1], self.learners[0].learning_rate(group["name"]))
         stacked = Adam(groups)
         for parameters in zip(*map(_parameters, optimizers), strict=True):
             states = [
@@ -248,9 +258,8 @@ class _Population:
             learner.record(self._sums[index].clone(), self._counts[index], batch)
             self._sums[index].zero_()
             self._counts[index] = 0
-        for group, stacked in zip(learner.optimizers[0].param_groups, self._optimizer.param_groups, strict=True):
-            if group["name"] == "actor":
-                set_rate(group, stacked["lr"])
+        if self._shown is not None:
+            learner.show_learning_rate("actor", self._shown)
 
 
 @contextmanager
@@ -311,6 +320,7 @@ def _common(agent: Agent) -> dict[str, Any]:
         "the number of steps": learner.step_count,
         "compilation": learner.compiled,
         "the actor's schedule": learner.actor_schedule_steps,
+        "learning rates": learner.rates(),
         "the settings of the loss": agent.options(),
         "the loss": (repr(agent.loss), [module.training for module in agent.loss.modules()]),
         "the tensors": [
@@ -340,6 +350,13 @@ def _interfered(index: int) -> str:
         f"agent {index} was trained, moved, or given another state while it was trained together with others: "
         "a callback may read agents, and load weights into their losses; stop, change them, and train them again"
     )
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def _copy(value: Any) -> Any:

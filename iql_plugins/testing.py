@@ -20,7 +20,7 @@ from iql_plugins.data.dataset import check_dataset
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.gradients import OUTPUTS
 from iql_plugins.hookspecs import Adapter, Training
-from iql_plugins.registry import NotRecognizedError, Registry
+from iql_plugins.plugins import Host, NotRecognizedError, host
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 __all__ = ["AdapterContractError", "check_adapter"]
@@ -73,13 +73,13 @@ def check_adapter(adapter: str | Adapter, *, batch: object = None) -> None:
     """
     if isinstance(adapter, str):
         with _expected(f"adapter {adapter!r} loads"):
-            description = Registry().load(adapter)
+            description = host().load(adapter)
         _check_description(description)
         _check_hooks(adapter)
         _check_imports(adapter, description)
         if batch is not None:
             with _expected("iql_map_batch takes a batch of the adapter's framework"):
-                mapped = Registry(strict=True, allow=[adapter]).map_batch(batch)
+                mapped = Host(strict=True, allow=[adapter]).map_batch(batch)
             _check_layout(mapped)
     else:
         description = adapter
@@ -113,10 +113,10 @@ def _check_description(adapter: Any) -> None:
 
 
 def _check_hooks(name: str) -> None:
-    registry = Registry(strict=True, allow=[name])
+    alone = Host(strict=True, allow=[name])
     hooks: dict[str, Callable[[object], object]] = {
-        "iql_map_batch": registry.map_batch,
-        "iql_load_dataset": registry.load_dataset,
+        "iql_map_batch": alone.map_batch,
+        "iql_load_dataset": alone.load_dataset,
     }
     for hook, call in hooks.items():
         for stranger in (object(), 3, "no such thing", Path("no such thing")):
@@ -131,16 +131,16 @@ def _check_hooks(name: str) -> None:
 
 def _check_imports(name: str, adapter: Adapter) -> None:
     code = (
-        "import json, sys; from iql_plugins.registry import Registry;"
-        f"Registry(allow=[{name!r}]).load({name!r}); print(json.dumps(sorted(sys.modules)))"
+        "import json, sys; from iql_plugins.plugins import Host;"
+        f"Host(allow=[{name!r}]).load({name!r}); print(json.dumps(sorted(sys.modules)))"
     )
     with _expected(f"adapter {name!r} loads in a fresh interpreter"):
         run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if run.returncode:
             raise RuntimeError(run.stderr.strip().splitlines()[-1])
     imported = {module.split(".")[0] for module in json.loads(run.stdout.splitlines()[-1])}
-    others = {info.value.split(".")[0] for other, info in Registry().available().items() if other != name}
-    own = Registry().available()[name].value.split(".")[0]
+    others = {info.value.split(".")[0] for other, info in host().available().items() if other != name}
+    own = host().available()[name].value.split(".")[0]
     strangers = imported & ((others - {own}) | (set(FRAMEWORKS) - {adapter.framework}))
     _require(not strangers, "an adapter imports neither another adapter nor another framework", sorted(strangers))
 

@@ -145,6 +145,8 @@ class _TrajectoryEstimator(ValueEstimator):
 
     def __init__(self, *, time_dim: int | None = None, **hyperparams: Any) -> None:
         super().__init__(**hyperparams)
+        if time_dim is not None and (isinstance(time_dim, bool) or not isinstance(time_dim, int)):
+            raise TypeError(f"time_dim must be an integer or None, got {time_dim!r}")
         self.time_dim = time_dim
 
     @abc.abstractmethod
@@ -190,8 +192,14 @@ class TD1Estimator(_TrajectoryEstimator):
 
     Args:
         gamma: discount per environment step, in [0, 1].
-        time_dim: which batch dimension is time; the last, or the one named ``"time"``, when None.
+        time_dim: which dimension of the rewards is time; a negative one counts back from a TensorDict's last batch
+            dimension, or from the last of ``*B`` for keyword tensors. When None, it is the one that a TensorDict
+            names ``"time"``, or its last batch dimension; keyword tensors need it.
         differentiable: see :class:`ValueEstimator`.
+
+    Raises:
+        TypeError: if ``time_dim`` is no integer.
+        ValueError: if ``gamma`` is outside [0, 1].
     """
 
     value_type = ValueEstimators.TD1
@@ -208,8 +216,14 @@ class TDLambdaEstimator(_TrajectoryEstimator):
     Args:
         gamma: discount per environment step, in [0, 1].
         lmbda: :math:`\lambda` in [0, 1].
-        time_dim: which batch dimension is time; the last, or the one named ``"time"``, when None.
+        time_dim: which dimension of the rewards is time; a negative one counts back from a TensorDict's last batch
+            dimension, or from the last of ``*B`` for keyword tensors. When None, it is the one that a TensorDict
+            names ``"time"``, or its last batch dimension; keyword tensors need it.
         differentiable: see :class:`ValueEstimator`.
+
+    Raises:
+        TypeError: if ``time_dim`` is no integer.
+        ValueError: if ``gamma`` or ``lmbda`` is outside [0, 1].
     """
 
     value_type = ValueEstimators.TDLambda
@@ -280,19 +294,31 @@ def time_dimension(estimator: ValueEstimator, batch: Batch, shape: Size) -> int:
     """Which dimension of ``shape`` is time.
 
     Raises:
-        ValueError: if nothing says so: shuffled transitions have none.
+        ValueError: if nothing says so: shuffled transitions have none, and the last dimension of plain tensors may
+            be that of agents.
     """
-    given = getattr(estimator, "time_dim", None)
+    given: int | None = getattr(estimator, "time_dim", None)
+    count = len(shape) if batch.batch_dims is None else batch.batch_dims
     if given is not None:
-        if not -len(shape) <= given < len(shape):
-            raise ValueError(f"time_dim={given} is not a dimension of the batch shape {tuple(shape)}")
-        return int(given) % len(shape)
+        time_dim = given + count if given < 0 else given
+        if not 0 <= time_dim < len(shape):
+            raise ValueError(
+                f"time_dim={given} is not a dimension of the batch shape {tuple(shape[:count] if given < 0 else shape)}"
+            )
+        return time_dim
     if batch.time_dim is not None:
         return batch.time_dim
-    if len(shape) < 2:
+    needs = f"{type(estimator).__name__} needs trajectories"
+    if batch.batch_dims is None:
         raise ValueError(
-            f"{type(estimator).__name__} needs trajectories, a batch of shape [*B, T] with time last, got batch "
-            f"shape {tuple(shape)}; if its one dimension is time, name it 'time' or pass time_dim=0 to "
-            "make_value_estimator; for shuffled transitions use ValueEstimators.TD0"
+            f"{needs}, and keyword tensors do not say which dimension is time: pass time_dim to make_value_estimator "
+            "(time_dim=1 for rewards of shape [B, T, 1]), or give a TensorDict; for shuffled transitions use "
+            "ValueEstimators.TD0"
         )
-    return len(shape) - 1
+    if count < 2:
+        raise ValueError(
+            f"{needs}, a TensorDict of batch size [*B, T] with time last, got batch size {tuple(shape[:count])}; if "
+            "its one dimension is time, name it 'time' or pass time_dim=0 to make_value_estimator; for shuffled "
+            "transitions use ValueEstimators.TD0"
+        )
+    return count - 1

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from iql_plugins import DiscreteIQLLoss, IQLLoss, SoftUpdate
+from iql_plugins import DiscreteIQLLoss, IQLLoss, SoftUpdate, plugins
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
 
 OBSERVATION, ACTION, ACTIONS = 5, 3, 4
@@ -43,6 +43,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     torch.set_default_device(device)
     yield device
     torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def host() -> Iterator[None]:
+    """Every test has a plugin host of its own, which sees the plugins that the test installs."""
+    yield
+    plugins.host.cache_clear()
 
 
 @pytest.fixture(params=["continuous", "discrete"])

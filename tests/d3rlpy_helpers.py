@@ -27,7 +27,7 @@ def dataset(kind: str, shape: tuple[int, ...] = VECTOR, **options: Any) -> MDPDa
     actions = (
         rng.integers(0, ACTIONS, (STEPS, 1))
         if kind == DISCRETE
-        else rng.uniform(-2.0, 2.0, (STEPS, ACTION)).astype(np.float32)
+        else rng.uniform(-1.0, 0.5, (STEPS, ACTION)).astype(np.float32)
     )
     terminals, timeouts = np.zeros(STEPS), np.zeros(STEPS)
     terminals[19], timeouts[[39, 59]] = 1.0, 1.0

@@ -1,5 +1,6 @@
 """All four adapters keep to the contract that every adapter must keep to."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,9 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from agents import SPACES, make_dataset
+from agents import SPACES, make_agent, make_dataset, same, weights
+from tensordict import TensorDict
 
 import iql_plugins
+from iql_plugins.agent import Agent
+from iql_plugins.hookspecs import Training
+from iql_plugins.learner import DivergenceError
 from iql_plugins.testing import check_adapter
 
 
@@ -81,11 +86,12 @@ def test_the_command_line_knows_a_native_file_by_its_suffix() -> None:
     assert suffixes == {"tensor": ".safetensors", "sb3": ".zip", "d3rlpy": ".d3", "torchrl": ".pt"}
 
 
+BENCHMARKS = Path(__file__).parent / "benchmarks"
 MEMORY = """
 import gc, sys
 from pathlib import Path
+from contestants import Size, config_of, dataset_of, spaces_of
 from iql_plugins.agent import Agent
-from iql_plugins.cli.peers import Size, config_of, dataset_of, spaces_of
 from iql_plugins.cli.training import adapter_training
 
 def resident_bytes():
@@ -108,5 +114,105 @@ print((max(seen) - before) / sum(tensor.nbytes for tensor in data.values(True, T
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_million_transitions_take_their_packed_size_once(name: str) -> None:
     # In a process of its own, where nothing has left memory to take from.
-    process = subprocess.run([sys.executable, "-c", MEMORY, name], capture_output=True, text=True, check=True)
+    process = subprocess.run(
+        [sys.executable, "-c", MEMORY, name], cwd=BENCHMARKS, capture_output=True, text=True, check=True
+    )
     assert float(process.stdout.split()[-1]) < 1.6
+
+
+EVERY = pytest.mark.parametrize("name", FRAMEWORKS)
+
+
+def algorithm_of(name: str, **hyperparameters: Any) -> tuple[Training, Agent, Any]:
+    """An adapter's training, an agent, and the adapter's algorithm around it."""
+    pytest.importorskip(FRAMEWORKS[name])
+    training = iql_plugins.load(name).training
+    assert training is not None
+    agent = make_agent("continuous", **hyperparameters)
+    return training, agent, training.from_agent(agent)
+
+
+def equal_rows(*actions: float) -> TensorDict:
+    """Transitions that differ in their actions' first entry alone, whose bounds are -1 and 2; each ends an episode."""
+    torch.manual_seed(0)
+    rows = make_dataset(SPACES["continuous"], 1)[[0] * len(actions)].clone()
+    rows["action"][:, 0] = torch.tensor(actions)
+    rows["next", "done"].fill_(True)
+    return rows
+
+
+@EVERY
+def test_all_adapters_train_on_the_action_that_was_executed(name: str) -> None:
+    training, agent, algorithm = algorithm_of(name)
+    reference = make_agent("continuous")
+    executed = equal_rows(2.0, 2.0, 2.0, 2.0)
+    reference.fit(executed, 4)
+    # Half of them are more than the environment executed; whichever are drawn, batches are the same.
+    recorded = equal_rows(2.0, 3.4, 2.0, 2.9)
+    training.fit(algorithm, recorded, 4, lambda step: None)
+    expected, metrics = reference.learner.metrics(), agent.learner.metrics()
+    assert metrics == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in expected.items()}
+    assert recorded["action"][1, 0] == pytest.approx(3.4)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        ((2.0, 3.4, 3.0, 2.9), "in 3 of 4 rows, first in row 1: 3.4 in entry 0, whose bounds are -1 and 2"),
+        ((2.0, 2.0, -1e9, 2.0), r"in 1 of 4 rows, ten times over in row 2: -1e\+09 in entry 0"),
+    ],
+)
+def test_all_adapters_refuse_actions_that_no_clipping_explains_unless_they_are_told(
+    name: str, actions: tuple[float, ...], message: str
+) -> None:
+    training, agent, algorithm = algorithm_of(name)
+    before = weights(agent)
+    with pytest.raises(ValueError, match=f"'action' is beyond the bounds {message}.*clip_all_actions=True"):
+        training.fit(algorithm, equal_rows(*actions), 4, lambda step: None)
+    assert agent.learner.step_count == 0
+    assert same(weights(agent), before)
+    training, agent, algorithm = algorithm_of(name, clip_all_actions=True)
+    training.fit(algorithm, equal_rows(*actions), 4, lambda step: None)
+    assert agent.learner.step_count == 4
+
+
+@EVERY
+@pytest.mark.parametrize("key", ["observation", "action", ("next", "reward"), ("next", "observation")])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_all_adapters_refuse_data_that_are_not_finite(name: str, key: Any, bad: float) -> None:
+    training, agent, algorithm = algorithm_of(name)
+    data = make_dataset(SPACES["continuous"])
+    data.get(key)[33, 0] = bad
+    before = weights(agent)
+    with pytest.raises(ValueError, match=f"{re.escape(repr(key))} is not finite in row 33"):
+        training.fit(algorithm, data, 4, lambda step: None)
+    assert agent.learner.step_count == 0
+    assert same(weights(agent), before)
+
+
+@EVERY
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_training_that_diverges_stops_in_all_adapters(name: str, reads: bool) -> None:
+    training, agent, algorithm = algorithm_of(name, critic_learning_rate=1e38)
+    data = make_dataset(SPACES["continuous"])
+
+    def callback(step: int) -> None:
+        if reads:
+            agent.learner.metrics()
+
+    with pytest.raises(DivergenceError, match=r"not finite at step .*: lower the learning rates, set max_grad_norm"):
+        training.fit(algorithm, data, 5, callback)
+
+
+@EVERY
+def test_weights_that_the_last_step_spoils_are_noticed_in_all_adapters(name: str) -> None:
+    training, agent, algorithm = algorithm_of(name)
+
+    def callback(step: int) -> None:
+        if step == 5:
+            with torch.no_grad():
+                next(agent.loss.actor_network.parameters()).fill_(torch.inf)
+
+    with pytest.raises(DivergenceError, match=r"^the actor's weights not finite at step 5"):
+        training.fit(algorithm, make_dataset(SPACES["continuous"]), 5, callback)

@@ -313,6 +313,18 @@ def test_a_training_that_was_saved_goes_on_as_if_it_had_not_stopped(kind: str, t
     assert torch.equal(whole.act(batch), second.act(batch))
 
 
+def test_agents_that_go_on_upon_another_kind_of_device_draw_batches_of_their_own() -> None:
+    draws = []
+    for seed, steps in ((0, 0), (1, 0), (0, 7), (0, 7)):
+        agent = Agent(SPACES["continuous"], IQLConfig(hidden_sizes=(8,)), seed=seed)
+        agent.learner.step_count = steps
+        document, tensors = agent.state()
+        loaded = Agent.from_state(document | {"generator": "another"}, tensors, name="agent")
+        draws.append(tuple(torch.rand(3, generator=loaded.generator).tolist()))
+    assert len(set(draws[:3])) == 3
+    assert draws[2] == draws[3]
+
+
 def test_a_traced_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda graph, **options: graph)
     for place in (gradients, module):

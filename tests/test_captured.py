@@ -17,7 +17,7 @@ from iql_plugins import captured, checkpoint
 from iql_plugins import loss as loss_module
 from iql_plugins.agent import Agent
 from iql_plugins.captured import WARM_UP_STEPS
-from iql_plugins.learner import Groups, Learner, adam
+from iql_plugins.learner import DivergenceError, Groups, Learner, adam
 
 #: Adam's state comes into being in the first step; its tensors must be there before others count as ordinary.
 ORDINARY = WARM_UP_STEPS + 1
@@ -232,6 +232,17 @@ def test_there_is_an_end_to_graphs(recorder: Recorder, monkeypatch: pytest.Monke
             train(learners, "continuous", 1, size=size)
             assert_same(*learners)
     assert recorder.captures == 2
+
+
+def test_a_training_that_diverges_stops_when_metrics_are_read(kind: str, recorder: Recorder) -> None:
+    learner = make_learner(kind, capture=True)
+    train((learner,), kind, ORDINARY + 1)
+    learner.metrics()
+    batch = keywords(make_batch(kind))
+    batch["next_reward"][2] = torch.nan
+    learner.step(batch)
+    with pytest.raises(DivergenceError, match=r"loss_qvalue, .*the critic's weights not finite at step 6"):
+        learner.metrics()
 
 
 def test_what_draws_draws_the_same(recorder: Recorder) -> None:

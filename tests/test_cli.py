@@ -1,13 +1,12 @@
 """The command line: what it prints, where, and how it ends."""
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import EntryPoint, version
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,16 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from strangers import Entry, plugin
 
-from iql_plugins import registry
+from iql_plugins import plugins
 from iql_plugins.agent import Agent
 from iql_plugins.cli import main, output
 from iql_plugins.cli.reference_scores import normalized_score, reference
 from iql_plugins.cli.rollouts import LONGEST_EPISODE, environment_spaces, rollouts
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.config import IQLConfig
-from iql_plugins.hookspecs import Adapter, Training, hookimpl
+from iql_plugins.hookspecs import Adapter, Command, Training
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 PENDULUM = Spaces(Box((3,)), Box((1,), low=(-2.0,), high=(2.0,)))
@@ -53,22 +53,13 @@ def policy(tmp_path: Path) -> Path:
     return path
 
 
-class Entry:
-    """An entry point of a distribution that may not be installed."""
-
-    def __init__(self, name: str, load: Callable[[], object], distribution: str = "stranger") -> None:
-        self.name, self.value, self.load = name, f"{name}.plugin", load
-        self.dist = types.SimpleNamespace(name=distribution, version="1.0")
+stranger = partial(Entry, distribution="stranger")
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *entries: Entry | EntryPoint) -> None:
     """Makes these the installed plugins, beside the real ones."""
-    real = list(registry.entry_points(group=registry.PROJECT))
-    monkeypatch.setattr(registry, "entry_points", lambda group: [*real, *entries])
-
-
-def plugin(name: str, **hooks: Any) -> types.SimpleNamespace:
-    return types.SimpleNamespace(**{hook: hookimpl(function) for hook, function in hooks.items()})
+    real = list(plugins.entry_points(group=plugins.PROJECT))
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [*real, *entries])
 
 
 # What is printed, and the exit status
@@ -76,7 +67,7 @@ def plugin(name: str, **hooks: Any) -> types.SimpleNamespace:
 
 def test_the_version_and_the_help_are_printed(run: Run) -> None:
     assert run("--version") == (0, f"iql-plugins {version('iql-plugins')}\n", "")
-    for command in ((), ("train",), ("evaluate",), ("export",), ("convert",), ("inspect",), ("adapters",), ("bench",)):
+    for command in ((), ("train",), ("evaluate",), ("export",), ("convert",), ("inspect",), ("adapters",)):
         status, out, err = run(*command, "--help")
         assert (status, err) == (0, "")
         assert out.startswith("usage: iql-plugins")
@@ -233,9 +224,9 @@ def test_an_adapter_says_what_it_needs_and_what_is_wrong(run: Run, monkeypatch: 
     requirements = {"stranger": ["torch", "stable-baselines4>=1; extra == 'missing'", "numpy>=1; extra == 'there'"]}
     monkeypatch.setattr(listings, "requires", lambda name: requirements.get(name))
     entries = [
-        Entry("broken", broken),
-        Entry("missing", needs_more),
-        Entry("there", lambda: plugin("there", iql_adapter=lambda: Adapter("there", "numpy"))),
+        stranger("broken", broken),
+        stranger("missing", needs_more),
+        stranger("there", lambda: plugin("there", iql_adapter=lambda: Adapter("there", "numpy"))),
     ]
     install(monkeypatch, *entries)
     status, out, _ = run("adapters", "--json")
@@ -258,11 +249,67 @@ def test_what_is_broken_is_an_error_in_strict_mode(run: Run, monkeypatch: pytest
     def broken() -> object:
         raise SyntaxError("bad plugin")
 
-    install(monkeypatch, Entry("broken", broken))
-    monkeypatch.setenv(registry.STRICT_VARIABLE, "1")
+    install(monkeypatch, stranger("broken", broken))
+    monkeypatch.setenv(plugins.STRICT_VARIABLE, "1")
     status, _, err = run("adapters")
     assert status == 2
     assert err.startswith("iql-plugins: plugin 'broken' of stranger 1.0")
+
+
+def test_a_new_adapter_has_the_name_that_is_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run("adapters", "--new", "acme")
+    assert (status, out.startswith("wrote README.md, iql_acme/__init__.py")) == (0, True)
+    texts = [path.read_text() for path in Path("iql-acme").rglob("*.*")]
+    assert "class AcmeIQL" in "".join(texts)
+    assert not any("tiny" in text.lower() for text in texts)
+    before = {path: path.read_bytes() for path in Path("iql-acme").rglob("*.*")}
+    for name, message in (("acme", "is there already"), ("sb3", "installed already"), ("../x", "one word of small")):
+        status, _, err = run("adapters", "--new", name)
+        assert (status, message in err) == (2, True)
+    assert before == {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
+
+
+def test_a_plugins_command_is_in_the_help_and_runs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Sequence[str]] = []
+
+    def main(arguments: Sequence[str]) -> int:
+        asked.append(arguments)
+        sys.stdout.write("hello\n")
+        return 7
+
+    def commands() -> list[Command]:
+        return [Command("greet", "Says hello.", main)]
+
+    loaded: list[str] = []
+    greeter = stranger("greeter", lambda: loaded.append("greeter") or plugin("greeter", iql_commands=commands))
+    thief = stranger("thief", lambda: plugin("thief", iql_commands=lambda: [Command("train", "", main)]))
+    faulty = stranger("faulty", lambda: plugin("faulty", iql_commands=lambda: 1 / 0))
+    install(monkeypatch, greeter, thief, faulty)
+    assert run("adapters", "--new", "")[0] == 2
+    assert not loaded
+    status, out, _ = run("--help")
+    assert (status, "greet" in out, "Says hello." in out) == (0, True, True)
+    assert run("greet", "--json", "you") == (7, "hello\n", "")
+    assert asked == [["--json", "you"]]
+    status, _, err = run("gret")
+    assert (status, len(err.splitlines())) == (2, 1)
+    errors = {entry["name"]: entry["error"] for entry in json.loads(run("adapters", "--json")[1])["adapters"]}
+    assert "failed in iql_commands(): ZeroDivisionError" in errors["faulty"]
+    assert "failed in iql_commands(): ValueError: train is taken" in errors["thief"]
+    assert errors["greeter"] is None
+
+
+def test_a_plugins_command_that_fails_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(arguments: Sequence[str]) -> int:
+        raise OSError("no luck")
+
+    install(monkeypatch, stranger("x", lambda: plugin("x", iql_commands=lambda: [Command("fail", "", fail)])))
+    status, _, err = run("fail")
+    assert status == 1
+    assert err.splitlines()[-1] == "iql-plugins: OSError: no luck"
 
 
 # Datasets
@@ -298,171 +345,32 @@ def test_actions_are_held_against_the_environments_bounds(run: Run, tmp_path: Pa
     assert outside == {(): 2, ("--env", "Pendulum-v1"): 1}
 
 
+@pytest.mark.parametrize("command", ["inspect", "train"])
+def test_a_column_that_is_not_read_is_refused_in_one_line(command: str, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    columns = {key: np.zeros((4, 2), np.float32) for key in ("observations", "next_observations", "actions")}
+    flags = {key: np.zeros(4, np.float32) for key in ("rewards", "terminals", "time_outs")}
+    np.savez(path, **columns, **flags)
+    source = (path,) if command == "inspect" else ("--dataset", path, "--run-dir", tmp_path / "run")
+    status, out, err = run(command, *source)
+    assert status == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert f"{path}: 'time_outs' is not a column that is read; did you mean 'timeouts'?" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_plugins_dataset_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from iql_plugins.data import load_dataset
 
     def load(source: object) -> object:
         return load_dataset("pendulum-v1-sac")[:400] if source == "stranger://data" else None
 
-    install(monkeypatch, Entry("stranger", lambda: plugin("stranger", iql_load_dataset=load)))
+    install(monkeypatch, stranger("stranger", lambda: plugin("stranger", iql_load_dataset=load)))
     assert json.loads(run("inspect", "stranger://data", "--json")[1])["transitions"] == 400
     status, _, err = run("inspect", "stranger://other")
     assert status == 2
     assert "there is no dataset, file or folder 'stranger://other'" in err
-
-
-# Speed
-
-
-BENCH = ["bench", *("--observation", "3", "--action", "1", "--batch", "8", "--hidden", "8", "--transitions", "200")]
-PEER = (
-    "def peer(data, batch_size, hidden):\n    return lambda count: [data['observation'][:batch_size].sum()] * count\n"
-)
-
-
-@pytest.fixture
-def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Benchmarks compile nothing, which would take most of their time."""
-    from iql_plugins.cli import bench, peers
-
-    monkeypatch.setattr(bench, "ours", lambda adapter, compile, **_: peers.ours(adapter, "no"))
-
-
-@pytest.mark.usefixtures("eager")
-def test_the_speed_is_measured_beside_peers_that_print_nothing(run: Run, tmp_path: Path) -> None:
-    from iql_plugins.cli.peers import PEERS, installed
-
-    mine, plot = tmp_path / "mine.py", tmp_path / "speed.png"
-    mine.write_text(PEER)
-    everyone = [*installed(), mine]
-    options = ["--rounds", "1", "--steps", "2", "--threads", "1", "--device", "cpu"]
-    threads = torch.get_num_threads()
-    status, out, err = run(*BENCH, *options, "--peers", *everyone, "--adapters", "tensor", "--plot", plot, "--json")
-    assert status == 0
-    document = json.loads(out)
-    names = ["iql-plugins", "iql-plugins, eager", "iql-plugins through tensor", *installed(), "mine"]
-    assert list(document["timings"]) == names
-    assert document["timings"]["iql-plugins"]["ratio"] == 1.0
-    assert all(timing["ms"] > 0.0 for timing in document["timings"].values())
-    assert document["size"]["batch"] == 8
-    machine = document["machine"]
-    assert (machine["threads"], machine["device"], machine["gpu"]) == (1, "cpu", None)
-    assert torch.get_num_threads() == threads
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert "[info" not in err
-    status, out, _ = run(*BENCH, *options, "--peers")
-    assert status == 0
-    assert not [name for name in PEERS if name in out]
-
-
-@pytest.mark.slow
-def test_a_benchmark_prints_its_table_alone() -> None:
-    code = "import sys; from iql_plugins.cli import main; sys.exit(main())"
-    options = [*BENCH, "--rounds", "1", "--steps", "2"]
-    finished = subprocess.run([sys.executable, "-c", code, *options], capture_output=True, text=True, check=True)
-    assert finished.stdout.split()[:3] == ["ms", "a", "step"]
-    assert "[info" not in finished.stdout + finished.stderr
-
-
-def test_a_benchmark_is_about_the_peers_that_are_installed_and_about_many_steps(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from iql_plugins.cli import bench, peers
-
-    asked: list[Any] = []
-    found = importlib.util.find_spec
-    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None if name == "d3rlpy" else found(name))
-    assert "d3rlpy" not in peers.installed()
-
-    def measured(*arguments: Any) -> Any:
-        asked.append(arguments)
-        return output.Result({})
-
-    monkeypatch.setattr(bench, "_bench", measured)
-    assert run("bench")[0] == 0
-    made, _, size, _, steps, *_ = asked[0]
-    assert list(made) == peers.installed()
-    assert size == peers.Size()
-    assert steps >= 200
-    status, _, err = run("bench", "--peers", "d3rlpy")
-    assert status == 2
-    assert "the peer 'd3rlpy' needs d3rlpy, which is not installed" in err
-
-
-def test_on_a_gpu_the_step_is_measured_as_a_cuda_graph_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from iql_plugins.cli import bench
-
-    asked: list[Any] = []
-    clock = iter(range(100))
-
-    def ours(*arguments: Any, **options: Any) -> Any:
-        asked.append((*arguments, options))
-        return lambda size, data: lambda count: None
-
-    def measure(contestants: Any, size: Any, rounds: int, steps: int, device: torch.device) -> Any:
-        assert (steps, device.type) == (1000, "cuda")
-        return [bench.Timing(name, 1.0, 1.0) for name in contestants], 1e9
-
-    monkeypatch.setattr(bench, "device_name", lambda name: {"auto": "cuda"}[name])
-    monkeypatch.setattr(bench, "dataset_of", lambda size: types.SimpleNamespace(to=lambda device: None))
-    monkeypatch.setattr(bench, "ours", ours)
-    monkeypatch.setattr(bench, "measure", measure)
-    monkeypatch.setattr(bench, "_now", lambda device: next(clock))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Fast Card")
-    status, out, _ = run("bench", "--peers", "--json")
-    document = json.loads(out)
-    assert status == 0
-    assert (document["machine"]["device"], document["machine"]["gpu"]) == ("cuda", "Fast Card")
-    added = ["iql-plugins, reduce-overhead", "iql-plugins, CUDA graph"]
-    assert list(document["timings"]) == ["iql-plugins", "iql-plugins, eager", *added]
-    assert asked == [
-        ("tensor", "yes", {}),
-        ("tensor", "no", {}),
-        ("tensor", "yes", {"mode": "reduce-overhead"}),
-        ("tensor", "yes", {"capture": True}),
-    ]
-    assert "Fast Card, median of" in run("bench", "--peers")[1]
-
-
-def test_what_is_launched_is_done_before_the_clock_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from iql_plugins.cli import bench
-
-    events: list[str] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("done"))
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: float(len(events)))
-    assert bench._now(torch.device("cuda")) == 1.0
-    assert bench._now(torch.device("cpu")) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--peers", "nobody"], "there is no peer 'nobody': give one of torchrl"),
-        (["--peers", "nothing.py"], "nothing.py has no function peer(data, batch_size, hidden)"),
-        (["--peers", "broken.py"], "broken.py cannot be imported: ZeroDivisionError"),
-        (["--peers", "mine.py", "mine.py"], "the peer 'mine' is there twice"),
-        (["--adapters", "tensr"], "did you mean 'tensor'"),
-        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--threads", "0"], "--threads must be at least 1, got 0"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--device", "meta"], "--device meta has no numbers"),
-        (["--device", "toaster"], "--device must be auto, cpu, cuda or another of torch's devices, got 'toaster'"),
-        (["--batch", "0"], "batch must be at least 1, got 0"),
-        (["--plot", "speed.xyz"], "--plot must be a file with one of the suffixes"),
-        (["--plot", "nowhere/speed.png"], "there is no folder 'nowhere'"),
-    ],
-)
-def test_a_mistake_ends_a_benchmark_before_anything_is_measured(
-    options: list[str], message: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("nothing.py").write_text("")
-    Path("broken.py").write_text("1 / 0")
-    Path("mine.py").write_text(PEER)
-    status, out, err = run("bench", *options)
-    assert (status, out) == (2, "")
-    assert message in err
-    assert len(err.splitlines()) == 1
 
 
 # Policies
@@ -560,7 +468,7 @@ def foreign(name: str, *, spoil: bool = False) -> Entry:
         load=load,
         suffix=".native",
     )
-    return Entry(name, lambda: plugin(name, iql_adapter=lambda: Adapter(name, None, training=training)))
+    return stranger(name, lambda: plugin(name, iql_adapter=lambda: Adapter(name, None, training=training)))
 
 
 def test_agents_move_between_adapters(run: Run, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,28 +3,33 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
+import short_pendulum  # noqa: F401
 import torch
+from processes import alive, assert_all_end
 
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
-from iql_plugins.cli import main, train, workers
+from iql_plugins.cli import main, train, training, workers
+from iql_plugins.cli.errors import UserError
 from iql_plugins.cli.output import Result
-from iql_plugins.cli.settings import Settings, Unit, available_cores
+from iql_plugins.cli.settings import CHANGEABLE, Settings, Unit, available_cores
 from iql_plugins.cli.training import SELECTION_SEED, adapter_training, metrics_rows
+from iql_plugins.config import IQLConfig
 from iql_plugins.gradients import compiler_available
-from iql_plugins.spaces import Box, Spaces
+from iql_plugins.spaces import Box, Discrete, Spaces
 
 ENV = "short_pendulum:ShortPendulum-v0"
 #: A run's own environment, which no file can make the command line import.
@@ -60,8 +65,6 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Makes trainings end with Ctrl-C after a gradient step."""
 
     def stop(wanted: int) -> None:
-        from iql_plugins.cli import training
-
         after_step = training._Trainer.after_step
 
         def interrupted(self: Any, step: int) -> None:
@@ -279,10 +282,10 @@ def test_a_folder_of_another_dataset_is_not_trained_on(run: Run, tmp_path: Path)
     assert not (tmp_path / "other").exists()
     # The run itself goes on with what it has written there, as long as that is what it was.
     first.unlink()
-    assert run("train", "--resume", "run")[0] == 0
+    assert run("train", "--resume", "run", *AGAIN)[0] == 0
     reward = tmp_path / "mapped" / "next" / "reward.memmap"
     reward.write_bytes(np.full(40, 3, np.float32).tobytes())
-    status, _, err = run("train", "--resume", "run")
+    status, _, err = run("train", "--resume", "run", *AGAIN)
     assert status == 2
     assert "mapped is not the dataset that the run was made with" in err
 
@@ -428,7 +431,7 @@ def test_a_changed_dataset_is_not_gone_on_with(run: Run, stop_at: Callable[[int]
     stop_at(25)
     run("train", *TINY, "--dataset", dataset, "--run-dir", "run")
     write_dataset(dataset, rewards=np.ones(40, np.float32))
-    status, _, err = run("train", "--resume", "run")
+    status, _, err = run("train", "--resume", "run", *AGAIN)
     assert status == 2
     assert "is not the dataset that the run was made with" in err
 
@@ -461,7 +464,7 @@ def test_a_damaged_checkpoint_is_named(run: Run, stop_at: Callable[[int], None],
 
 def test_two_processes_do_not_train_in_one_directory(run: Run, tmp_path: Path) -> None:
     assert run("train", *SMALL, "--run-dir", "run")[0] == 0
-    with train._locked(tmp_path / "run"):
+    with workers.locked(tmp_path / "run"):
         status, _, err = run("train", "--resume", "run", *AGAIN)
     assert status == 2
     assert "another process is training in run" in err
@@ -486,26 +489,6 @@ def wait_for(path: Path, process: "subprocess.Popen[str]") -> None:
     while not path.exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-
-
-def alive(session: int) -> list[int]:
-    """The processes of a session."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[3]) == session and fields[0] != "Z":
-            found.append(int(folder.name))
-    return found
-
-
-def assert_all_end(session: int) -> None:
-    until = time.monotonic() + 10.0
-    while alive(session) and time.monotonic() < until:
-        time.sleep(0.05)
-    assert not alive(session)
 
 
 @pytest.fixture
@@ -774,3 +757,378 @@ def test_a_checkpoint_has_the_same_bytes_in_every_process(tmp_path: Path) -> Non
     document, tensors = checkpoint.read(tmp_path / "file")
     assert document == {"a": "é", "b": 1}
     assert tensors["x"].tolist() == [0, 1, 2]
+
+
+# What a resumed run may change, and what not
+
+#: Two seeds that take their steps together, and behaviour cloning; an environment that this process has registered.
+PAIR = [*TINY[:-2], "--env", "ShortPendulum-v0", "--seeds", "2", "--stack", "2"]
+RESUME = ["train", "--workers", "1", "--resume"]
+PAIRS = [f"seed-{seed}{method}" for seed in (0, 1) for method in ("", "/bc")]
+SETTINGS = {field.name for field in fields(Settings)} - {"hyperparameters"} | {
+    field.name for field in fields(IQLConfig)
+}
+#: Values that no rule for their type makes.
+OTHERS = {
+    "actor_schedule": "constant",
+    "adapter": "sb3",
+    "baseline": "none",
+    "compile": "yes",
+    "earlier_ends": [10],
+    "loss_function": "l1",
+    "max_grad_norm": 0.5,
+    "reward_scale": 0.5,
+    "seeds": [0],
+    "spaces": Spaces(Box((3,)), Discrete(2)).to_json(),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of :data:`PAIR` that nobody stopped."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(["train", *PAIR, "--run-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prolonged(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, which went on after its end."""
+    folder = Path(shutil.copytree(finished, tmp_path_factory.mktemp("runs") / "prolonged"))
+    assert main([*RESUME, str(folder), "--n-steps", "60"]) == 0
+    return folder
+
+
+@pytest.fixture
+def pair(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(finished, tmp_path / "pair"))
+
+
+@pytest.fixture
+def halfway(run: Run, stop_at: Callable[[int], None], tmp_path: Path) -> Path:
+    """The same run, stopped: IQL is at step 20, and behaviour cloning has not begun."""
+    stop_at(33)
+    assert run("train", *PAIR, "--run-dir", "halfway")[0] == 130
+    return tmp_path / "halfway"
+
+
+def edit(folder: Path, **values: Any) -> dict[str, Any]:
+    """Changes settings or hyper-parameters in ``config.json``; those that were there before."""
+    path = folder / "config.json"
+    document = json.loads(path.read_text())
+    before = {}
+    for name, value in values.items():
+        settings = document["settings"]
+        place = settings if name in settings else settings["hyperparameters"]
+        before[name], place[name] = place[name], value
+    path.write_text(json.dumps(document))
+    return before
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes what a checkpoint holds of the run."""
+    document, tensors = checkpoint.read(path)
+    change(document["extra"]["run"])
+    checkpoint.write(path, document, tensors)
+
+
+def changes(folder: Path) -> list[Any]:
+    """Of each training."""
+    return [unit["changes"] for unit in json.loads((folder / "results.json").read_text())["by_seed"]]
+
+
+@pytest.mark.parametrize("name", sorted(SETTINGS - set(CHANGEABLE)))
+def test_what_was_edited_in_config_json_is_refused_with_both_values(name: str, pair: Path, run: Run) -> None:
+    settings = json.loads((pair / "config.json").read_text())["settings"]
+    old = (settings | settings["hyperparameters"])[name]
+    by_type = {bool: lambda: not old, int: lambda: old + 1, float: lambda: old / 2 + 0.1, str: lambda: f"{old}x"}
+    new = OTHERS[name] if name in OTHERS else [9] if isinstance(old, list) else by_type[type(old)]()
+    edit(pair, **{name: new})
+    before = {path: path.read_bytes() for path in pair.rglob("*") if path.is_file()}
+    status, _, err = run(*RESUME, pair)
+    assert status == 2
+    assert f"{name} is {old!r} in {pair}/" in err
+    assert f"checkpoint.safetensors, {new!r} in config.json" in err
+    assert "Traceback" not in err
+    assert {path: path.read_bytes() for path in pair.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("subfolder", PAIRS)
+def test_every_checkpoint_of_a_run_is_compared(subfolder: str, pair: Path, run: Run) -> None:
+    path = pair / subfolder / "checkpoint.safetensors"
+    rewrite(path, lambda state: state["settings"]["hyperparameters"].update(expectile=0.99))
+    status, _, err = run(*RESUME, pair)
+    assert status == 2
+    assert f"expectile is 0.99 in {path}, 0.7 in config.json" in err
+
+
+def test_a_run_goes_on_whose_checkpoints_do_not_tell_its_settings(finished: Path, halfway: Path, run: Run) -> None:
+    for checkpoint_file in halfway.rglob("checkpoint.safetensors"):
+        rewrite(checkpoint_file, lambda state: [state.pop("settings"), state.pop("changes")])
+    path = halfway / "config.json"
+    document = json.loads(path.read_text())
+    del document["settings"]["earlier_ends"]
+    path.write_text(json.dumps(document))
+    for name, value in (("expectile", 0.99), ("env", "Pendulum-v1"), ("n_steps", 10)):
+        before = edit(halfway, **{name: value})
+        status, _, err = run(*RESUME, halfway)
+        assert status == 2
+        assert f"{name} is {before[name]!r} in {halfway}/seed-0/checkpoint.safetensors, {value!r} in config" in err
+        edit(halfway, **before)
+    # What such checkpoints do not tell of seeds and methods, their folders do.
+    before = edit(halfway, seeds=[1, 2])
+    status, _, err = run(*RESUME, halfway)
+    assert status == 2
+    assert f"{halfway}/seed-0/checkpoint.safetensors: none of the trainings of {path}" in err
+    edit(halfway, **before)
+    assert run(*RESUME, halfway)[0] == 0
+    for subfolder in PAIRS:
+        assert_same_run(finished / subfolder, halfway / subfolder)
+
+
+def test_evaluations_logging_and_threads_may_change_and_that_is_recorded(
+    finished: Path, halfway: Path, run: Run
+) -> None:
+    options = ["--evaluate-every", "10", "--log-every", "5", "--episodes", "3", "--evaluation-episodes", "4"]
+    status, _, err = run(*RESUME, halfway, *options, "--threads", "2")
+    assert status == 0
+    assert "evaluate_every was 20, and is 10 from here on" in err
+    changed = {"evaluate_every": [20, 10], "log_every": [10, 5], "episodes": [2, 3], "evaluation_episodes": [2, 4]}
+    recorded = [[{"step": 20, **changed, "threads": [1, 2]}], []] * 2
+    assert changes(halfway) == recorded
+    settings, _ = Settings.read(halfway)
+    assert (settings.evaluate_every, settings.episodes, settings.threads) == (10, 3, 2)
+    results = json.loads((halfway / "results.json").read_text())
+    assert results["workers"] == 1
+    for subfolder, unit in zip(PAIRS, results["by_seed"], strict=True):
+        evaluations = [(step, len(returns)) for step, returns in unit["evaluations"]]
+        rows = [row["step"] for row in metrics_rows(halfway / subfolder / "metrics.csv")]
+        if unit["method"] == "IQL":
+            assert evaluations == [(20, 2), (30, 4), (40, 4)]
+            assert rows == [10, 20, 25, 30, 35, 40]
+        assert len(unit["final_returns"]) == 3
+        agent, other = (Agent.load(folder / subfolder / "policy.safetensors") for folder in (halfway, finished))
+        torch.testing.assert_close(agent.loss.state_dict(), other.loss.state_dict())
+    # It is kept, and holds from then on.
+    assert run(*RESUME, halfway)[0] == 0
+    assert changes(halfway) == recorded
+
+
+def test_evaluations_that_changed_at_another_step_for_each_seed_are_drawn_where_all_have_them(
+    pair: Path, run: Run
+) -> None:
+    for method in ("", "bc"):
+        (pair / "seed-1" / method / "checkpoint.safetensors").unlink()
+    edit(pair, evaluate_every=10, evaluation_episodes=3)
+    status, _, err = run(*RESUME, pair)
+    assert status == 0
+    assert "evaluation_episodes was 2, and is 3 from here on" in err
+    assert changes(pair) == [[{"step": 40, "evaluate_every": [20, 10], "evaluation_episodes": [2, 3]}]] * 2 + [[]] * 2
+
+
+@pytest.mark.parametrize("way", ["stopped", "finished", "edited", "repeated"])
+def test_a_run_is_prolonged_the_same_whenever_and_however_that_is_asked_for(
+    way: str, finished: Path, prolonged: Path, run: Run, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue("halfway" if way == "stopped" else "pair")
+    options = [*RESUME, folder]
+    if way == "edited":
+        edit(folder, n_steps=60)
+    elif way == "repeated":
+        folder = folder.with_name("repeated")
+        options = ["train", "--workers", "1", "--config", prolonged, "--run-dir", folder]
+    else:
+        options += ["--n-steps", "60"]
+    assert run(*options)[0] == 0
+    settings, _ = Settings.read(folder)
+    assert settings.ends == (40, 60)
+    assert changes(folder) == [[{"step": 40, "n_steps": [40, 60]}]] * 4
+    for subfolder in PAIRS:
+        assert_same_run(prolonged / subfolder, folder / subfolder)
+        agent, before = (Agent.load(where / subfolder / "policy.safetensors") for where in (folder, finished))
+        # The policy learns on: its rate is that of a run of 60 steps.
+        assert (agent.learner.step_count, agent.learner.actor_schedule_steps) == (60, 60)
+        assert not torch.equal(
+            next(agent.loss.actor_network.parameters()), next(before.loss.actor_network.parameters())
+        )
+
+
+def test_a_run_does_not_end_before_what_was_trained(pair: Path, run: Run) -> None:
+    status, _, err = run(*RESUME, pair, "--n-steps", "30")
+    assert status == 2
+    assert "--n-steps 30: the run has 40, which can be raised, and not lowered" in err
+    edit(pair, n_steps=30)
+    status, _, err = run(*RESUME, pair)
+    assert status == 2
+    assert f"n_steps is 40 in {pair}/seed-0/bc/checkpoint.safetensors, 30 in config.json" in err
+
+
+def test_a_run_whose_data_were_moved_goes_on(run: Run, stop_at: Callable[[int], None], tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "d.npz")
+    options = [*TINY, "--baseline", "none", "--dataset", dataset]
+    assert run("train", *options, "--run-dir", "whole")[0] == 0
+    stop_at(33)
+    run("train", *options, "--run-dir", "run")
+    dataset.rename(tmp_path / "moved.npz")
+    assert run(*RESUME, "run")[0] == 2
+    assert run(*RESUME, "run", "--dataset", "moved.npz")[0] == 0
+    agent, whole = (Agent.load(tmp_path / name / "policy.safetensors") for name in ("run", "whole"))
+    torch.testing.assert_close(agent.loss.state_dict(), whole.loss.state_dict(), atol=0.0, rtol=0.0)
+    write_dataset(dataset, rewards=np.ones(40, np.float32))
+    status, _, err = run(*RESUME, "run", "--dataset", dataset)
+    assert status == 2
+    assert "d.npz is not the dataset that the run was made with" in err
+    assert Settings.read(tmp_path / "run")[0].dataset == str(tmp_path / "moved.npz")
+
+
+def test_help_says_what_a_resumed_run_may_change(run: Run) -> None:
+    from iql_plugins.cli.arguments import option
+
+    text = " ".join(run("train", "--help")[1].replace("│", " ").split())
+    text = text[text.index("--resume ") : text.index("--config ")]
+    for name in (*CHANGEABLE, "workers"):
+        assert option(name) in text
+
+
+@pytest.mark.parametrize("options", [["--stack", "1"], ["--expectile", "0.9"], ["--seeds", "3"]])
+def test_an_option_that_a_resumed_run_may_not_change_is_refused(options: list[str], pair: Path, run: Run) -> None:
+    status, _, err = run(*RESUME, pair, *options)
+    assert status == 2
+    assert f"{options[0]}: --resume takes everything from the run's config.json; beside it there can be" in err
+    status, _, err = run(*RESUME, pair, "--evaluate-every", "0")
+    assert status == 2
+    assert "--evaluate-every must be at least 1, got 0" in err
+
+
+def test_a_setting_that_is_no_count_is_refused(pair: Path, run: Run) -> None:
+    for value in (0, "many", True, 2.0):
+        edit(pair, evaluate_every=value)
+        status, _, err = run(*RESUME, pair)
+        assert status == 2
+        assert f"evaluate_every must be an integer >= 1, got {value!r}" in err
+
+
+# What a kill leaves
+
+
+def interrupted_when(monkeypatch: pytest.MonkeyPatch, name: str, written: int) -> None:
+    """Ends what writes a file of that name for so many times already, as Ctrl-C does, and as a kill would."""
+    count = 0
+    really = os.replace
+
+    def replace_or_not(source: Path, target: Path) -> None:
+        nonlocal count
+        if Path(target).name == name:
+            count += 1
+            if count > written:
+                raise KeyboardInterrupt
+        really(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_or_not)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        *(("checkpoint_pending.safetensors", count) for count in (0, 1, 2)),
+        # The first one's is written in place, the second one's moved.
+        *(("checkpoint.safetensors", count) for count in (0, 1, 2, 3)),
+        *(("policy_best.safetensors", count) for count in (0, 1)),
+        *(("policy.safetensors", count) for count in (0, 1)),
+        ("learning_curve.png", 0),
+        ("results.json", 0),
+    ],
+)
+def test_a_stack_that_ends_while_it_writes_goes_on_bit_for_bit(
+    name: str, written: int, finished: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupted_when(patch, name, written)
+        assert run("train", *PAIR, "--run-dir", "ended")[0] == 130
+    assert run(*RESUME, "ended")[0] == 0
+    for subfolder in PAIRS:
+        assert_same_run(finished / subfolder, tmp_path / "ended" / subfolder)
+    assert not list((tmp_path / "ended").rglob("checkpoint_pending*"))
+    picture = (finished / "learning_curve.png").read_bytes()
+    assert (tmp_path / "ended" / "learning_curve.png").read_bytes() == picture
+    results = [
+        json.loads((folder / "results.json").read_text())["results"] for folder in (finished, tmp_path / "ended")
+    ]
+    assert results[0] == results[1]
+
+
+def test_seeds_of_a_stack_are_saved_at_the_same_steps_whatever_the_clock_says(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[tuple[str, int]] = []
+    save = training._Trainer.save
+
+    def noted(self: Any, name: str) -> None:
+        saved.append((self.folder.name, self.agent.learner.step_count))
+        save(self, name)
+
+    monkeypatch.setattr(training._Trainer, "save", noted)
+    ticks = iter(range(10**6))
+    # Each look at the clock is 7 seconds after the last one.
+    monkeypatch.setattr(training.time, "monotonic", lambda: 7.0 * next(ticks))
+    assert run("train", *PAIR, "--baseline", "none", "--run-dir", "run")[0] == 0
+    by_seed = [[step for name, step in saved if name == f"seed-{seed}"] for seed in (0, 1)]
+    assert by_seed[0] == by_seed[1]
+    assert {10, 20, 30, 40} == set(by_seed[0])
+
+
+def test_a_policy_that_is_missing_or_old_is_the_last_one_after_a_resume(finished: Path, pair: Path, run: Run) -> None:
+    (pair / "seed-0" / "policy.safetensors").unlink()
+    agent = Agent.load(pair / "seed-1" / "policy.safetensors")
+    agent.learner.step_count = 20
+    agent.save(pair / "seed-1" / "policy.safetensors")
+    assert run(*RESUME, pair)[0] == 0
+    for subfolder in PAIRS:
+        assert_same_run(finished / subfolder, pair / subfolder)
+
+
+def test_a_best_policy_of_another_step_is_not_measured(pair: Path, run: Run) -> None:
+    path = pair / "seed-0" / "checkpoint.safetensors"
+    shutil.copy(path, pair / "seed-0" / "policy_best.safetensors")
+    rewrite(path, lambda state: state.update(best_step=20))
+    status, _, err = run(*RESUME, pair)
+    assert status == 2
+    assert "policy_best.safetensors is of step 40, the best policy was that of step 20, which is lost" in err
+
+
+def test_a_run_that_was_killed_before_it_had_a_configuration_is_begun_again(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").touch()
+    (tmp_path / "run" / ".config.json.0a1b2c3d.tmp").write_text('{"form')
+    assert run(*RESUME, "run")[0] == 2
+    assert run("train", *SMALL, "--run-dir", "run")[0] == 0
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_leftovers_of_killed_writes_are_removed_and_nothing_else(pair: Path, run: Run) -> None:
+    mine = pair / "mine" / ".notes.tmp"
+    mine.parent.mkdir()
+    for path in (mine, pair / ".results.json.0a1b2c3d.tmp", pair / "seed-1" / "bc" / ".metrics.csv.0a1b2c3d.tmp"):
+        path.touch()
+    assert run(*RESUME, pair)[0] == 0
+    assert list(pair.rglob("*.tmp")) == [mine]
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc, which Linux alone has")
+def test_a_run_whose_processes_outlive_it_is_not_gone_on_with_meanwhile(long_run: tuple[list[str], Path]) -> None:
+    options, folder = long_run
+    process = start(*options, folder)
+    wait_for(folder / "bc" / "checkpoint.safetensors", process)
+    others = [other for other in alive(process.pid) if other != process.pid]
+    for other in others:
+        os.kill(other, signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    with pytest.raises(UserError, match="another process is training in"), workers.locked(folder):
+        pass
+    for other in others:
+        os.kill(other, signal.SIGCONT)
+    assert_all_end(process.pid)
+    with workers.locked(folder):
+        pass

@@ -34,6 +34,7 @@ from iql_plugins.config import PRESETS, IQLConfig, preset
         ("polyak", -0.1, r"in \[0, 1\]"),
         ("max_grad_norm", 0.0, "a finite number > 0"),
         ("normalize_observations", 1, "True or False"),
+        ("clip_all_actions", "yes", "True or False"),
         ("reward_scale", 0.0, "a finite number > 0 or 'return_range'"),
         ("reward_scale", "max", "a finite number > 0 or 'return_range'"),
         ("reward_shift", math.inf, "a finite number"),

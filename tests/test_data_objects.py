@@ -61,9 +61,9 @@ def error(source: object, **options: Any) -> str:
 
 
 def test_a_tensordict_of_the_key_layout_is_shared() -> None:
-    given = transitions(extra=torch.zeros(6, device="cpu"))
+    given = transitions(index=torch.zeros(6, device="cpu"))
     data = load_dataset(given)
-    assert "extra" not in data.keys()
+    assert "index" not in data.keys()
     for key, tensor in data.items(True, True):
         assert tensor.data_ptr() == given[key].data_ptr()
     assert len(given.keys()) == 4, "the caller's TensorDict is not touched"

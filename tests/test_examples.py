@@ -1,4 +1,4 @@
-"""The README's code and the examples run."""
+"""The code of the READMEs and the examples run."""
 
 import os
 import re
@@ -22,11 +22,19 @@ def run(*arguments: str | Path, folder: Path) -> str:
     return finished.stdout
 
 
-def test_the_code_in_the_readme_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+READMES = {
+    "README.md": "assert iql.agent.learner.step_count == 100 and action.shape == (5, 1) and model.num_timesteps == 100",
+    "adapters/iql_tensor/README.md": "assert loss_actor.isfinite() and action.shape == (1, 6)",
+}
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_code_in_a_readme_runs(readme: str, tmp_path: Path) -> None:
+    for package in ("stable_baselines3", "d3rlpy", "torchrl"):
+        pytest.importorskip(package)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
     assert blocks
-    program = "\n".join([*blocks, "assert loss_actor.isfinite()", "assert action.shape == (1, 6)"])
-    run("-c", program, folder=tmp_path)
+    run("-c", "\n".join([*blocks, READMES[readme]]), folder=tmp_path)
 
 
 @pytest.mark.parametrize("data", ["shipped", "others"])
@@ -68,8 +76,8 @@ def test_every_example_is_run_by_a_test() -> None:
 
 
 def test_the_benchmark_of_the_loss_runs(tmp_path: Path) -> None:
-    options = ["--rounds", "1", "--repeats", "1", "--modes", "eager"]
-    assert "times as fast" in run(ROOT / "tests" / "benchmarks" / "bench_loss.py", *options, folder=tmp_path)
+    options = ["--rounds", "1", "--steps", "1", "--modes", "eager"]
+    assert "times as long" in run(ROOT / "tests" / "benchmarks" / "bench_loss.py", *options, folder=tmp_path)
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from agents import SPACES, make_agent, make_dataset
@@ -109,6 +111,46 @@ def test_a_hyper_parameter_counts_from_the_next_call(kind: str, graphs: list[Any
     setattr(loss, name, value)
     both(loss, batch, compiled)
     assert not all(torch.equal(first, second) for first, second in zip(before, compiled(batch), strict=True))
+
+
+class Scaled(IQLLoss):
+    """A loss with settings of its own, of which :class:`LossGradients` knows nothing."""
+
+    factor = 1.0
+
+    def value_loss_of(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * self.factor * self.factors["value"] * self.options.factor * self.array[0]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        actor, qvalue, value, entropy = super().forward(*args, **kwargs)
+        return actor, qvalue, self.value_loss_of(value), entropy
+
+
+def test_a_setting_of_a_subclass_counts_from_the_next_call(graphs: list[Any]) -> None:
+    loss = make_loss("continuous")
+    loss.__class__ = Scaled
+    loss.factors, loss.options, loss.array = {"value": 1.0}, Options(1.0), np.ones(1)
+    compiled = LossGradients(loss, compile=True)
+    batch = keywords(make_batch("continuous"))
+    both(loss, batch, compiled)
+    for change in (
+        lambda: setattr(loss, "factor", 2.0),
+        lambda: loss.factors.update(value=3.0),
+        lambda: setattr(loss.options, "factor", 4.0),
+        lambda: setattr(loss, "array", np.full(1, 5.0)),
+    ):
+        change()
+        both(loss, batch, compiled)
+    assert len(graphs) == 5
+    both(loss, batch, compiled)
+    assert len(graphs) == 5
+
+
+@dataclass
+class Options:
+    """Equal by value, and so not hashable."""
+
+    factor: float
 
 
 def test_another_discount_or_estimator_counts_from_the_next_call(kind: str, graphs: list[Any]) -> None:

@@ -1,5 +1,6 @@
 """The algorithms of the d3rlpy adapter: what d3rlpy's users do with an algorithm, they can do with ours."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -228,6 +229,7 @@ def test_fields_have_d3rlpys_names_and_defaults() -> None:
         "actor_schedule_steps",
         "squashed",
         "origin",
+        "clip_all_actions",
     }
     # Positional arguments mean the same.
     assert list(vars(ours))[: len(vars(theirs))] == list(vars(theirs))
@@ -589,6 +591,124 @@ def test_copies_from_other_algorithms_and_other_networks_are_refused(kind: str, 
     assert_same_weights(before, weights(algorithm))
 
 
+COPIES = ("copy_policy_from", "copy_policy_optim_from", "copy_q_function_from", "copy_q_function_optim_from")
+
+
+@pytest.mark.parametrize("copy_from", COPIES)
+@pytest.mark.parametrize("factory", [AdamFactory(), AdamWFactory()], ids=["adam", "adam_w"])
+def test_d3rlpys_algorithms_and_ours_refuse_each_others_copies(
+    kind: str, factory: Any, copy_from: str, place: str
+) -> None:
+    data = dataset(kind)
+    optimizers = {"actor_optim_factory": factory, "critic_optim_factory": factory}
+    ours = fitted(config(kind, **optimizers).create(place), data)
+    for theirs_are in (CONTINUOUS, DISCRETE):
+        make = d3rlpy.algos.DiscreteSACConfig if theirs_are == DISCRETE else d3rlpy.algos.IQLConfig
+        encoders = {"actor_encoder_factory": SMALL, "critic_encoder_factory": SMALL}
+        theirs = fitted(make(batch_size=16, **encoders, **optimizers).create(place), dataset(theirs_are))
+        for to, source in ((theirs, ours), (ours, theirs)):
+            before = saved_model(to)
+            with pytest.raises(ValueError, match=r"Invalid (policy|Q-function)|must be an IQL of iql_d3rlpy, got a"):
+                getattr(to, copy_from)(source)
+            assert saved_model(to) == before
+        fitted(theirs, dataset(theirs_are))
+    fitted(ours, data)
+
+
+@pytest.mark.parametrize("copy_from", COPIES)
+def test_continuous_and_discrete_ones_refuse_each_others_copies(copy_from: str, place: str) -> None:
+    algorithms = [fitted(config(kind).create(place), dataset(kind)) for kind in (CONTINUOUS, DISCRETE)]
+    for to, source in (algorithms, algorithms[::-1]):
+        before = saved_model(to)
+        with pytest.raises(ValueError, match=r"the (networks|optimisers of the \w+) differ"):
+            getattr(to, copy_from)(source)
+        assert saved_model(to) == before
+
+
+def saved_model(algorithm: Any) -> bytes:
+    file = io.BytesIO()
+    algorithm.impl.save_model(file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["clipped", "adam_w"])
+def test_the_optimizers_that_are_shown_are_the_learners(kind: str, name: str, place: str) -> None:
+    factory, data = OPTIMIZERS[name], dataset(kind)
+    algorithm = fitted(config(kind, actor_optim_factory=factory, critic_optim_factory=factory).create(place), data)
+    for network, shown in (("actor", algorithm.impl.policy_optim), ("critic", algorithm.impl.q_function_optim)):
+        assert isinstance(shown, torch.optim.Optimizer)
+        optimizer, group = algorithm.impl._optimizer(network)
+        assert any(group is each for each in shown.param_groups)
+        assert shown.state is optimizer.state
+        assert shown.defaults is optimizer.defaults
+        twin = copy.deepcopy(shown)
+        assert twin.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+        for moments in shown.state.values():
+            moments["exp_avg"] += 1.0
+        shown.load_state_dict(twin.state_dict())
+        assert all(torch.equal(*pair) for pair in zip(first_moments(optimizer), first_moments(twin), strict=True))
+        before = weights(algorithm)
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+        shown.step()
+        assert any(not torch.equal(before[key], value) for key, value in weights(algorithm).items())
+        shown.zero_grad()
+        assert all(parameter.grad is None for parameter in group["params"])
+    fitted(algorithm, data)
+
+
+def first_moments(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [moments["exp_avg"] for moments in optimizer.state.values()]
+
+
+@pytest.mark.parametrize("scheduler", [WarmupSchedulerFactory(10), CosineAnnealingLRFactory(T_max=6, eta_min=1e-5)])
+def test_a_factorys_schedule_is_d3rlpys_whatever_the_rate_was_set_to(scheduler: Any, place: str) -> None:
+    factory = AdamFactory(lr_scheduler_factory=scheduler)
+    rate, steps = 0.1, 15
+    algorithm = config(CONTINUOUS, actor_optim_factory=factory, critic_optim_factory=factory, actor_learning_rate=rate)
+    algorithm = algorithm.create(place)
+    algorithm.build_with_dataset(dataset(CONTINUOUS))
+    theirs = factory.create([("", nn.Linear(1, 1))], lr=rate, compiled=False)
+    learner = algorithm.impl.agent.learner
+    for taken in range(steps):
+        expected = theirs.optim.param_groups[0]["lr"]
+        if taken == 8:
+            learner.set_learning_rate("actor", 0.4)
+        assert learner.learning_rate("actor") == pytest.approx(expected * (1.0 if taken < 8 else 4.0))
+        fitted(algorithm, dataset(CONTINUOUS), steps=1)
+        theirs.step()
+
+
+def test_a_schedule_of_the_rate_0_waits_for_another_rate(place: str) -> None:
+    factory = AdamFactory(lr_scheduler_factory=WarmupSchedulerFactory(10))
+    algorithm = config(CONTINUOUS, actor_optim_factory=factory, critic_optim_factory=factory, actor_learning_rate=0.0)
+    algorithm = fitted(algorithm.create(place), dataset(CONTINUOUS))
+    learner = algorithm.impl.agent.learner
+    assert learner.learning_rate("actor") == 0.0
+    learner.set_learning_rate("actor", 1.0)
+    assert learner.learning_rate("actor") == pytest.approx(0.5)
+
+
+def test_schedules_in_files_of_earlier_releases_go_on(tmp_path: Path, place: str) -> None:
+    factory = AdamFactory(lr_scheduler_factory=WarmupSchedulerFactory(10))
+    algorithm = config(CONTINUOUS, actor_optim_factory=factory, critic_optim_factory=factory, actor_learning_rate=0.1)
+    algorithm = fitted(algorithm.create(place), dataset(CONTINUOUS))
+    algorithm.save_model(tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    del state["checksum"], state["training"]["learner"]["learning_rates"]
+    state["training"]["learner"]["actor_learning_rate"] = 0.1
+    for optimizer in state["training"]["learner"]["optimizers"]:
+        del optimizer["param_groups"][0]["schedule"]
+    torch.save(state, tmp_path / "model.pt")
+    loaded = type(algorithm)(algorithm.config, place, False)
+    loaded.create_impl(VECTOR, ACTION)
+    loaded.load_model(tmp_path / "model.pt")
+    for network in ("actor", "critic", "value"):
+        expected = algorithm.impl.agent.learner.learning_rate(network)
+        assert loaded.impl.agent.learner.learning_rate(network) == pytest.approx(expected)
+    assert_trains_on(algorithm, loaded, dataset(CONTINUOUS))
+
+
 @pytest.mark.parametrize("name", ["clipped", "adam_w"])
 def test_optimizer_states_are_reset(kind: str, name: str, place: str) -> None:
     data = dataset(kind)
@@ -657,6 +777,8 @@ def test_a_model_that_does_not_fit_changes_nothing(kind: str, tmp_path: Path, pl
     other.save_model(tmp_path / "model.pt")
     state = torch.load(tmp_path / "model.pt", weights_only=True)
     state["training"]["learner"]["optimizers"] *= 2
+    # As in an earlier release's file.
+    del state["checksum"]
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -746,10 +868,10 @@ def test_a_fresh_process_loads_what_it_never_heard_of(tmp_path: Path, place: str
 def test_the_import_registers_names_that_d3rlpy_does_not_have() -> None:
     program = (
         "import sys\n"
-        "from iql_plugins.registry import Registry\n"
+        "from iql_plugins.plugins import Host\n"
         "import importlib.metadata\n"
         "entry = importlib.metadata.EntryPoint('d3rlpy', 'iql_d3rlpy.plugin', 'iql_plugins')\n"
-        "registry = Registry(find=lambda: [entry])\n"
+        "registry = Host(find=lambda: [entry])\n"
         "try:\n"
         "    registry.map_batch(object())\n"
         "except TypeError:\n"

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import d3rlpy
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,10 @@ from d3rlpy.dataset import (
     BasicTransitionPicker,
     Episode,
     FIFOBuffer,
+    FrameStackTrajectorySlicer,
     FrameStackTransitionPicker,
     InfiniteBuffer,
+    LastFrameWriterPreprocess,
     MDPDataset,
     MixedReplayBuffer,
     MultiStepTransitionPicker,
@@ -27,13 +31,27 @@ from d3rlpy.dataset import (
     SparseRewardTransitionPicker,
     create_fifo_replay_buffer,
 )
+from d3rlpy.preprocessing import MinMaxActionScaler
 from d3rlpy.torch_utility import TorchMiniBatch
-from d3rlpy_helpers import CONTINUOUS, DISCRETE, QUIET, VECTOR, assert_same_weights, config, dataset, weights
+from d3rlpy_helpers import (
+    CONTINUOUS,
+    DISCRETE,
+    PIXEL,
+    QUIET,
+    VECTOR,
+    assert_same_weights,
+    config,
+    dataset,
+    fitted,
+    pixel_config,
+    weights,
+)
 from tensordict import TensorDict
 
 from iql_d3rlpy import FastReplayBuffer, as_fast_buffer, plugin, to_replay_buffer
 from iql_d3rlpy.buffer import UnsupportedBufferError
-from iql_plugins.data import load_dataset
+from iql_plugins.data import DatasetError, load_dataset
+from iql_plugins.learner import DivergenceError
 
 FIELDS = ("observations", "actions", "rewards", "next_observations", "next_actions", "terminals", "intervals")
 PICKERS = {
@@ -360,10 +378,66 @@ def test_dict_observations_become_tuples_sorted_by_name() -> None:
     assert buffer.transition_count == 9
 
 
-def test_n_step_transitions_are_left_to_d3rlpy() -> None:
-    data = transitions(CONTINUOUS).set("steps_to_next_obs", torch.full((9, 1), 3, device="cpu"))
+@pytest.mark.parametrize("key", ["steps_to_next_obs", ("next", "discount")])
+def test_n_step_transitions_are_left_to_d3rlpy(key: Any) -> None:
+    data = transitions(CONTINUOUS).set(key, torch.full((9, 1), 3, device="cpu"))
     with pytest.raises(ValueError, match="MultiStepTransitionPicker"):
         to_replay_buffer(data)
+
+
+@pytest.mark.parametrize("picker", PICKERS)
+def test_a_datasets_transition_picker_is_kept(kind: str, picker: str) -> None:
+    data = dataset(kind, transition_picker=PICKERS[picker])
+    # The action after a cut is in no dataset.
+    known = [field for field in FIELDS if field != "next_actions"]
+    assert_same_batches(data, to_replay_buffer(data), fields=known)
+    given = to_replay_buffer(dataset(kind), transition_picker=PICKERS[picker])
+    assert_same_batches(data, given, fields=known)
+
+
+def test_a_datasets_frame_stack_slicer_preprocessor_and_action_size_are_kept() -> None:
+    shape, count = (1, 5, 5), 6
+    buffer = ReplayBuffer(
+        InfiniteBuffer(),
+        transition_picker=FrameStackTransitionPicker(4),
+        trajectory_slicer=FrameStackTrajectorySlicer(4),
+        writer_preprocessor=LastFrameWriterPreprocess(),
+        observation_signature=Signature(dtype=[np.dtype(np.uint8)], shape=[shape]),
+        action_signature=Signature(dtype=[np.dtype(np.int64)], shape=[(1,)]),
+        reward_signature=Signature(dtype=[np.dtype(np.float32)], shape=[(1,)]),
+        action_space=d3rlpy.constants.ActionSpace.DISCRETE,
+        action_size=count,
+    )
+    rng = np.random.default_rng(0)
+
+    def play(*buffers: ReplayBuffer) -> None:
+        for _ in range(10):
+            frames = rng.integers(0, 256, (4, 5, 5)).astype(np.uint8)
+            for each in buffers:
+                each.append(frames, 1, 0.5)
+        for each in buffers:
+            each.clip_episode(True)
+
+    play(buffer)
+    ours = to_replay_buffer(buffer)
+    assert ours.sample_transition_batch(3).observations.shape == (3, 4, 5, 5)
+    assert ours.dataset_info == buffer.dataset_info
+    assert to_replay_buffer(buffer, action_size=7).dataset_info.action_size == 7
+    assert type(ours.trajectory_slicer) is FrameStackTrajectorySlicer
+    play(buffer, ours)
+    known = [field for field in FIELDS if field != "next_actions"]
+    assert_same_batches(buffer, ours, fields=known)
+    mixed = MixedReplayBuffer(buffer, buffer, 0.5)
+    assert type(to_replay_buffer(mixed).transition_picker) is FrameStackTransitionPicker
+
+
+def test_a_transition_picker_of_ones_own_is_refused() -> None:
+    class Own(BasicTransitionPicker):
+        pass
+
+    for data, picker in ((dataset(CONTINUOUS, transition_picker=Own()), None), (dataset(CONTINUOUS), Own())):
+        with pytest.raises(UnsupportedBufferError, match="has a Own; fast are"):
+            to_replay_buffer(data, transition_picker=picker)
 
 
 def test_files_of_d3rlpy_load_and_come_back(kind: str, tmp_path: Path) -> None:
@@ -425,3 +499,131 @@ def test_fast_batches_and_tuples_are_mapped() -> None:
 def test_other_objects_are_nobodys() -> None:
     for other in (None, {"observations": np.ones(3)}, dataset(CONTINUOUS), np.ones(VECTOR)):
         assert plugin.iql_map_batch(other) is None
+
+
+def spoilt(column: str, row: int, value: float, **options: Any) -> MDPDataset:
+    """A dataset with one number that is out of place."""
+    data = dataset(CONTINUOUS, **options)
+    start = 0
+    for episode in data.episodes:
+        if start <= row < start + len(episode):
+            getattr(episode, column)[row - start, 0] = value
+        start += len(episode)
+    return data
+
+
+def primary_and_secondary(data: MDPDataset) -> MixedReplayBuffer:
+    return MixedReplayBuffer(data, dataset(CONTINUOUS), secondary_mix_ratio=0.5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("column", "key"), [("observations", "'observation'"), ("actions", "'action'"), ("rewards", "'next', 'reward'")]
+)
+@pytest.mark.parametrize("wrapped", [lambda data: data, as_fast_buffer, primary_and_secondary])
+def test_data_that_are_not_finite_are_refused_by_key_and_row(column: str, key: str, bad: float, wrapped: Any) -> None:
+    data = wrapped(spoilt(column, 33, bad))
+    algorithm = config(CONTINUOUS).create()
+    for fit in (
+        algorithm.fit,
+        lambda data, **options: algorithm.fit_online(gymnasium.make("Pendulum-v1"), data, **options),
+    ):
+        with pytest.raises(DatasetError, match=rf"the \w+: \(?{key}\)? is not finite in row 33"):
+            fit(data, n_steps=1, n_steps_per_epoch=1, **QUIET)
+    assert algorithm.impl is None
+
+
+def test_an_observation_of_a_tuple_is_named() -> None:
+    observations = [np.zeros((30, 3), np.float32), np.zeros((30, 2))]
+    observations[1][17, 1] = 1e300
+    data = MDPDataset(observations, np.zeros((30, 2), np.float32), np.zeros(30), np.eye(30)[29])
+    # Finite in float64, and not in the float32 of mini-batches.
+    with pytest.raises(DatasetError, match=r"\('observation', '1'\) is not finite in row 17"):
+        config(CONTINUOUS).create().fit(data, n_steps=1, n_steps_per_epoch=1, **QUIET)
+
+
+def test_what_is_never_sampled_may_be_anything() -> None:
+    # The last step of an episode that was cut: of it only the observation is read.
+    data = spoilt("rewards", 39, np.nan)
+    fitted(config(CONTINUOUS).create(), data)
+    with pytest.raises(DatasetError, match="'observation' is not finite in row 39"):
+        fitted(config(CONTINUOUS).create(), spoilt("observations", 39, np.nan))
+
+
+def test_integers_and_images_have_nothing_to_look_at() -> None:
+    fitted(pixel_config(DISCRETE).create(), dataset(DISCRETE, PIXEL))
+
+
+@pytest.mark.parametrize(
+    ("scaler", "factor"),
+    [(None, 1.0), (MinMaxActionScaler(minimum=np.full(2, -4.0), maximum=np.full(2, 4.0)), 4.0)],
+    ids=["without a scaler", "fitted"],
+)
+def test_actions_beyond_the_bounds_are_clipped_and_counted_once(
+    scaler: Any, factor: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The bounds are those of the scaler, without one -1 and 1.
+    models = []
+    for beyond in (1.0, 3.0):
+        data = dataset(CONTINUOUS)
+        for episode in data.episodes:
+            episode.actions[:] *= factor
+            episode.actions[::4, 1] = beyond * factor
+        capsys.readouterr()
+        np.random.seed(0)
+        torch.manual_seed(0)
+        models.append(fitted(config(CONTINUOUS, action_scaler=copy.deepcopy(scaler)).create(), data))
+    said = re.findall(r"'action' is beyond the bounds in (\d+) of (\d+) rows, first in row 0", capsys.readouterr().out)
+    assert said == [("15", "58")]
+    assert_same_weights(weights(models[0]), weights(models[1]))
+
+
+@pytest.mark.parametrize("rows", [31, 1])
+def test_actions_that_no_clipping_explains_are_refused_unless_they_are_to_be_clipped(rows: int) -> None:
+    data = dataset(CONTINUOUS)
+    for row in range(rows):
+        episode = data.episodes[row // 20]
+        episode.actions[row % 20, 0] = 1.5 if rows > 1 else 1e9
+    algorithm = config(CONTINUOUS).create()
+    with pytest.raises(DatasetError, match=r"action_scaler=MinMaxActionScaler\(minimum, maximum\).*clip_all_actions=T"):
+        fitted(algorithm, data)
+    assert algorithm.impl is None
+    fitted(config(CONTINUOUS, clip_all_actions=True).create(), data)
+    # A scaler that is fitted to the data has bounds that fit them.
+    fitted(config(CONTINUOUS, action_scaler=MinMaxActionScaler()).create(), data)
+
+
+@pytest.mark.parametrize("scaler", [None, MinMaxActionScaler()])
+def test_the_choice_to_clip_all_actions_is_saved(scaler: Any, tmp_path: Path) -> None:
+    algorithm = fitted(config(CONTINUOUS, clip_all_actions=True, action_scaler=scaler).create(), dataset(CONTINUOUS))
+    algorithm.save(tmp_path / "model.d3")
+    loaded = d3rlpy.load_learnable(str(tmp_path / "model.d3"))
+    assert loaded.config.clip_all_actions is True
+    assert loaded.to_agent().config.clip_all_actions is True
+
+
+def test_a_training_that_diverges_stops_and_writes_no_model(tmp_path: Path) -> None:
+    algorithm = config(CONTINUOUS).create()
+
+    def spoil(_: Any, __: int, step: int) -> None:
+        if step == 6:
+            with torch.no_grad():
+                next(algorithm.impl.policy.parameters()).fill_(np.nan)
+
+    with pytest.raises(DivergenceError, match="the actor's weights not finite at step 6"):
+        algorithm.fit(
+            dataset(CONTINUOUS),
+            n_steps=9,
+            n_steps_per_epoch=3,
+            show_progress=False,
+            logger_adapter=d3rlpy.logging.FileAdapterFactory(root_dir=str(tmp_path)),
+            callback=spoil,
+        )
+    assert [path.name for path in tmp_path.rglob("*.d3")] == ["model_3.d3"]
+
+
+def test_online_training_that_diverges_stops() -> None:
+    algorithm = config(CONTINUOUS, critic_learning_rate=1e38, batch_size=4).create()
+    env = gymnasium.make("Pendulum-v1")
+    with pytest.raises(DivergenceError, match="not finite at step"):
+        algorithm.fit_online(env, n_steps=20, n_steps_per_epoch=20, random_steps=5, **QUIET)

@@ -165,7 +165,15 @@ def agent(kind: str, device: torch.device, **changes: Any) -> Agent:
     action: Any = Discrete(ACTIONS, start=1) if kind == DISCRETE else Box((ACTION,), "float32", (-2.0, 0.0), (2.0, 5.0))
     spaces = Spaces(Box(VECTOR), action)
     hyperparameters = Hyperparameters(
-        **({"n_steps": 100, "batch_size": 16, "hidden_sizes": (8,), "compile": "no", "max_grad_norm": 0.5} | changes)
+        **{
+            "n_steps": 100,
+            "batch_size": 16,
+            "hidden_sizes": (8,),
+            "compile": "no",
+            "max_grad_norm": 0.5,
+            "clip_all_actions": True,
+            **changes,
+        }
     )
     normalizers = Normalizers(
         spaces,

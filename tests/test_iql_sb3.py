@@ -497,6 +497,119 @@ def test_learning_rates_follow_a_schedule_each(dataset: TensorDict) -> None:
         model_of(learning_rate={"policy": 1e-3})
 
 
+@pytest.mark.parametrize("attribute", ["learning_rate", "lr_schedule"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_rate_or_a_schedule_that_is_put_in_the_place_of_another_counts(
+    dataset: TensorDict, tmp_path: Path, attribute: str, saved: bool
+) -> None:
+    model = model_of(dataset=dataset, actor_schedule="constant")
+    model.learn_offline(2)
+    for rate in (0.125, lambda left: 0.5 * left):
+        setattr(model, attribute, rate if callable(rate) or attribute == "learning_rate" else lambda _: 0.125)
+        if saved:
+            model.save(tmp_path / "model.zip")
+            model = IQL.load(tmp_path / "model.zip", dataset=dataset)
+        model.learn_offline(2)
+        # The last step came after one of two.
+        expected = 0.25 if callable(rate) else 0.125
+        for network in ("actor", "critic", "value"):
+            assert model.learner.learning_rate(network) == pytest.approx(expected)
+
+
+def test_a_written_rate_follows_the_schedule_in_proportion_and_gives_way_to_another_one(dataset: TensorDict) -> None:
+    model = model_of(dataset=dataset, learning_rate=lambda left: 0.01 * (1 + left), actor_schedule="constant")
+    seen = []
+
+    def write(local_variables: dict[str, Any], _: dict[str, Any]) -> bool:
+        seen.append(model.learner.learning_rate("critic"))
+        if model.num_timesteps == 2:
+            model.policy.optimizer.param_groups[1]["lr"] = 0.6
+        return True
+
+    model.learn_offline(4, callback=write)
+    # The schedule was at 0.015 when it was written, and is at 0.0125 in the last step.
+    assert seen == pytest.approx([0.02, 0.0175, 0.6, 0.6 * 0.0125 / 0.015])
+    model.learning_rate = 0.25
+    model.learn_offline(1)
+    assert model.learner.base_rates() == {"actor": 0.25, "critic": 0.25, "value": 0.25}
+
+
+def test_a_schedule_may_rise_from_zero(dataset: TensorDict, tmp_path: Path) -> None:
+    model = model_of(dataset=dataset, learning_rate=lambda left: 1e-2 * (1 - left), actor_schedule="constant")
+    seen = []
+
+    def note(local_variables: dict[str, Any], _: dict[str, Any]) -> bool:
+        seen.append(model.learner.learning_rate("actor"))
+        return True
+
+    before = parameters(model)
+    model.learn_offline(4, callback=note)
+    assert seen == pytest.approx([0.0, 0.0025, 0.005, 0.0075])
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in parameters(model).items())
+    model.save(tmp_path / "model.zip")
+    model = IQL.load(tmp_path / "model.zip", dataset=dataset)
+    seen.clear()
+    model.learn_offline(4, callback=note)
+    assert seen == pytest.approx([0.0, 0.0025, 0.005, 0.0075])
+
+
+def test_a_rate_that_is_written_before_the_first_step_or_after_loading_counts(
+    dataset: TensorDict, tmp_path: Path
+) -> None:
+    def write(model: IQL, rate: float) -> None:
+        for group in model.policy.optimizer.param_groups:
+            group["lr"] = rate
+        model.learn_offline(1)
+        assert set(model.learner.base_rates().values()) == {rate}
+        assert model.learner.learning_rate("critic") == rate
+
+    model = model_of(dataset=dataset, actor_schedule="constant")
+    write(model, 0.125)
+    model.save(tmp_path / "model.zip")
+    model = IQL.load(tmp_path / "model.zip", dataset=dataset)
+    assert model.learner.learning_rate("critic") == 0.125
+    write(model, 0.25)
+    # A new rate is for what was saved with another one.
+    model = IQL.load(tmp_path / "model.zip", dataset=dataset, learning_rate=0.5)
+    assert model.learner.learning_rate("critic") == 0.5
+    write(model, 0.0)
+    assert model.learner.learning_rate("actor") == 0.0
+
+
+def test_rates_that_were_set_on_an_agent_count_in_the_model_around_it(dataset: TensorDict) -> None:
+    agent = model_of(dataset=dataset).to_agent()
+    agent.learner.set_learning_rate("critic", 0.5)
+    model = IQL.from_agent(agent)
+    model.load_dataset(dataset)
+    model.learn_offline(1)
+    assert model.learner.base_rates() == {"actor": 3e-4, "critic": 0.5, "value": 3e-4}
+    scheduled = model_of(dataset=dataset, learning_rate=lambda left: 0.01 * (1 + left))
+    scheduled.learn_offline(2)
+    model = IQL.from_agent(scheduled.to_agent())
+    model.load_dataset(dataset)
+    model.learn_offline(2)
+    assert model.learner.learning_rate("critic") == pytest.approx(0.015)
+
+
+def test_a_zip_of_an_earlier_release_goes_on(
+    dataset: TensorDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = model_of(dataset=dataset, learning_rate=lambda left: 0.01 * (1 + left), actor_schedule_steps=20)
+    whole.learn_offline(4)
+    state = whole.learner.state_dict()
+    del state["learning_rates"]
+    state["actor_learning_rate"] = 0.0125
+    for group in state["optimizers"][0]["param_groups"]:
+        del group["schedule"]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(whole.optimizer), "state_dict", lambda _: state)
+        whole.save(tmp_path / "model.zip", exclude=["_starts"])
+    resumed = IQL.load(tmp_path / "model.zip", dataset=dataset)
+    for model in (whole, resumed):
+        model.learn_offline(4, reset_num_timesteps=False)
+    assert_same(whole, resumed)
+
+
 # Saving and loading
 
 

@@ -1,5 +1,6 @@
 """Batches and datasets of Stable-Baselines3: mapped, checked, scaled, mixed, and kept once."""
 
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -14,10 +15,14 @@ from conftest import keywords
 pytest.importorskip("stable_baselines3")
 
 from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import CallbackList, ConvertCallback, EvalCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from iql_plugins.agent import build_loss
-from iql_plugins.data import load_dataset
+from iql_plugins.data import DatasetError, load_dataset
+from iql_plugins.learner import DivergenceError
 from iql_sb3 import IQL
 from iql_sb3.batches import map_batch
 from iql_sb3.datasets import buffer_dataset
@@ -172,6 +177,28 @@ def test_a_replay_buffer_becomes_a_dataset_in_the_order_of_time(n_envs: int, ste
     torch.testing.assert_close(dataset["next", "terminated"], theirs["next", "terminated"])
 
 
+def test_a_buffer_with_an_array_that_is_not_read_is_refused() -> None:
+    buffer = filled_buffer()
+    buffer.truncation = np.zeros_like(buffer.dones)  # type: ignore[attr-defined]
+    with pytest.raises(DatasetError, match=r"'truncation' is not a column that is read"):
+        model_of().load_dataset(buffer)
+    buffer = filled_buffer()
+    buffer.timeouts[3] = 1
+    with pytest.raises(DatasetError, match="'timeouts' is 1 and 'dones' 0 in row 3 of environment 0"):
+        model_of().load_dataset(buffer)
+
+
+@pytest.mark.parametrize("key", ["steps_to_next_obs", ("next", "discount")])
+def test_n_step_transitions_are_refused_rather_than_read_as_single_steps(key: Any) -> None:
+    dataset = buffer_dataset(filled_buffer()).clone()
+    dataset[key] = torch.full((30, 1), 3, device="cpu")
+    model = model_of()
+    with pytest.raises(DatasetError, match=r"has .*(steps_to_next_obs|discount).*: give single steps, .*n_steps"):
+        model.load_dataset(dataset)
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        model.learn_offline(1)
+
+
 def test_a_buffer_is_kept_once() -> None:
     rows, width = 400_000, 8
     observation_space = gym.spaces.Box(-np.inf, np.inf, (width,))
@@ -206,10 +233,8 @@ def test_a_dataset_that_does_not_fit_is_refused_and_named() -> None:
     with pytest.raises(ValueError, match="'observation'"):
         model.load_dataset(wide)
     beyond = dataset.clone()
-    beyond["action"][3] = 5.0
-    with pytest.raises(
-        ValueError, match=r"'action' of the dataset is from .* to \[5.0\], the action space from \[-2.0\] to \[2.0\]"
-    ):
+    beyond["action"][3] = 50.0
+    with pytest.raises(ValueError, match=r"'action' is beyond .* in 1 of 100 rows, ten times over in row 3: 50 in"):
         model.load_dataset(beyond)
     discrete = dataset.clone().set("action", torch.zeros(100, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="action"):
@@ -395,3 +420,116 @@ def test_networks_do_not_go_on_in_other_units(normalized: bool, tmp_path: Path) 
     model.learn_offline(2)
     for name, tensor in model.policy.state_dict().items():
         assert torch.equal(same.policy.state_dict()[name], tensor), name
+
+
+def test_actions_beyond_the_environments_bounds_are_clipped_and_the_logger_is_told_once(tmp_path: Path) -> None:
+    data = load_dataset("pendulum-v1-sac")[:200]
+    data["action"][10:15] = 2.0
+    models = []
+    for beyond in (2.0, 3.4):
+        data["action"][10:15] = beyond
+        model = IQL("MlpPolicy", gym.make("Pendulum-v1"), dataset=data.clone(), **SMALL)
+        model.set_logger(configure(str(tmp_path / str(beyond)), ["csv"]))
+        models.append(model.learn_offline(6, log_interval=2))
+        model.logger.close()
+    rows = list(csv.DictReader((tmp_path / "3.4" / "progress.csv").read_text().splitlines()))
+    assert [row["train/clipped_actions"] for row in rows] == ["5", "", ""]
+    assert "train/clipped_actions" not in (tmp_path / "2.0" / "progress.csv").read_text()
+    for name, tensor in models[0].policy.state_dict().items():
+        assert torch.equal(tensor, models[1].policy.state_dict()[name]), name
+
+
+def test_a_buffers_actions_are_held_against_the_units_that_it_has_them_in() -> None:
+    executed, recorded = filled_buffer(), filled_buffer()
+    for buffer, value in ((executed, 1.0), (recorded, 1.7)):
+        buffer.actions[[3, 8]] = value
+    models = [model_of(buffer).learn_offline(6) for buffer in (executed, recorded)]
+    for name, tensor in models[0].policy.state_dict().items():
+        assert torch.equal(tensor, models[1].policy.state_dict()[name]), name
+    recorded.actions[:20] = 1.7
+    with pytest.raises(ValueError, match=r"the ReplayBuffer: 'action' is beyond .* in 20 of 30 rows.*clip_all_actions"):
+        model_of(recorded)
+    assert model_of(recorded, clip_all_actions=True).learn_offline(2).learner.step_count == 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "several", "shared", "dict", "n-step"])
+def test_experience_that_is_not_finite_is_refused_before_it_is_learned_from(kind: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "plain": {},
+        "several": {"n_envs": 2},
+        "shared": {"optimize_memory_usage": True, "handle_timeout_termination": False},
+        "dict": {"buffer_class": DictReplayBuffer, "observation_space": gym.spaces.Dict({"a": OBSERVATION})},
+        "n-step": {"buffer_class": NStepReplayBuffer, "n_steps": 2},
+    }[kind]
+    buffer = filled_buffer(**options)
+    policy = "MultiInputPolicy" if kind == "dict" else "MlpPolicy"
+    model = IQL(policy, observation_space=buffer.observation_space, action_space=ACTION, **SMALL)
+    model.replay_buffer = buffer
+    model.learn_offline(1)
+    observations = buffer.observations["a"] if kind == "dict" else buffer.observations
+    # The last observation of memory that is shared is a next one alone.
+    row = 30 if kind == "shared" else 17
+    for array, position, key in (
+        (observations, row, r"\('observation', 'a'\)" if kind == "dict" else "'observation'"),
+        (buffer.actions, 12, "'action'"),
+        (buffer.rewards, 5, r"\('next', 'reward'\)"),
+    ):
+        value, array[position, -1] = array[position, -1].copy(), np.nan
+        number = buffer.n_envs * position + buffer.n_envs - 1
+        with pytest.raises(ValueError, match=f"the {type(buffer).__name__}: {key} is not finite in row {number}"):
+            model.learn_offline(2)
+        array[position, -1] = value
+    assert model.learner.step_count == 1
+    model.learn_offline(1)
+
+
+def test_a_loaded_buffer_is_looked_at_before_learning_goes_on_online(tmp_path: Path) -> None:
+    env = gym.make("Pendulum-v1")
+    model = IQL("MlpPolicy", env, learning_starts=5, **SMALL).learn(20)
+    model.replay_buffer.rewards[4] = np.inf
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    other = IQL("MlpPolicy", env, learning_starts=5, **SMALL)
+    other.load_replay_buffer(tmp_path / "buffer.pkl")
+    with pytest.raises(ValueError, match=r"\('next', 'reward'\) is not finite in row 4"):
+        other.learn(5)
+    assert other.learner.step_count == 0
+
+
+@pytest.mark.parametrize("way", ["learn", "learn_offline"])
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_training_that_diverges_stops_and_leaves_the_best_model(way: str, reads: bool, tmp_path: Path) -> None:
+    env = gym.make("Pendulum-v1", max_episode_steps=10)
+    model = IQL("MlpPolicy", env, learning_starts=5, **SMALL)
+    if way == "learn_offline":
+        model.load_dataset(load_dataset("pendulum-v1-sac")[:100])
+    best = tmp_path / "best_model.zip"
+    callback = EvalCallback(
+        Monitor(env), n_eval_episodes=1, eval_freq=10, best_model_save_path=str(tmp_path), verbose=0
+    )
+
+    def spoil(local: Any, _: Any) -> bool:
+        if model.num_timesteps == 15:
+            assert best.exists()
+            saved.append(best.read_bytes())
+            with torch.no_grad():
+                next(model.policy.loss.actor_network.parameters()).fill_(np.nan)
+        return True
+
+    saved: list[bytes] = []
+    callbacks = [ConvertCallback(spoil), callback] if reads else [ConvertCallback(spoil)]
+    if not reads:
+        best.write_bytes(b"mine")
+    with pytest.raises(DivergenceError, match=r"the actor's weights.* not finite at step"):
+        getattr(model, way)(40, CallbackList(callbacks), log_interval=None if way == "learn_offline" else 1000)
+    assert [best.read_bytes()] == saved
+    assert model.num_timesteps == (20 if reads else 40)
+
+
+def test_a_look_at_the_logger_that_finds_a_divergence_leaves_the_mode_of_the_networks() -> None:
+    model = model_of(filled_buffer()).learn_offline(1, log_interval=None)
+    model.train(1)
+    with torch.no_grad():
+        next(model.policy.loss.value_network.parameters()).fill_(np.nan)
+    with pytest.raises(DivergenceError, match="the value's weights"):
+        _ = model.logger
+    assert model.policy.training

@@ -159,3 +159,16 @@ def test_a_mapping_of_tensors_becomes_the_layout_without_a_copy() -> None:
     mapped = map_batch(keywords(batch))
     assert set(mapped.keys(True, True)) == set(batch.keys(True, True))
     assert all(mapped[key].data_ptr() == batch[key].data_ptr() for key in batch.keys(True, True))
+
+
+def test_a_dataset_is_looked_at_when_an_algorithm_is_built_with_it() -> None:
+    dataset = make_dataset(SPACES["continuous"])
+    dataset["action"][:41, 0] = 2.5
+    with pytest.raises(ValueError, match=r"in 41 of 80 rows, .*clip_all_actions=True"):
+        IQL.build(SPACES["continuous"], dataset=dataset, **SMALL)
+    assert IQL.build(
+        SPACES["continuous"], dataset=dataset, clip_all_actions=True, **SMALL
+    ).agent.config.clip_all_actions
+    dataset["next", "reward"][9] = torch.inf
+    with pytest.raises(ValueError, match=r"\('next', 'reward'\) is not finite in row 9"):
+        IQL.build(SPACES["continuous"], dataset=dataset, clip_all_actions=True, **SMALL)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torchrl.data.replay_buffers.samplers.prioritized as prioritized
 import torchrl.objectives
-from conftest import gradients, make_batch, total
+from conftest import gradients, keywords, make_batch, total
 from tensordict import TensorDict
 from tensordict.nn import (
     CompositeDistribution,
@@ -37,6 +37,8 @@ from test_torchrl_equivalence import (
     JoinedSequential,
     assert_equal_results,
     batch_of,
+    multi_agent_batch,
+    multi_agent_networks,
     torchrl_networks,
 )
 from torch import Tensor, nn
@@ -461,6 +463,38 @@ def test_time_is_the_last_batch_dimension_or_the_one_of_that_name(
     assert_equal_results(losses, batch)
     ours, theirs = (loss.qvalue_loss(batch.copy())[0] for loss in losses)
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("how", ["name", "class"])
+@pytest.mark.parametrize("hyperparams", [{}, {"time_dim": -1}, {"time_dim": 0}], ids=str)
+@pytest.mark.parametrize(("name", "kind"), [("TD1", TD1Estimator), ("TDLambda", TDLambdaEstimator)])
+def test_time_of_agents_is_that_of_the_batch_size(
+    name: str, kind: type[ValueEstimatorBase], hyperparams: dict[str, int], how: str
+) -> None:
+    given = {"gamma": 0.9, **({"lmbda": 0.8} if name == "TDLambda" else {}), **hyperparams}
+    for loss in (losses := pair(networks=lambda: multi_agent_networks(shared=False, centralised=False))):
+        if how == "name":
+            loss.make_value_estimator(name, **given)
+        else:
+            loss.make_value_estimator(kind, value_network=loss.value_network, **given)
+    batch = multi_agent_batch((3, 5))
+    assert_equal_results(losses, batch)
+    ours, theirs = (loss(**keywords(batch)) for loss in losses)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("critics", [1, 2])
+def test_targets_of_several_agents_follow_torchrls_updater(critics: int, shared: bool) -> None:
+    losses = pair(
+        networks=lambda: multi_agent_networks(shared=shared, centralised=True), updated=False, num_qvalue_nets=critics
+    )
+    for loss in losses:
+        updater = SoftUpdate(loss, tau=0.3)
+        loss.qvalue_network_params.data.add_(1.0)
+        updater.step()
+    torch.testing.assert_close(dict(losses[0].state_dict()), dict(losses[1].state_dict()))
+    assert_equal_results(losses, multi_agent_batch((4,)))
 
 
 ESTIMATORS: dict[str, tuple[type[ValueEstimatorBase], dict[str, Any]]] = {

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from iql_plugins import learner as module
 from iql_plugins import loss as loss_module
 from iql_plugins.agent import build_loss
 from iql_plugins.config import IQLConfig
-from iql_plugins.learner import Groups, Learner, cosine_decay, resolve_compile
+from iql_plugins.learner import DivergenceError, Groups, Learner, cosine_decay, resolve_compile
 
 
 def rates(learner: Learner) -> dict[str, float]:
@@ -220,7 +221,69 @@ def test_a_step_reads_nothing_on_the_host() -> None:
     assert reads.names == []
     with HostReads() as reads:
         learner.metrics()
-    assert reads.names == ["tolist", "tolist"]
+    assert reads.names == ["tolist"]
+    with HostReads() as reads:
+        learner.check_finite()
+    assert reads.names == ["tolist"]
+
+
+def poison(learner: Learner, network: str, value: float = math.nan) -> None:
+    """Makes one weight of a network a number that is not finite."""
+    with torch.no_grad():
+        getattr(learner.loss, network).get_parameter(
+            next(name for name, parameter in getattr(learner.loss, network).named_parameters() if parameter.ndim > 1)
+        ).view(-1)[0] = value
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("network", "name"), [("actor_network", "actor"), ("qvalue_network", "critic"), ("value_network", "value")]
+)
+def test_weights_that_are_not_finite_are_named_when_metrics_are_read(
+    kind: str, network: str, name: str, value: float
+) -> None:
+    learner, batch = Learner(make_loss(kind)), keywords(make_batch(kind))
+    good = copy.deepcopy(learner.state_dict())
+    weights_before = snapshot(learner)
+    learner.step(batch)
+    learner.metrics()
+    learner.step(batch)
+    poison(learner, network, value)
+    for read in (learner.metrics, learner.check_finite):
+        with pytest.raises(DivergenceError, match=f"the {name}'s weights not finite at step 2: lower the learning"):
+            read()
+    # Whoever goes back to a good state goes on.
+    learner.loss.load_state_dict(weights_before)
+    learner.load_state_dict(good)
+    learner.step(batch)
+    assert set(learner.metrics()) >= {"loss_actor", "loss_qvalue", "loss_value", "entropy"}
+
+
+def test_a_loss_that_was_not_finite_once_is_named_whatever_came_later(kind: str) -> None:
+    learner, batch = Learner(make_loss(kind)), keywords(make_batch(kind))
+    learner.step(batch)
+    learner.record(torch.tensor([0.0, math.inf, 0.0, 0.0]), 1, batch)
+    learner.step(batch)
+    for read in (learner.metrics, learner.check_finite):
+        with pytest.raises(DivergenceError, match=r"^loss_qvalue not finite at step 2"):
+            read()
+
+
+def test_large_weights_are_finite() -> None:
+    learner = Learner(make_loss("continuous"))
+    poison(learner, "value_network", 3e38)
+    learner.check_finite()
+
+
+def test_a_training_that_nobody_looks_at_stops_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEPS_BETWEEN_CHECKS", 4)
+    learner, batch = Learner(make_loss("continuous")), keywords(make_batch("continuous"))
+    for step in range(8):
+        if step == 5:
+            poison(learner, "value_network")
+        with HostReads() as reads, pytest.raises(DivergenceError) if step == 7 else nullcontext():
+            learner.step(batch)
+        assert reads.names == (["tolist"] if step % 4 == 3 else [])
 
 
 def test_a_step_calls_nothing_that_waits_for_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,13 +395,13 @@ def test_a_state_that_does_not_fit_changes_nothing(case: str) -> None:
         learner.step(keywords(make_batch("continuous")))
     before = copy.deepcopy(learner.state_dict())
     state = copy.deepcopy(before)
-    state |= {"seed": 99, "actor_learning_rate": 9.0}
+    state |= {"seed": 99, "learning_rates": {"actor": [9.0, 1.0]}}
     change(state)
     with pytest.raises((KeyError, ValueError), match=message):
         learner.load_state_dict(state)
     after = learner.state_dict()
-    assert {name: after[name] for name in ("step_count", "seed", "actor_learning_rate")} == {
-        name: before[name] for name in ("step_count", "seed", "actor_learning_rate")
+    assert {name: after[name] for name in ("step_count", "seed", "learning_rates")} == {
+        name: before[name] for name in ("step_count", "seed", "learning_rates")
     }
     for index, moments in before["optimizers"][0]["state"].items():
         assert same(moments, after["optimizers"][0]["state"][index])

@@ -17,7 +17,7 @@ from iql_plugins.agent import Agent, assemble_loss
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.gradients import compiler_available
-from iql_plugins.learner import Learner
+from iql_plugins.learner import DivergenceError, Learner
 from iql_plugins.networks import critic, gaussian_actor
 from iql_plugins.population import fit_together
 
@@ -549,3 +549,23 @@ def test_compiled_agents_end_where_each_would_have_alone(kind: str, alike: Calla
         torch.testing.assert_close(agent.loss.state_dict(), other.loss.state_dict(), atol=1e-5, rtol=1e-5)
         assert agent.learner.metrics() == pytest.approx(other.learner.metrics(), rel=1e-4, abs=1e-4)
         assert agent.learner.warm_up_seconds > 0.0
+
+
+@pytest.mark.parametrize("every", [4, 1000])
+def test_an_agent_that_diverges_stops_all_of_them(
+    kind: str, every: int, alike: Callable[..., list[Agent]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(population, "STEPS_BETWEEN_CHECKS", every)
+    agents, seen = alike(2), list[int]()
+
+    def callback(step: int) -> None:
+        seen.append(step)
+        if step == 1:
+            with torch.no_grad():
+                next(agents[1].loss.value_network.parameters()).fill_(torch.nan)
+
+    with pytest.raises(DivergenceError, match="loss_value"):
+        fit_together(agents, dataset_of(kind), STEPS, callback)
+    # Looked at every so many steps, and in the end.
+    assert seen == list(range(1, min(every, STEPS + 1)))
+    agents[0].learner.check_finite()

@@ -16,7 +16,7 @@ from iql_plugins.cli import main
 from iql_plugins.cli.errors import UserError
 from iql_plugins.cli.rollouts import recorded_environment
 from iql_plugins.config import IQLConfig
-from iql_plugins.registry import Registry
+from iql_plugins.plugins import host
 from iql_plugins.spaces import Box, Spaces
 
 ENV = "canary_environments:Canary-v0"
@@ -86,7 +86,7 @@ def agent_for(env: object) -> Agent:
 
 
 def saved(agent: Agent, adapter: str, path: Path) -> Path:
-    training = Registry().load(adapter).training
+    training = host().load(adapter).training
     assert training is not None
     training.save(training.from_agent(agent), path)
     return path

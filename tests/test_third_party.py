@@ -1,7 +1,6 @@
-"""A stranger's adapter: the very one of adapters/README.md, built, installed, used, and broken on purpose."""
+"""A stranger's adapter: as ``iql-plugins adapters --new`` writes it, installed, used, and broken on purpose."""
 
 import json
-import re
 import subprocess
 import sys
 import sysconfig
@@ -11,27 +10,23 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "adapters" / "README.md"
-#: A file of the README: its name, and the block behind it.
-BLOCK = re.compile(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-
-def run(*command: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    if check and finished.returncode:
+def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=cwd)
+    if finished.returncode:
         raise AssertionError(f"{command} failed:\n{finished.stdout}\n{finished.stderr}")
     return finished
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment that sees the packages of this one, with the adapter of the README installed into it."""
+    """An environment that sees the packages of this one, with a new adapter installed into it."""
     folder = tmp_path_factory.mktemp("third_party")
-    project = folder / "project"
-    project.mkdir()
-    for name, content in BLOCK.findall(README.read_text(encoding="utf-8")):
-        (project / name).write_text(content, encoding="utf-8")
-    assert sorted(path.name for path in project.iterdir()) == ["iql_tiny.py", "pyproject.toml", "test_tiny.py"]
+    written = json.loads(
+        run(sys.executable, "-m", "iql_plugins.cli", "adapters", "--new", "tiny", "--json", cwd=folder).stdout
+    )
+    assert written["files"] == ["README.md", "iql_tiny/__init__.py", "pyproject.toml", "test_tiny.py"]
+    project = folder / written["folder"]
     environment = folder / "environment"
     run(sys.executable, "-m", "venv", "--without-pip", environment)
     # addsitedir() and not the path alone: an editable install is a .pth file in there.
@@ -71,8 +66,8 @@ def test_it_is_found_and_loaded_beside_the_others(environment: Path) -> None:
 
 
 @pytest.mark.slow
-def test_it_keeps_to_the_contract_by_the_test_of_the_readme(environment: Path) -> None:
-    test = environment.parent / "project" / "test_tiny.py"
+def test_it_keeps_to_the_contract_by_the_test_that_comes_with_it(environment: Path) -> None:
+    test = environment.parent / "iql-tiny" / "test_tiny.py"
     finished = run(python(environment), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", test.parent, test)
     assert "1 passed" in finished.stdout
 
@@ -92,7 +87,7 @@ def test_the_command_line_lists_it_and_trains_with_it(environment: Path, tmp_pat
 
 def test_broken_it_is_named_and_harms_no_other(environment: Path) -> None:
     code = (
-        "import iql_plugins as p, torch; from iql_plugins.registry import PluginError\n"
+        "import iql_plugins as p, torch; from iql_plugins.plugins import PluginError\n"
         "assert p.available()['tiny'].error is None\n"
         "assert p.map_batch({'action': torch.zeros(5, 1)}).batch_size == (5,)\n"
         "assert p.load('tensor').name == 'tensor'\n"
@@ -101,13 +96,13 @@ def test_broken_it_is_named_and_harms_no_other(environment: Path) -> None:
         "except PluginError as error: assert 'iql-tiny 1.0' in str(error)\n"
         "else: raise AssertionError\n"
     )
-    with replaced(packages(environment) / "iql_tiny.py", "raise SystemExit(3)"):
+    with replaced(packages(environment) / "iql_tiny" / "__init__.py", "raise SystemExit(3)"):
         run(python(environment), "-c", code)
 
 
 @pytest.mark.slow
 def test_broken_it_is_reported_by_the_command_line_that_lists_the_others(environment: Path) -> None:
-    with replaced(packages(environment) / "iql_tiny.py", "raise RuntimeError('broken on purpose')"):
+    with replaced(packages(environment) / "iql_tiny" / "__init__.py", "raise RuntimeError('broken on purpose')"):
         listing = run(python(environment), "-m", "iql_plugins.cli", "adapters", "--json")
     adapters = {entry["name"]: entry for entry in json.loads(listing.stdout)["adapters"]}
     assert "broken on purpose" in adapters["tiny"]["error"]
@@ -121,7 +116,7 @@ def test_a_duplicate_of_it_is_refused_by_both_names(environment: Path) -> None:
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: iql-other\nVersion: 1.0\n")
         (metadata / "entry_points.txt").write_text("[iql_plugins]\ntiny = iql_tiny\n")
         code = (
-            "import iql_plugins; from iql_plugins.registry import PluginError\n"
+            "import iql_plugins; from iql_plugins.plugins import PluginError\n"
             "try: iql_plugins.load('tiny')\n"
             "except PluginError as error: assert 'iql-other' in str(error) and 'iql-tiny' in str(error), error\n"
             "else: raise AssertionError\n"

@@ -21,6 +21,7 @@ from torchrl.data import Categorical as CategoricalSpec
 from torchrl.data import OneHot as OneHotSpec
 from torchrl.modules import (
     IndependentNormal,
+    MultiAgentMLP,
     OneHotCategorical,
     ProbabilisticActor,
     SafeModule,
@@ -34,6 +35,7 @@ from iql_plugins.networks import categorical_actor, critic, discrete_critic, gau
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater has been associated:UserWarning")
 
 FEATURES = 3
+AGENTS = 2
 KINDS = ["continuous", "one-hot", "categorical"]
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-10}
 LOSS_FUNCTIONS = ["l1", "l2", "smooth_l1"]
@@ -103,6 +105,55 @@ def paper_networks(kind: str, *, squashed: bool = False) -> tuple[nn.Module, nn.
         discrete_critic(OBSERVATION, ACTIONS, **sizes),
         value_function(OBSERVATION, **sizes),
     )
+
+
+class MultiAgentCritic(nn.Module):
+    """Q of each agent, from the observations and actions of its own, or of all."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        return self.mlp(torch.cat([observation, action], -1))
+
+
+def multi_agent_networks(*, shared: bool, centralised: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Actor, critic and V of ``AGENTS`` agents that share their parameters, or have each its own."""
+
+    def mlp(features: int, outputs: int, *, centralised: bool = centralised) -> nn.Module:
+        return MultiAgentMLP(
+            n_agent_inputs=features,
+            n_agent_outputs=outputs,
+            n_agents=AGENTS,
+            centralised=centralised,
+            share_params=shared,
+            depth=1,
+            num_cells=FEATURES,
+        )
+
+    body = nn.Sequential(mlp(OBSERVATION, 2 * ACTION, centralised=False), NormalParamExtractor())
+    return (
+        ProbabilisticActor(
+            SafeModule(body, in_keys=["observation"], out_keys=["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            out_keys=["action"],
+            distribution_class=TanhNormal,
+        ),
+        SafeModule(
+            MultiAgentCritic(mlp(OBSERVATION + ACTION, 1)),
+            in_keys=["observation", "action"],
+            out_keys=["state_action_value"],
+        ),
+        ValueOperator(mlp(OBSERVATION, 1), in_keys=["observation"]),
+    )
+
+
+def multi_agent_batch(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> TensorDict:
+    """A batch of size ``shape`` with an entry for each agent: rewards are ``[*shape, agents, 1]``."""
+    batch = batch_of("continuous", (*shape, AGENTS), dtype)
+    batch.batch_size = batch["next"].batch_size = shape
+    return batch
 
 
 def pair(kind: str, networks: Any, *, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[Any, Any]:
@@ -486,6 +537,8 @@ def test_renamed_keys_are_read_and_written_as_in_torchrl(
         renamed[unravel_key(("next", keys[name]))] = batch["next", name]
     assert_equal_results(losses, renamed, 1e-10)
     assert in_keys(losses[0]) == in_keys(losses[1])
+    if estimator != "TD0":
+        make_estimator(losses, estimator, time_dim=1)
     of_ours, of_theirs = (loss(**keywords(renamed)) for loss in losses)
     torch.testing.assert_close(of_ours, of_theirs, rtol=1e-10, atol=1e-10)
 
@@ -526,3 +579,62 @@ def test_parameters_have_torchrls_names_and_shapes(kind: str, critics: int) -> N
     ours, theirs = pair(kind, lambda: torchrl_networks(kind), num_qvalue_nets=critics)
     shapes = [{name: parameter.shape for name, parameter in loss.named_parameters()} for loss in (ours, theirs)]
     assert shapes[0] == shapes[1]
+
+
+# Agents
+
+
+MULTI_AGENT = pytest.mark.parametrize(
+    "agents",
+    [{"shared": shared, "centralised": centralised} for shared in (True, False) for centralised in (False, True)],
+    ids=["shared", "shared_centralised", "independent", "independent_centralised"],
+)
+
+
+@MULTI_AGENT
+@pytest.mark.parametrize("critics", [1, 2, 3])
+def test_networks_of_several_agents_equal_torchrls(agents: dict[str, bool], critics: int) -> None:
+    losses = pair("continuous", lambda: multi_agent_networks(**agents), num_qvalue_nets=critics)
+    names = [[name for name, _ in loss.named_parameters()] for loss in losses]
+    assert names[0] == names[1]
+    assert_equal_results(losses, multi_agent_batch((4,)))
+
+
+@MULTI_AGENT
+@pytest.mark.parametrize("critics", [1, 2])
+def test_the_state_of_several_agents_moves_to_torchrl_and_back(agents: dict[str, bool], critics: int) -> None:
+    ours, theirs = pair("continuous", lambda: multi_agent_networks(**agents), num_qvalue_nets=critics)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    with torch.no_grad():
+        for tensor in (*theirs.parameters(), *theirs.buffers()):
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
+    assert_equal_results((ours, theirs), multi_agent_batch((4,)))
+
+
+@MULTI_AGENT
+def test_a_list_of_multi_agent_critics_equals_torchrls_stacked_ones(agents: dict[str, bool]) -> None:
+    # TorchRL itself cannot call a list of them; what it has duplicated, it can.
+    actor, first, value = multi_agent_networks(**agents)
+    critics = [first, multi_agent_networks(**agents)[1]]
+    ours = iql_plugins.IQLLoss(actor, critics, value)
+    ours.target_updater_attached()
+    theirs = torchrl.objectives.IQLLoss(*multi_agent_networks(**agents))
+    theirs.load_state_dict(ours.state_dict())
+    assert_equal_results((ours, theirs), multi_agent_batch((4,)))
+
+
+@pytest.mark.parametrize("name", ["TD0", "TD1", "TDLambda"])
+@pytest.mark.parametrize("hyperparams", [{}, {"time_dim": -1}, {"time_dim": 1}, {"time_dim": 0}], ids=str)
+def test_targets_of_agents_along_trajectories_equal_torchrls(name: str, hyperparams: dict[str, int]) -> None:
+    hyperparams = {} if name == "TD0" else hyperparams
+    losses = pair("continuous", lambda: multi_agent_networks(shared=True, centralised=False), dtype=torch.float64)
+    make_estimator(losses, name, gamma=0.9, **hyperparams)
+    batch = multi_agent_batch((3, 5), torch.float64)
+    assert_equal_results(losses, batch, 1e-10)
+    ours, theirs = (loss.qvalue_loss(batch.copy()) for loss in losses)
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    if hyperparams.get("time_dim", 0) >= 0 and (hyperparams or name == "TD0"):
+        of_ours, of_theirs = (loss(**keywords(batch)) for loss in losses)
+        torch.testing.assert_close(of_ours, of_theirs, rtol=1e-10, atol=1e-10)

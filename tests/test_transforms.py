@@ -91,7 +91,7 @@ def test_a_compiled_loss_has_no_graph_break_and_equals_the_eager_one(
 ) -> None:
     torch._dynamo.reset()
     loss = make(kind).to(device)
-    loss.make_value_estimator(estimator)
+    loss.make_value_estimator(estimator, **({"time_dim": 1} if estimator == "TDLambda" else {}))
     loss.vmap_randomness = randomness
     batch = make_batch(kind, (2, 3), device)
     if masked:

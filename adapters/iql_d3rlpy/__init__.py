@@ -7,7 +7,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from iql_plugins.registry import framework_later
+from iql_plugins.plugins import framework_later
 
 if TYPE_CHECKING:
     from iql_d3rlpy.algorithm import IQL, DiscreteIQL, DiscreteIQLConfig, IQLConfig, from_agent, to_agent

@@ -13,14 +13,16 @@ import torch
 from d3rlpy.algos.qlearning import QLearningAlgoBase
 from d3rlpy.base import LearnableConfig, register_learnable
 from d3rlpy.constants import IMPL_NOT_INITIALIZED_ERROR, ActionSpace
+from d3rlpy.logging import LOG
 from d3rlpy.models.encoders import EncoderFactory, VectorEncoderFactory, make_encoder_field
 from d3rlpy.optimizers import AdamFactory, OptimizerFactory
 from d3rlpy.optimizers.optimizers import make_optimizer_field
+from d3rlpy.preprocessing import MinMaxActionScaler
 from tensordict.utils import NestedKey
 
 from iql_d3rlpy import ddp, networks
 from iql_d3rlpy.batches import observation_keys
-from iql_d3rlpy.buffer import UnsupportedBufferError, as_fast_buffer
+from iql_d3rlpy.buffer import FastReplayBuffer, UnsupportedBufferError, as_fast_buffer, columns
 from iql_d3rlpy.export import export_policy
 from iql_d3rlpy.impl import IQLImpl
 from iql_d3rlpy.optimizers import clip_grad_norm, makers
@@ -28,6 +30,7 @@ from iql_d3rlpy.scalers import action_bounds, normalizers_of, scalers_of
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig as Hyperparameters
+from iql_plugins.data.intake import check_columns
 from iql_plugins.gradients import compiler_available
 from iql_plugins.learner import Learner
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
@@ -80,6 +83,8 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         actor_schedule_steps: steps in which the policy's rate falls to 0 along half a cosine, and stays there; None
             keeps the rate, as d3rlpy's IQL does.
         origin: what an agent from elsewhere has that no other field says; see :func:`from_agent`.
+        clip_all_actions: whether to train on data of which most actions are beyond the bounds, or one is by an order
+            of magnitude. Fewer are clipped in any case. The bounds are the action scaler's, without one -1 and 1.
 
     Raises:
         ValueError: for a value out of range; names it.
@@ -102,6 +107,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
     loss_function: str = "l2"
     actor_schedule_steps: Optional[int] = None  # noqa: UP045
     origin: Optional[dict[str, Any]] = None  # noqa: UP045
+    clip_all_actions: bool = False
 
     def __post_init__(self) -> None:
         self.hyperparameters()
@@ -136,6 +142,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
                 actor_schedule="constant" if self.actor_schedule_steps is None else "cosine",
                 polyak=self.tau,
                 max_grad_norm=clip_grad_norm(self),
+                clip_all_actions=self.clip_all_actions,
                 compile="yes" if self.compile_graph else "no",
             )
         except ValueError as error:
@@ -234,21 +241,61 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
 
         With ``enable_ddp``, each process then draws from its own share of the transitions. Evaluators are given the
         dataset itself.
+
+        Raises:
+            DatasetError: for values that are not finite, or actions that no clipping explains; names key and row.
+            DivergenceError: if losses or weights are no longer finite; the model of that epoch is not saved.
         """
+        self._take(dataset)
         try:
-            fast = as_fast_buffer(dataset)
+            fast: Any = as_fast_buffer(dataset)
         except UnsupportedBufferError:
             # It samples in a way of its own, and goes on doing so.
-            return super().fitter(dataset, *args, **options)
-        if self._enable_ddp and "draw" not in vars(fast):
+            fast = dataset
+        if isinstance(fast, FastReplayBuffer) and self._enable_ddp and "draw" not in vars(fast):
             fast = copy.copy(fast)
             fast.draw = ddp.draw_share
         given = inspect.signature(super().fitter).bind(fast, *args, **options)
+        given.arguments["epoch_callback"] = functools.partial(_after_epoch, given.arguments.get("epoch_callback"))
         if evaluators := given.arguments.get("evaluators"):
             given.arguments["evaluators"] = {
                 name: functools.partial(_evaluate, evaluator, dataset) for name, evaluator in evaluators.items()
             }
         return super().fitter(*given.args, **given.kwargs)
+
+    def fit_online(self, env: Any, buffer: Any = None, *args: Any, **options: Any) -> None:
+        """As d3rlpy's; what the buffer holds already is looked at as in :meth:`fitter`, what is collected is not.
+
+        Raises:
+            DatasetError: as :meth:`fitter`.
+            DivergenceError: if losses or weights are no longer finite.
+        """
+        if buffer is not None:
+            self._take(buffer)
+        super().fit_online(env, buffer, *args, **options)
+        implementation(self).agent.learner.check_finite()
+
+    def _take(self, buffer: Any) -> None:
+        """Looks at the numbers in a buffer before they are trained on, and logs how many actions are clipped."""
+        scaler = self._config.action_scaler
+        # Nothing is beyond the bounds of a scaler that will be fitted to these data.
+        action: Space = Discrete(1)
+        if self.get_action_type() == ActionSpace.CONTINUOUS and scaler is None:
+            size = buffer.dataset_info.action_size
+            action = Box((size,), low=(-1.0,) * size, high=(1.0,) * size)
+        elif isinstance(scaler, MinMaxActionScaler) and scaler.built:
+            low, high = action_bounds(scaler)
+            action = Box((len(low),), low=low, high=high)
+        name = f"the {type(buffer).__name__}"
+        excess = check_columns(
+            columns(buffer),
+            action,
+            clip_all_actions=self._config.clip_all_actions,
+            name=name,
+            remedy="set action_scaler=MinMaxActionScaler(minimum, maximum) to the bounds",
+        )
+        if excess.count:
+            LOG.warning(f"{name}: {excess}; they are clipped")
 
     def build_with_dataset(self, dataset: Any) -> None:
         """As d3rlpy's, but with all observations of a tuple."""
@@ -345,6 +392,13 @@ def _evaluate(evaluator: Any, dataset: Any, algorithm: Any, _: Any) -> Any:
     return evaluator(algorithm, dataset)
 
 
+def _after_epoch(callback: Any, algorithm: Any, epoch: int, total_step: int) -> None:
+    """Before d3rlpy saves the model."""
+    implementation(algorithm).agent.learner.check_finite()
+    if callback is not None:
+        callback(algorithm, epoch, total_step)
+
+
 register_learnable(IQLConfig)
 register_learnable(DiscreteIQLConfig)
 
@@ -392,6 +446,7 @@ def from_agent(agent: Agent) -> BaseIQL:
         "max_weight": hyperparameters.max_weight,
         "loss_function": hyperparameters.loss_function,
         "actor_schedule_steps": hyperparameters.n_steps if cosine else None,
+        "clip_all_actions": hyperparameters.clip_all_actions,
         "origin": {"spaces": spaces.to_json(), "config": hyperparameters.to_json()},
         **scalers_of(agent.normalizers, spaces),
     }

@@ -4,20 +4,27 @@ from typing import Any
 
 import numpy as np
 from d3rlpy.constants import ActionSpace
-from d3rlpy.dataset import Episode, InfiniteBuffer
+from d3rlpy.dataset import Episode, InfiniteBuffer, ReplayBufferBase, TransitionPickerProtocol
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
 from iql_d3rlpy.buffer import Array, FastReplayBuffer
 from iql_plugins.data import load_dataset
-from iql_plugins.keys import STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
+from iql_plugins.data.dataset import require_single_steps
+from iql_plugins.keys import AcceptedKeys, next_key
 
 __all__ = ["to_replay_buffer"]
 
 _KEYS = AcceptedKeys()
 
 
-def to_replay_buffer(source: object, *, action_size: int | None = None, **options: Any) -> FastReplayBuffer:
+def to_replay_buffer(
+    source: object,
+    *,
+    action_size: int | None = None,
+    transition_picker: TransitionPickerProtocol | None = None,
+    **options: Any,
+) -> FastReplayBuffer:
     """A dataset as a d3rlpy ``ReplayBuffer``: every transition of it, in its order.
 
     d3rlpy keeps no next observations: a transition's is the observation of its episode's next step. The last one of an
@@ -28,22 +35,29 @@ def to_replay_buffer(source: object, *, action_size: int | None = None, **option
 
     Args:
         source: whatever :func:`iql_plugins.data.load_dataset` loads: a path, a name, a buffer, a TensorDict.
-        action_size: number of discrete actions; None takes the largest one plus 1.
+        action_size: number of discrete actions; None takes that of a d3rlpy dataset, else the largest one plus 1.
+        transition_picker: what a mini-batch is made of: n steps, stacked frames; None takes that of a d3rlpy dataset,
+            else single steps. A d3rlpy dataset's trajectory slicer and writer preprocessor are kept, too.
         **options: of :func:`iql_plugins.data.load_dataset`.
 
     Returns:
         Observations of a Dict are tuples, sorted by name.
 
     Raises:
-        DatasetError: for what cannot be loaded.
-        ValueError: for n-step transitions, which d3rlpy makes itself when it samples.
+        DatasetError: for what cannot be loaded, and n-step transitions, which d3rlpy makes itself when it samples.
+        UnsupportedBufferError: for a transition picker that is not one of d3rlpy's.
     """
     dataset = load_dataset(source, **options)
-    if dataset.get(STEPS_TO_NEXT_OBS, None) is not None:
-        raise ValueError(
-            f"the dataset has {STEPS_TO_NEXT_OBS!r}: d3rlpy makes n-step transitions itself, of single steps, with "
-            "transition_picker=MultiStepTransitionPicker(...)"
-        )
+    require_single_steps(dataset, "of which d3rlpy makes more with transition_picker=MultiStepTransitionPicker(...)")
+    parts: dict[str, Any] = {}
+    if isinstance(source, ReplayBufferBase):
+        parts = {"transition_picker": source.transition_picker, "trajectory_slicer": source.trajectory_slicer}
+        # A mixture has no writer.
+        if writer := getattr(source, "_writer", None):
+            parts["writer_preprocessor"] = writer._preprocessor
+        action_size = action_size or source.dataset_info.action_size
+    if transition_picker is not None:
+        parts["transition_picker"] = transition_picker
     observations = [(_array(dataset, key), _array(dataset, next_key(key))) for key in _observation_keys(dataset)]
     actions, rewards = _array(dataset, _KEYS.action), _array(dataset, next_key(_KEYS.reward))
     last = _last_rows(_flags(dataset, "done"), observations)
@@ -70,6 +84,7 @@ def to_replay_buffer(source: object, *, action_size: int | None = None, **option
         reward_signature=episodes[0].reward_signature,
         action_space=ActionSpace.DISCRETE if discrete else ActionSpace.CONTINUOUS,
         action_size=action_size,
+        **parts,
     )
 
 

@@ -3,15 +3,17 @@
 import io
 import os
 import pickle
-from typing import Any
+import pickletools
+from typing import Any, BinaryIO
 
 import torch
 from d3rlpy import __version__
 from d3rlpy.base import LearnableConfigWithShape, _process_device
 
-from iql_d3rlpy.algorithm import BaseIQL
+from iql_d3rlpy.algorithm import BaseIQL, BaseIQLConfig
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
+from iql_plugins.limits import WeightLimit
 
 __all__ = ["Registered", "load", "save"]
 
@@ -20,10 +22,27 @@ class Registered(str):
     """The configuration in a file. To find this class, who unpickles it imports the adapter, which registers its names.
 
     So ``d3rlpy.load_learnable`` works in a process that never imported the adapter, and names ``iql_d3rlpy`` where it
-    is not installed.
+    is not installed. Files have its checksum with it, but for those of earlier releases.
+
+    Args:
+        text: d3rlpy's JSON.
+        checksum: what it must be, if it is known.
+
+    Raises:
+        CheckpointError: for another checksum.
     """
 
     __slots__ = ()
+
+    def __new__(cls, text: str, checksum: str | None = None) -> "Registered":
+        """The text itself, once it is known to be as it was written."""
+        if checksum not in (None, checkpoint.checksum(text)):
+            raise CheckpointError("the configuration is not as it was written: its checksum is another one")
+        return super().__new__(cls, text)
+
+    def __getnewargs__(self) -> tuple[str, str]:  # type: ignore[override]
+        """What a file has of it."""
+        return str(self), checkpoint.checksum(str(self))
 
 
 def save(algorithm: BaseIQL, path: str | os.PathLike[str]) -> None:
@@ -49,7 +68,7 @@ def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged, or no such file.
+        CheckpointError: if it is damaged, no such file, or that of another algorithm.
         RuntimeError, AssertionError: torch's own, for a device that is not there.
     """
     if not os.path.isfile(path):
@@ -58,15 +77,33 @@ def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
     torch.empty(0, device=_process_device(device))
     try:
         with open(path, "rb") as file:
+            _check_memo(file)
             document = _Reader(file).load()
-        algorithm: BaseIQL = LearnableConfigWithShape.deserialize(document["config"]).create(device)
+        config = LearnableConfigWithShape.deserialize(document["config"])
+        if not isinstance(config.config, BaseIQLConfig):
+            raise TypeError(
+                f"it holds a {type(config.config).__name__} of {type(config.config).__module__}, which "
+                "d3rlpy.load_learnable loads"
+            )
+        with WeightLimit.of_file(len(document["torch"])):
+            algorithm: BaseIQL = config.create(device)
         algorithm.impl.load_model(io.BytesIO(document["torch"]))
     except Exception as error:
         raise CheckpointError(
             f"{os.fspath(path)!r} is no d3rlpy file of iql_d3rlpy's algorithms, or damaged: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     return algorithm
+
+
+def _check_memo(file: BinaryIO) -> None:
+    """Raises for a pickle that numbers what it keeps beyond its own length: there would be room for all of it."""
+    size = os.fstat(file.fileno()).st_size
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name.endswith("PUT") and argument > size:
+            raise pickle.UnpicklingError(f"it keeps {argument} objects in {size} bytes")
+    file.seek(0)
 
 
 class _Reader(pickle.Unpickler):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -14,9 +15,12 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from iql_d3rlpy.batches import entries
-from iql_d3rlpy.optimizers import reset
+from iql_d3rlpy.optimizers import ShownOptimizer, reset
+from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
+from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.keys import flat_name, next_key
+from iql_plugins.limits import load_torch
 from iql_plugins.loss import IQLLoss
 from iql_plugins.spaces import Discrete
 
@@ -104,18 +108,27 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
         self._integers = [*integers, *map(next_key, integers)]
         super().__init__(observation_shape, action_size, IQLModules(agent.loss, TrainingState(agent)), device)
 
+    def save_model(self, f: BinaryIO) -> None:
+        """Writes networks, targets, optimisers, step and random state, with their checksum."""
+        state = {name: module.state_dict() for name, module in self._checkpointer.modules.items()}
+        torch.save({**state, "checksum": checkpoint.checksum(state)}, f)
+
     def load_model(self, f: BinaryIO) -> None:
         """Reads networks, targets, optimisers, step and random state; on an error nothing is changed.
 
         Raises:
             RuntimeError, KeyError, ValueError: for another model's.
+            CheckpointError: for one that is not as it was written.
         """
-        state = torch.load(f, map_location="cpu", weights_only=True)
-        if not {"loss", "training"} <= state.keys():
+        state = load_torch(f)
+        # Files of earlier releases have no checksum.
+        if not {"loss", "training"} <= state.keys() <= {"loss", "training", "checksum"}:
             raise ValueError(
                 f"the file has {', '.join(map(str, state))}: it is another algorithm's, an IQL of iql_d3rlpy has loss "
                 "and training"
             )
+        if "checksum" in state and state.pop("checksum") != checkpoint.checksum(state):
+            raise CheckpointError("the model is not as it was written: its checksum is another one")
         before = {name: tensor.clone() for name, tensor in self.agent.loss.state_dict().items()}
         loss, training = state["loss"], state["training"]
         self.agent.loss.load_state_dict(loss)
@@ -134,15 +147,20 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
 
         Returns:
             The losses by d3rlpy's names; ``critic_loss`` is ``q_loss + v_loss``.
+
+        Raises:
+            DivergenceError: if a loss is not finite.
         """
         discrete = self.agent.spaces.discrete
         tensors = self._with_dtypes(entries(batch, self.keys, discrete=discrete))
-        if discrete and self._start:
-            tensors["action"] = tensors["action"] - self._start
+        action = tensors["action"]
+        tensors["action"] = action - self._start if discrete else self.agent.normalizers.clipped(action)
         learner = self.agent.learner
         learner.step({flat_name(key): tensor for key, tensor in tensors.items()})
         assert learner.last_losses is not None
-        actor, qvalue, value, entropy = learner.last_losses.tolist()
+        actor, qvalue, value, entropy = losses = learner.last_losses.tolist()
+        if not all(map(math.isfinite, losses)):
+            learner.check_finite()
         return {
             "critic_loss": qvalue + value,
             "q_loss": qvalue,
@@ -182,13 +200,16 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
 
     @property
     def policy_optim(self) -> Any:
-        """The optimiser that the policy's parameters are in."""
-        return self._optimizer("actor")[0]
+        """The optimiser that the policy's parameters are in, those of the group that is named ``"actor"``.
+
+        What is set in a group counts, see :class:`~iql_plugins.learner.Learner`.
+        """
+        return ShownOptimizer(self._optimizer("actor")[0])
 
     @property
     def q_function_optim(self) -> Any:
-        """The optimiser that the critics' parameters are in."""
-        return self._optimizer("critic")[0]
+        """The optimiser that the critics' parameters are in, those of the group that is named ``"critic"``."""
+        return ShownOptimizer(self._optimizer("critic")[0])
 
     def copy_policy_from(self, impl: Any) -> None:
         """Copies the policy of another IQL.

@@ -34,10 +34,10 @@ def fit(algorithm: BaseIQL, dataset: TensorDictBase, n_steps: int, callback: Cal
         callback: called with the number of all steps after each of them.
 
     Raises:
-        ValueError: if the dataset does not fit the spaces; names the entry.
+        ValueError: as :meth:`iql_plugins.agent.Agent.check`.
     """
     agent = to_agent(algorithm)
-    agent.spaces.check(dataset)
+    agent.check(dataset)
     action = agent.spaces.action
     size = action.start + action.n if isinstance(action, Discrete) else None
     buffer = to_replay_buffer(dataset.select(*agent.loss.in_keys), action_size=size)

@@ -13,12 +13,14 @@ from torch import Tensor
 
 import iql_plugins
 from iql_plugins.data import read
-from iql_plugins.data.dataset import DatasetError, Options, non_finite
+from iql_plugins.data.dataset import REWARD, DatasetError, Options, require_single_steps
 from iql_plugins.data.episodes import episode_ends
+from iql_plugins.data.intake import ActionExcess, check_columns
 from iql_plugins.data.normalizers import CHUNK, Normalizers
 from iql_plugins.data.packed import transitions
+from iql_plugins.data.replay_buffers import check_stable_baselines3
 from iql_plugins.keys import flat_name, next_key, shown
-from iql_plugins.spaces import Box, Spaces
+from iql_plugins.spaces import Box, Space, Spaces
 from iql_sb3.batches import entries
 from iql_sb3.policies import Inputs
 
@@ -27,6 +29,7 @@ __all__ = [
     "OfflineData",
     "Rewards",
     "buffer_dataset",
+    "check_buffer",
     "check_spaces",
     "load",
     "numpy_random",
@@ -34,8 +37,6 @@ __all__ = [
     "start_statistics",
 ]
 
-#: Dataset actions up to this share of the range outside the bounds are rounding.
-_BEYOND = 1e-3
 _REWARD, _DONE, _TERMINATED = (next_key(name) for name in ("reward", "done", "terminated"))
 
 
@@ -43,13 +44,16 @@ def load(source: object, trust_pickle: bool = False) -> tuple[TensorDictBase, Sp
     """A dataset by the key layout, and its environment's spaces where the source has them.
 
     Raises:
-        DatasetError: one line that names the source and what is wrong.
+        DatasetError: one line that names the source and what is wrong; also for n-step transitions.
     """
     loaded = read(source, Options(trust_pickle))
     if loaded is None:
         # A plugin may know it, or the error says what there is.
-        return iql_plugins.load_dataset(source, trust_pickle=trust_pickle), None
-    return loaded.dataset, loaded.spaces
+        dataset, spaces = iql_plugins.load_dataset(source, trust_pickle=trust_pickle), None
+    else:
+        dataset, spaces = loaded.dataset, loaded.spaces
+    require_single_steps(dataset, "of which n_steps=... makes more")
+    return dataset, spaces
 
 
 def check_spaces(dataset: TensorDictBase, spaces: Spaces) -> None:
@@ -68,16 +72,37 @@ def check_spaces(dataset: TensorDictBase, spaces: Spaces) -> None:
     nested = {key[-1]: space for key, space in rest.items() if isinstance(key, tuple)}
     if rest:
         Spaces(nested or rest["observation"], spaces.action).check(dataset)
-    if isinstance(spaces.action, Box):
-        low, high = (torch.tensor(bound, device="cpu") for bound in (spaces.action.low, spaces.action.high))
-        action = dataset.get("action")
-        smallest, largest = action.amin(0).cpu(), action.amax(0).cpu()
-        margin = _BEYOND * (high - low)
-        if bool((smallest < low - margin).any()) or bool((largest > high + margin).any()):
-            raise ValueError(
-                f"'action' of the dataset is from {smallest.tolist()} to {largest.tolist()}, the action space from "
-                f"{low.tolist()} to {high.tolist()}: the dataset is of an environment with other bounds"
-            )
+
+
+def check_buffer(buffer: ReplayBuffer, action: Space, *, clip_all_actions: bool) -> ActionExcess:
+    """As :func:`iql_plugins.data.intake.check_columns`, for all that is in a replay buffer, whose memory is shared.
+
+    Rows are the buffer's slots; of several environments, each slot has a row for each of them.
+
+    Args:
+        buffer: of any class.
+        action: the environment's space; continuous actions in a buffer are in [-1, 1].
+        clip_all_actions: whether to clip actions even where that explains nothing.
+
+    Raises:
+        DatasetError: likewise.
+    """
+    if isinstance(action, Box):
+        action = Box(action.shape, low=(-1.0,) * action.size, high=(1.0,) * action.size)
+    columns: dict[Any, Any] = {}
+    arrays = [("observation", buffer.observations), ("action", buffer.actions), (REWARD, buffer.rewards)]
+    if not buffer.optimize_memory_usage:
+        arrays.append((next_key("observation"), buffer.next_observations))
+    # Where observations are shared, the newest is in the next slot.
+    ahead = int(buffer.optimize_memory_usage and not buffer.full)
+    for key, array in arrays:
+        prefix = (key,) if isinstance(key, str) else key
+        named = {(*prefix, name): each for name, each in array.items()} if isinstance(array, dict) else {key: array}
+        for name, each in named.items():
+            stored = each[: buffer.size() + (ahead if "observation" in prefix else 0)]
+            columns[name] = [(0, torch.from_numpy(stored.reshape(-1, *each.shape[2:])))]
+    what = f"the {type(buffer).__name__}"
+    return check_columns(columns, action, clip_all_actions=clip_all_actions, name=what)
 
 
 class Normalization(Protocol):
@@ -125,9 +150,14 @@ def replay(buffer: ReplayBuffer, size: int, normalization: Normalization | None,
     for key in inputs.spaces.observations:
         for name in (key, next_key(key)):
             tensors[name] = inputs.network(key, tensors[name])
-    if inputs.spaces.discrete:
-        tensors["action"] = inputs.normalizers.policy_action(tensors["action"])
+    tensors["action"] = _policy_action(inputs, tensors["action"], scaled=True)
     return {flat_name(key): tensor for key, tensor in tensors.items()}
+
+
+def _policy_action(inputs: Inputs, action: Tensor, *, scaled: bool) -> Tensor:
+    """Actions in the policy's units; continuous ones that are ``scaled`` are in [-1, 1] already, or a little beyond."""
+    normalizers = inputs.normalizers
+    return normalizers.clipped(action) if scaled and not inputs.spaces.discrete else normalizers.policy_action(action)
 
 
 @contextmanager
@@ -169,8 +199,7 @@ class OfflineData:
     def _transform(self, piece: TensorDictBase) -> TensorDictBase:
         piece = piece.select(*self._observed, "action", _REWARD, _DONE, _TERMINATED).to(self._device)
         normalizers = self._inputs.normalizers
-        if not self._scaled or self._inputs.spaces.discrete:
-            piece.set("action", normalizers.policy_action(piece.get("action")))
+        piece.set("action", _policy_action(self._inputs, piece.get("action"), scaled=self._scaled))
         if not self.raw:
             for key in self._inputs.spaces.observations:
                 for name in (key, next_key(key)):
@@ -242,9 +271,11 @@ def buffer_dataset(buffer: ReplayBuffer) -> TensorDictBase:
     not full share the buffer's memory. Goals that hindsight replay makes when it samples are no part of it.
 
     Raises:
-        DatasetError: if the buffer is empty, or has a value that is not finite; names the key and the row.
+        DatasetError: if the buffer is empty, or :func:`~iql_plugins.data.replay_buffers.check_stable_baselines3`
+            objects.
     """
     name = f"the {type(buffer).__name__}"
+    check_stable_baselines3(buffer, name)
     size, shared = buffer.buffer_size, buffer.optimize_memory_usage
     # The slot at pos holds the newest observation where observations are shared, and so no transition.
     start, length = ((buffer.pos + shared) % size, size - shared) if buffer.full else (0, buffer.pos)
@@ -271,7 +302,7 @@ def buffer_dataset(buffer: ReplayBuffer) -> TensorDictBase:
     done = ended.clone()
     # Where the next environment's transitions begin an episode may be under way.
     done[length - 1 :: length] = True
-    dataset = TensorDict(
+    return TensorDict(
         {
             "observation": observations(0),
             "action": column(buffer.actions),
@@ -284,11 +315,6 @@ def buffer_dataset(buffer: ReplayBuffer) -> TensorDictBase:
         },
         batch_size=[length * buffer.n_envs],
     )
-    for key, tensor in dataset.items(True, True):
-        row, count = non_finite(tensor)
-        if row is not None:
-            raise DatasetError(f"{name}: {shown(key)} is not finite in row {row}, and in {count} rows in all")
-    return dataset
 
 
 def start_statistics(env: VecNormalize, dataset: TensorDictBase) -> None:

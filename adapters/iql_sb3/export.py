@@ -1,14 +1,13 @@
 """The policy as one file for elsewhere."""
 
+import io
 import os
-import tempfile
 import warnings
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from iql_plugins import export
+from iql_plugins import checkpoint, export
 from iql_plugins.agent import Agent
 
 __all__ = ["export_policy"]
@@ -34,18 +33,14 @@ def export_policy(agent: Agent, path: str | os.PathLike[str], format: Format) ->
         return
     if format != "torchscript":
         raise ValueError(f"format must be 'onnx', 'torchscript' or 'torch', got {format!r}")
-    target = Path(path)
-    if not target.absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write {target.name!r} to")
     policy = export.PolicyModule(agent)
     example = tuple(export.random_observations(agent, 2, seed=1))
-    with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder:
-        temporary = Path(folder) / target.name
-        with warnings.catch_warnings(), torch.no_grad():
-            # torch deprecates TorchScript; whoever asks for it knows.
-            warnings.simplefilter("ignore")
-            # A function, of which weights are constants: TorchScript cannot look into tensordict's modules.
-            other = tuple(export.random_observations(agent, 5, seed=2))
-            traced = torch.jit.trace(lambda *observations: policy(*observations), example, check_inputs=[other])
-            torch.jit.save(traced, os.fspath(temporary))
-        os.replace(temporary, target)
+    file = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        # torch deprecates TorchScript; whoever asks for it knows.
+        warnings.simplefilter("ignore")
+        # A function, of which weights are constants: TorchScript cannot look into tensordict's modules.
+        other = tuple(export.random_observations(agent, 5, seed=2))
+        traced = torch.jit.trace(lambda *observations: policy(*observations), example, check_inputs=[other])
+        torch.jit.save(traced, file)
+    checkpoint.write_bytes(path, file.getvalue())

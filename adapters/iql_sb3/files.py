@@ -15,6 +15,7 @@ from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.config import IQLConfig
+from iql_plugins.limits import WeightLimit
 from iql_plugins.spaces import Box, Spaces
 from iql_sb3.policies import AgentPolicy, CnnPolicy, IQLPolicy, MultiInputPolicy, layer_sizes, set_hyperparameters
 from iql_sb3.spaces import gymnasium_spaces
@@ -74,14 +75,11 @@ def load_agent(path: str | os.PathLike[str]) -> Agent:
         spaces, config = Spaces.from_json(document["spaces"]), IQLConfig.from_json(document["config"])
         described = document[_POLICY]
         _check_counts(described["arguments"], spaces, tensors, len(content))
-        with torch.device("meta"):
-            expected = _policy(described, spaces).loss.state_dict()
-        for key, tensor in expected.items():
-            _require(tensor.shape == tensors[f"loss.{key}"].shape, f"{key} of shape {list(tensor.shape)}")
+        limit = WeightLimit.of_file(sum(tensor.nbytes for tensor in tensors.values()))
         # Weights are loaded into it; the caller's random state is his own.
-        with torch.random.fork_rng(devices=[]):
+        with limit, torch.random.fork_rng(devices=[]):
             policy = _policy(described, spaces)
-        policy.loss.to(tensors[f"loss.{next(iter(expected))}"].dtype)
+        policy.loss.to(tensors[f"loss.{next(iter(policy.loss.state_dict()))}"].dtype)
         set_hyperparameters(policy.loss, config)
         return Agent.from_state(document, tensors, name=name, loss=policy.loss, make_optimizers=policy.make_optimizers)
     except CheckpointError:
@@ -126,13 +124,11 @@ def _named_class(entry: dict[str, Any]) -> Any:
 
 
 def _check_counts(arguments: dict[str, Any], spaces: Spaces, tensors: dict[str, Tensor], size: int) -> None:
-    """Raises ``ValueError`` for more entries, layers or critics than a file of this size and these tensors can have."""
+    """Raises ``ValueError`` for more entries or layers than a file of this size and these tensors can have."""
     entries = sum(space.size for space in spaces.observations.values() if isinstance(space, Box))
     _require(entries <= size, f"observations of {entries} entries")
     layers = max(map(len, layer_sizes(arguments["net_arch"]).values()))
     _require(layers <= len(tensors), f"{layers} layers")
-    critics = {len(tensor) for name, tensor in tensors.items() if name.startswith("loss.qvalue_network_params.")}
-    _require(arguments["n_critics"] in {1} | critics, f"{arguments['n_critics']} critics")
 
 
 def _require(held: bool, claimed: str) -> None:

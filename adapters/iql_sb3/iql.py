@@ -19,15 +19,16 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, check_for_correct_spaces, configure_logger
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, check_for_correct_spaces, configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from tensordict import TensorDictBase
 
+from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.config import ActorSchedule, Compile, IQLConfig
+from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.encoders import is_plain
 from iql_plugins.functional import LossFunction
@@ -65,7 +66,9 @@ class IQL(OffPolicyAlgorithm):
             :class:`~iql_sb3.policies.IQLPolicy`.
         env: the environment. None if there is none: the spaces are then those given, or the dataset's.
         learning_rate: of Adam; a number, a schedule of the remaining progress, or a mapping of ``"actor"``,
-            ``"critic"`` and ``"value"`` to these.
+            ``"critic"`` and ``"value"`` to these. It can be changed at any time, as ``lr_schedule`` can, which is one
+            for all networks. A rate that is written into ``policy.optimizer`` stays, and follows a schedule in
+            proportion, see :class:`~iql_plugins.learner.Learner`.
         buffer_size: transitions of the replay buffer, which holds online experience.
         learning_starts: online steps before the first gradient step. An untrained policy acts at random
             meanwhile, a trained one as it was trained.
@@ -91,6 +94,8 @@ class IQL(OffPolicyAlgorithm):
         reward_scale: factor of rewards, offline and online; ``"return_range"`` is 1000 over the range of the dataset's
             returns.
         reward_shift: added to the scaled rewards.
+        clip_all_actions: whether to train on data of which most actions are beyond the environment's bounds, or one is
+            by an order of magnitude. Fewer are clipped in any case.
         compile: whether to compile losses and gradients; ``"auto"``: long offline trainings of plain perceptrons.
         dataset: what :meth:`load_dataset` takes.
         trust_pickle: whether ``dataset`` may be a pickle, which can run any code.
@@ -154,6 +159,7 @@ class IQL(OffPolicyAlgorithm):
         normalize_observations: bool = False,
         reward_scale: float | Literal["return_range"] = 1.0,
         reward_shift: float = 0.0,
+        clip_all_actions: bool = False,
         compile: Compile = "auto",
         dataset: object = None,
         trust_pickle: bool = False,
@@ -221,6 +227,7 @@ class IQL(OffPolicyAlgorithm):
         self.normalize_observations = normalize_observations
         self.reward_scale = reward_scale
         self.reward_shift = reward_shift
+        self.clip_all_actions = clip_all_actions
         self.compile = compile
         self.offline_ratio = offline_ratio
         self.extra: dict[str, Any] = {}
@@ -229,7 +236,11 @@ class IQL(OffPolicyAlgorithm):
         self._generator_state: tuple[str, Any] | None = None
         self._agent: Agent | None = None
         self._offline: datasets.OfflineData | None = None
+        # Of the data that were taken last, until the logger has been told.
+        self._clipped_actions = 0
         self._applied: tuple[Any, ...] | None = None
+        # What the rates were last set to by learning_rate, by network.
+        self._starts: dict[str, float] = {}
         # Whether the networks were trained behind a VecNormalize; None before the first gradient step.
         self._normalized_by_env: bool | None = None
         if _init_setup_model:
@@ -249,6 +260,12 @@ class IQL(OffPolicyAlgorithm):
             rates = dict.fromkeys(NETWORKS, rates)
         self._rates = {name: FloatSchedule(rate) for name, rate in rates.items()}
         self.lr_schedule = self._rates["critic"]
+
+    def _follow_lr_schedule(self) -> None:
+        """Takes what was put in the place of ``learning_rate``, or of ``lr_schedule``, then for all networks."""
+        if self.lr_schedule is not self._rates["critic"]:
+            self.learning_rate = self.lr_schedule
+        self._setup_lr_schedule()
 
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, IQLPolicy):
@@ -295,6 +312,14 @@ class IQL(OffPolicyAlgorithm):
         self.policy.optimizer = self.learner.optimizers[0]
         self._applied = None
         self._apply_hyperparameters()
+        if agent is not None:
+            self._starts = {name: _start(schedule) for name, schedule in self._rates.items()}
+            # A schedule that brought it there is not this model's: the rate is.
+            for group in self.policy.optimizer.param_groups:
+                if group.get("schedule", 1.0) != 1.0:
+                    group["lr"], group["schedule"] = self.learner.learning_rate(group["name"]), 1.0
+        elif not loaded:
+            self._apply_learning_rates()
 
     def _set_reward_units(self, normalizers: Normalizers) -> None:
         if not isinstance(self.reward_scale, str):
@@ -329,6 +354,7 @@ class IQL(OffPolicyAlgorithm):
             normalize_observations=self.normalize_observations,
             reward_scale=self.reward_scale,
             reward_shift=self.reward_shift,
+            clip_all_actions=self.clip_all_actions,
             compile=self.compile,
             **rates,
         )
@@ -351,7 +377,8 @@ class IQL(OffPolicyAlgorithm):
             trust_pickle: whether it may be a pickle, which can run any code.
 
         Raises:
-            ValueError: if it cannot be read or does not fit the spaces; names the difference. The model is as it was.
+            ValueError: if it cannot be read or does not fit the spaces, has values that are not finite, or actions that
+                no clipping explains; names what. The model is as it was.
         """
         self._set_dataset(*_loaded(source, trust_pickle))
 
@@ -360,8 +387,10 @@ class IQL(OffPolicyAlgorithm):
         if buffer is None:
             dataset = _channels_first(dataset, known)
             datasets.check_spaces(dataset, known)
+            clipped = check_numbers(dataset, known, clip_all_actions=self.clip_all_actions).count
         else:
             _check_buffer(buffer, self.observation_space, self.action_space)
+            clipped = self._clipped_in(buffer)
         normalize = self._vec_normalize_env
         if normalize is not None and (self.normalize_observations or self._scales_rewards_twice()):
             raise ValueError(
@@ -383,6 +412,17 @@ class IQL(OffPolicyAlgorithm):
             n_steps=_steps_of(self.replay_buffer),
             device=self.device,
         )
+        self._clipped_actions = clipped
+
+    def _clipped_in(self, buffer: ReplayBuffer) -> int:
+        """Transitions of a replay buffer whose actions are clipped; ``ValueError`` if it cannot be trained on."""
+        excess = datasets.check_buffer(buffer, self.policy.spaces.action, clip_all_actions=self.clip_all_actions)
+        return excess.count
+
+    def _take_experience(self) -> None:
+        """Looks at what the replay buffer holds before a training: it may have been loaded, or set by hand."""
+        if self.replay_buffer is not None and self.replay_buffer.size():
+            self._clipped_actions += self._clipped_in(self.replay_buffer)
 
     def _scales_rewards_twice(self) -> bool:
         normalize = self._vec_normalize_env
@@ -420,7 +460,11 @@ class IQL(OffPolicyAlgorithm):
 
     @property
     def logger(self) -> Logger:
-        """The logger, with the means of losses and health since it was last looked at."""
+        """The logger, with the means of losses and health since it was last looked at.
+
+        Raises:
+            DivergenceError: if losses or weights are no longer finite.
+        """
         self._record_metrics()
         return self._logger
 
@@ -432,16 +476,27 @@ class IQL(OffPolicyAlgorithm):
         training = self.policy.training
         # To look must not change what is learned: running statistics, say.
         self.policy.set_training_mode(False)
-        for name, value in learner.metrics().items():
-            self._logger.record(f"train/{name}", value)
-        self.policy.set_training_mode(training)
+        try:
+            for name, value in learner.metrics().items():
+                self._logger.record(f"train/{name}", value)
+        finally:
+            self.policy.set_training_mode(training)
 
     def _update_learning_rate(self, optimizers: Any = None) -> None:
-        for name, schedule in self._rates.items():
-            self.learner.set_learning_rate(name, schedule(self._current_progress_remaining))
+        self._apply_learning_rates()
         self._logger.record("train/learning_rate", self.learner.learning_rate("critic"))
         self._logger.record("train/learning_rate_actor", self.learner.learning_rate("actor"))
         self._logger.record("train/learning_rate_value", self.learner.learning_rate("value"))
+
+    def _apply_learning_rates(self) -> None:
+        """Schedules multiply the rates, whoever set them; one that begins elsewhere than the last one sets them."""
+        self._follow_lr_schedule()
+        for name, schedule in self._rates.items():
+            start = _start(schedule)
+            if self._starts.get(name) != start:
+                self._starts[name] = start
+                self.learner.set_learning_rate(name, start)
+            self.learner.set_schedule(name, schedule(self._current_progress_remaining) / start if start else 1.0)
 
     def _apply_hyperparameters(self) -> None:
         """Attributes of an algorithm can be changed at any time, and count from the next step on."""
@@ -488,6 +543,9 @@ class IQL(OffPolicyAlgorithm):
                 f"{_steps_of(self.replay_buffer)}: load_dataset(source) after load_replay_buffer(path)"
             )
         self._apply_hyperparameters()
+        if self._clipped_actions:
+            self._logger.record("train/clipped_actions", self._clipped_actions)
+            self._clipped_actions = 0
 
     def train(self, gradient_steps: int, batch_size: int | None = None) -> None:
         """Takes gradient steps on the dataset, the replay buffer, or both, mixed by ``offline_ratio``.
@@ -538,7 +596,9 @@ class IQL(OffPolicyAlgorithm):
             The model.
 
         Raises:
-            ValueError: if there is nothing to learn from.
+            ValueError: if there is nothing to learn from, or the replay buffer has values that are not finite, or
+                actions that no clipping explains.
+            DivergenceError: if losses or weights are no longer finite.
         """
         total_timesteps, callback = self._setup_learn_offline(
             gradient_steps, callback, tb_log_name, reset_num_timesteps, progress_bar
@@ -558,6 +618,7 @@ class IQL(OffPolicyAlgorithm):
                 self.dump_logs()
         if self.num_timesteps:
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+        self.learner.check_finite()
         callback.on_training_end()
         return self
 
@@ -572,6 +633,8 @@ class IQL(OffPolicyAlgorithm):
         """What ``_setup_learn`` does, but for the environment, which is left alone."""
         if self._offline is None and not (self.replay_buffer is not None and self.replay_buffer.size()):
             raise ValueError("there is nothing to learn from: load_dataset(source) or load_replay_buffer(path) before")
+        if self._offline is None:
+            self._take_experience()
         self._compile(gradient_steps)
         self.start_time = time.time_ns()
         if self.ep_info_buffer is None or reset_num_timesteps:
@@ -630,9 +693,12 @@ class IQL(OffPolicyAlgorithm):
 
         Raises:
             RuntimeError: if the model has no environment.
+            ValueError: if the replay buffer has values that are not finite, or actions that no clipping explains.
+            DivergenceError: if losses or weights are no longer finite.
         """
         if is_stand_in(self.env):
             raise RuntimeError("this model was made without an environment: give it one with set_env(env)")
+        self._take_experience()
         super().learn(
             total_timesteps,
             callback,
@@ -641,6 +707,7 @@ class IQL(OffPolicyAlgorithm):
             reset_num_timesteps,
             progress_bar,
         )
+        self.learner.check_finite()
         return self
 
     def _sample_action(
@@ -696,6 +763,7 @@ class IQL(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "learner", "generator", "_offline", "_rates", "_agent", "_applied"]
+        own += ["_clipped_actions"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -727,21 +795,26 @@ class IQL(OffPolicyAlgorithm):
         exclude: Iterable[str] | None = None,
         include: Iterable[str] | None = None,
     ) -> None:
-        """As in any algorithm, with the random state that batches are drawn from.
+        """As in any algorithm, with the random state that batches are drawn from; whole, or not at all.
 
         Beside its own members the zip has the agent as ``iql_plugins.safetensors``, from which the command line reads
         it without running anything. A model with classes of your own has none: only pickles describe it.
         """
+        self._follow_lr_schedule()
         self._generator_state = (self.generator.device.type, self.generator.get_state().numpy())
-        archive = io.BytesIO()
-        super().save(archive, exclude, include)
+        content = io.BytesIO()
+        super().save(content, exclude, include)
         # A model that cannot be described is saved all the same.
         with contextlib.suppress(TypeError, ValueError):
-            add_agent(archive, self._as_agent(), self.policy)
-        file = open_path(path, "w", suffix="zip")
-        file.write(archive.getbuffer())
-        if file is not path:
-            file.close()
+            add_agent(content, self._as_agent(), self.policy)
+        if not isinstance(path, str | pathlib.Path):
+            path.write(content.getbuffer())
+            return
+        # Names, and folders that are made, are Stable-Baselines3's.
+        target = pathlib.Path(path) if pathlib.Path(path).suffix else pathlib.Path(f"{path}.zip")
+        target = pathlib.Path(f"{target}_2") if target.is_dir() else target
+        target.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_bytes(target, content.getvalue())
 
     @classmethod
     def load(
@@ -778,6 +851,7 @@ class IQL(OffPolicyAlgorithm):
             if not model._spaces_from_dataset:
                 raise
             model.set_env(env)
+        model._apply_learning_rates()
         if dataset is not None:
             model.load_dataset(dataset, trust_pickle=trust_pickle)
         return model
@@ -821,6 +895,7 @@ class IQL(OffPolicyAlgorithm):
             normalize_observations=config.normalize_observations,
             reward_scale=config.reward_scale,
             reward_shift=config.reward_shift,
+            clip_all_actions=config.clip_all_actions,
             compile=config.compile,
             policy_kwargs={
                 "net_arch": list(config.hidden_sizes),
@@ -882,6 +957,12 @@ class IQL(OffPolicyAlgorithm):
         from iql_sb3.export import export_policy
 
         export_policy(self._as_agent(), path, format)
+
+
+def _start(schedule: FloatSchedule) -> float:
+    """The rate that a schedule multiplies: that of its beginning, or the default one if it rises from 0."""
+    constant = isinstance(schedule.value_schedule, ConstantSchedule)
+    return schedule(1.0) if constant else schedule(1.0) or IQLConfig.critic_learning_rate
 
 
 class _LearnerState:

@@ -47,16 +47,7 @@ def _fit(model: "IQL", dataset: TensorDictBase, n_steps: int, callback: Callable
 
 
 def _save(model: "IQL", path: str | os.PathLike[str]) -> None:
-    """Whole or not at all: the file gets its name when it is written."""
-    temporary = f"{os.fspath(path)}.tmp"
-    try:
-        # Stable-Baselines3 adds a suffix to a name that has none.
-        with open(temporary, "wb") as file:
-            model.save(file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    model.save(os.fspath(path))
 
 
 def _load(path: str | os.PathLike[str]) -> "IQL":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from iql_plugins.agent import Agent, Observation
 from iql_plugins.config import IQLConfig
+from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.learner import Learner
 from iql_plugins.loss import IQLLoss
@@ -70,8 +71,8 @@ class IQL:
             **hyperparameters: changes of ``config``.
 
         Raises:
-            ValueError: if there are neither spaces nor a dataset, if they disagree, or for a hyper-parameter out of
-                range.
+            ValueError: if there are neither spaces nor a dataset, if they disagree, for values that are not finite or
+                actions that no clipping explains, or for a hyper-parameter out of range.
             TypeError: for a space that is not supported, or a name that is no hyper-parameter.
         """
         config = (config or IQLConfig()).replace(**hyperparameters)
@@ -86,6 +87,7 @@ class IQL:
         normalizers = None
         if dataset is not None:
             spaces.check(dataset)
+            check_numbers(dataset, spaces, clip_all_actions=config.clip_all_actions)
             normalizers = Normalizers.fit(dataset, spaces, config)
         elif config.normalize_observations or isinstance(config.reward_scale, str):
             raise ValueError(

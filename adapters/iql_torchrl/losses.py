@@ -346,7 +346,7 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
 
     def _target(self, batch: Batch, shape: Size | None) -> Tensor:
         if batch.time_dim is None:
-            batch.time_dim = len(batch.shape) - 1
+            batch.time_dim = (batch.batch_dims or len(batch.shape)) - 1
         return super()._target(batch, shape) if self._own_estimator is None else self._own_target(batch, shape)
 
     @torch.no_grad()
@@ -361,10 +361,12 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
             )
         shape = batch.shape if shape is None else shape
         columns = {key: to_batch_shape(batch.tensors[key], shape, key).unsqueeze(-1) for key in self._outcome_keys}
-        names: list[str | None] = [None] * len(batch.shape)
+        # A dimension that is given by number counts those of the TensorDict.
+        batch_size = batch.shape[: batch.batch_dims or None]
+        names: list[str | None] = [None] * len(batch_size)
         names[batch.time_dim] = "time"
         target = self._own_estimator.value_estimate(
-            TensorDict(batch.tensors | columns, batch.shape, names=names),
+            TensorDict(batch.tensors | columns, batch_size, names=names),
             target_params=TensorDict.from_module(self.value_network).data,
         )
         return at_least_float32(to_batch_shape(target, shape, "value_target"))

@@ -13,6 +13,7 @@ from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent, Observation
 from iql_plugins.checkpoint import CheckpointError
+from iql_plugins.limits import load_torch
 from iql_torchrl.losses import IQLLoss
 
 __all__ = ["IQL"]
@@ -64,10 +65,10 @@ class IQL:
                 not read is left out.
 
         Raises:
-            ValueError: if the dataset is empty or does not fit the spaces; names the entry.
+            ValueError: if the dataset is empty, or as :meth:`iql_plugins.agent.Agent.check`.
         """
         agent = self.agent
-        agent.spaces.check(dataset)
+        agent.check(dataset)
         read = dataset.select(*agent.loss.accepted_keys, strict=False)
         if len(read) == 0:
             raise ValueError("the dataset is empty: it has no transition to draw")
@@ -97,12 +98,14 @@ class IQL:
 
         Raises:
             ValueError: as :meth:`replay_buffer`.
+            DivergenceError: if losses or weights are no longer finite.
         """
         buffer, learner = self.replay_buffer(dataset), self.agent.learner
         for _ in range(n_steps):
             learner.step(buffer.sample())
             if callback is not None:
                 callback(learner.step_count)
+        learner.check_finite()
         return self
 
     def act(self, observation: Observation, deterministic: bool = True) -> Any:
@@ -142,7 +145,7 @@ class IQL:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"there is no file {name!r}")
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_torch(path)
         except Exception as error:
             # Whatever torch raises for a file that is none of its own.
             raise CheckpointError(f"{name!r} is no {_CONTAINER}, or damaged: {error}") from error

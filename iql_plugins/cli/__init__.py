@@ -8,12 +8,13 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from iql_plugins.cli.arguments import Bench
     from iql_plugins.cli.output import Result
 
 __all__ = ["main"]
 
 PROGRAM = "iql-plugins"
+#: The commands that ship; others may be a plugin's.
+COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "adapters")
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     With ``--json`` there is one JSON document on stdout and nothing else, whatever a library prints; that of an error
-    is ``{"error": "..."}``.
+    is ``{"error": "..."}``. A plugin's own command prints what it likes.
 
     Args:
         arguments: without the program's name; None takes those of the process.
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from iql_plugins.cli.output import captured_stdout, json_text
 
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if "--json" not in given:
+    if "--json" not in given or _of_plugin(given):
         return _status(given, None)
     with captured_stdout(restore=arguments is not None) as write:
         return _status(given, lambda document: write(json_text(document) + "\n"))
@@ -52,6 +53,14 @@ def _status(given: Sequence[str], write: Write | None) -> int:
     from iql_plugins.cli.output import show
 
     try:
+        if _of_plugin(given):
+            from iql_plugins.cli.errors import mistakes
+            from iql_plugins.plugins import PluginError, host
+
+            with mistakes(PluginError):
+                command = host().commands(COMMANDS).get(given[0])
+            if command is not None:
+                return command.run(given[1:])
         result = _run(given)
         if write is None:
             show(result)
@@ -70,6 +79,11 @@ def _status(given: Sequence[str], write: Write | None) -> int:
     except Exception as error:
         traceback.print_exc()
         return _failed(f"{type(error).__name__}: {error}", FAILED, write)
+
+
+def _of_plugin(given: Sequence[str]) -> bool:
+    """Whether the command, if there is such a one, is a plugin's."""
+    return bool(given) and not given[0].startswith("-") and given[0] not in COMMANDS
 
 
 def _run(given: Sequence[str]) -> "Result":
@@ -101,25 +115,6 @@ def _run(given: Sequence[str]) -> "Result":
             return listings.inspect(arguments)
         case options.Adapters():
             return listings.adapters(arguments)
-        case options.Bench():
-            return _bench(arguments)
-
-
-def _bench(arguments: "Bench") -> "Result":
-    from pathlib import Path
-
-    from iql_plugins.cli.bench import bench
-
-    return bench(
-        arguments.peers,
-        size=arguments.size,
-        adapters=arguments.adapters,
-        rounds=arguments.rounds,
-        steps=arguments.steps,
-        device=arguments.device,
-        threads=arguments.threads,
-        plot=None if arguments.plot is None else Path(arguments.plot),
-    )
 
 
 def _failed(text: str, status: int, write: Write | None) -> int:

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
 from iql_plugins.cli.errors import UserError, imported, mistakes
-from iql_plugins.cli.peers import Size
+from iql_plugins.cli.settings import CHANGEABLE
 from iql_plugins.cli.sources import SHIPPED
 from iql_plugins.config import PRESETS, IQLConfig, preset
+from iql_plugins.plugins import PluginError, host
 
 tyro = imported("tyro")
 
 __all__ = [
     "Adapters",
     "Arguments",
-    "Bench",
     "Convert",
     "Evaluate",
     "Export",
@@ -34,6 +34,20 @@ DEFAULT_DATASET = "pendulum-v1-sac"
 Flag: TypeAlias = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Automatic: TypeAlias = int | Literal["auto"]
 Policy: TypeAlias = Annotated[str, tyro.conf.Positional]
+
+
+def option(name: str) -> str:
+    """The option of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+_RESUME = (
+    "Run directory of a run to go on with, bit for bit as if it had never stopped. Everything is the run's, but for "
+    "what these change from there on, which results.json records: "
+    f"{', '.join(map(option, (*CHANGEABLE, 'workers')))}. The dataset may lie elsewhere, and must be "
+    "the same. --n-steps may be raised: the run is trained to its end as it was, and from there to the new one, by the "
+    "learning rates that a run of that length has there."
+)
 
 
 class HelpRequest(Exception):  # noqa: N818
@@ -72,8 +86,7 @@ class Train:
     """Gradient steps between rows of metrics.csv."""
     run_dir: str | None = None
     """New folder for the run; by default runs/DATASET-TIME."""
-    resume: str | None = None
-    """Run directory of a run to go on with, bit for bit as if it had never stopped."""
+    resume: Annotated[str | None, tyro.conf.arg(help=_RESUME)] = None
     config: str | None = None
     """config.json of a run to repeat."""
     tensorboard: Flag = False
@@ -171,38 +184,19 @@ class Inspect:
 
 @dataclass(frozen=True, kw_only=True)
 class Adapters:
-    """Lists the installed adapters, and how to install the frameworks that are missing."""
+    """Lists the installed adapters, and how to install the frameworks that are missing; or writes a new one."""
 
+    new: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Write an adapter for a framework of your own, with its test, into a new folder iql-NAME."""
     json: Flag = False
     """Print one JSON document on stdout, and nothing else."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bench:
-    """Measures gradient steps a second, of this package and of other libraries side by side."""
-
-    peers: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[NAME|FILE ...]")] = None
-    """Libraries to measure beside it, by name (torchrl, d3rlpy, sb3-sac) or as Python files; by default those that are
-    installed, and none after a bare --peers."""
-    adapters: tuple[str, ...] = ()
-    """Further adapters to measure, beside the one for plain tensors."""
-    size: Annotated[Size, tyro.conf.arg(name="")] = field(default_factory=Size)
-    rounds: int = 9
-    """How often each is measured; rounds are interleaved."""
-    steps: Automatic = "auto"
-    """Gradient steps in a round: many, so that what a library does once in a call counts little; auto takes 200, on a
-    GPU 1000."""
-    device: str = "auto"
-    """Torch's name of the device; auto takes the GPU if there is one. There, CUDA graphs are measured, too."""
-    threads: int | None = None
-    """Torch's threads; by default as many as torch takes."""
-    plot: str | None = None
-    """File for a bar chart."""
-    json: Flag = False
-    """Print one JSON document on stdout, and nothing else."""
+class _OfPlugin:
+    """Stands for a plugin's command in the help."""
 
 
-Arguments = Train | Evaluate | Export | Convert | Inspect | Adapters | Bench
+Arguments = Train | Evaluate | Export | Convert | Inspect | Adapters
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -220,11 +214,15 @@ def parse(arguments: Sequence[str]) -> Arguments:
         "convert": Convert,
         "inspect": Inspect,
         "adapters": Adapters,
-        "bench": Bench,
     }
     commands: Any = Annotated[Train, train]
     for name, kind in others.items():
         commands = commands | Annotated[kind, tyro.conf.subcommand(name)]
+    if arguments and arguments[0] in ("-h", "--help"):
+        with mistakes(PluginError):
+            of_plugins = host().commands([*others, "train"])
+        for name, command in of_plugins.items():
+            commands = commands | Annotated[_OfPlugin, tyro.conf.subcommand(name, description=command.summary)]
     out, problem = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(problem), mistakes(ValueError):

@@ -53,10 +53,12 @@ def learning_curve(settings: Settings, run: Path, outcomes: Sequence[Outcome], d
 def _draw_returns(axes: Any, method: str, outcomes: Sequence[Outcome]) -> None:
     if not outcomes:
         return
-    steps = [step for step, _ in outcomes[0].evaluations]
+    by_seed = [dict(outcome.evaluations) for outcome in outcomes]
+    # What all seeds have: in a run whose evaluations were changed on the way, each has changed at a step of its own.
+    steps = sorted(set[int].intersection(*map(set, by_seed)))
     estimates = [
-        estimate([returns for _, returns in column])
-        for column in zip(*(outcome.evaluations for outcome in outcomes), strict=True)
+        estimate([returns[: min(map(len, column))] for returns in column])
+        for column in ([evaluations[step] for evaluations in by_seed] for step in steps)
     ]
     axes.plot(steps, [e.mean for e in estimates], marker="o", color=COLORS[method], label=METHODS[method])
     axes.fill_between(

@@ -1,6 +1,8 @@
 """``iql-plugins adapters`` and ``inspect``: what is there."""
 
+import re
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,25 +14,56 @@ from iql_plugins.cli.rollouts import environment_spaces
 from iql_plugins.cli.sources import plugin_dataset
 from iql_plugins.data import DatasetError, unknown_source
 from iql_plugins.data.doctor import Report, Statistics, examine
-from iql_plugins.registry import PluginError, PluginInfo, Registry
+from iql_plugins.plugins import PluginError, PluginInfo, host
 from iql_plugins.spaces import Box
 
 __all__ = ["adapters", "inspect"]
 
 
+#: A working adapter: what is called tiny in its files, TinyIQL and so on, becomes what the user names.
+TEMPLATE, TEMPLATE_NAME = Path(__file__).parent / "new_adapter", "tiny"
+
+
 def adapters(arguments: Adapters) -> Result:
-    """The adapters; imports no framework."""
-    registry = Registry()
+    """The adapters, without importing a framework; or a new one."""
+    if arguments.new is not None:
+        return _new(arguments.new)
     # In strict mode, what is broken is an error.
     with mistakes(PluginError):
-        duplicates = {name: info.error for name, info in registry.available().items()}
-        entries = [_entry(info, duplicates[name]) for name, info in registry.check().items()]
+        duplicates = {name: info.error for name, info in host().available().items()}
+        entries = [_entry(info, duplicates[name]) for name, info in host().check().items()]
     rows = [[entry["name"], f"{entry['distribution']} {entry['version']}", _framework(entry)] for entry in entries]
     parts: list[Any] = [table(["adapter", "distribution", "framework"], rows)]
     # Below the table, where no column breaks a line that is to be copied.
     parts += [f"{entry['name']}: {entry['error']}" for entry in entries if entry["error"]]
     parts += [f"{entry['name']}: {entry['install']}" for entry in entries if entry["install"]]
     return Result({"adapters": entries}, parts if entries else ["no adapter is installed"])
+
+
+def _new(name: str) -> Result:
+    """Writes an adapter that works, in a new folder."""
+    if re.fullmatch("[a-z][a-z0-9]*", name) is None:
+        raise UserError(f"--new must be one word of small letters and digits, got {name!r}")
+    if name in host().available():
+        raise UserError(f"the adapter {name!r} is installed already: take another name")
+    folder = Path(f"iql-{name}")
+    if folder.exists():
+        raise UserError(f"{str(folder)!r} is there already: move it, or take another name")
+
+    def named(text: str) -> str:
+        return text.replace(TEMPLATE_NAME, name).replace(TEMPLATE_NAME.capitalize(), name.capitalize())
+
+    files = {named(str(path.relative_to(TEMPLATE))): path for path in TEMPLATE.rglob("*") if path.suffix in _SUFFIXES}
+    with mistakes(OSError):
+        for file, source in files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(named(source.read_text()))
+    document = {"adapter": name, "folder": str(folder), "files": sorted(files)}
+    return Result(document, [f"wrote {', '.join(sorted(files))} in {folder}: {folder / 'README.md'} says what next"])
+
+
+#: Of the template's files; nothing that Python leaves beside them.
+_SUFFIXES = {".md", ".py", ".toml"}
 
 
 def _entry(info: PluginInfo, duplicate: str | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from iql_plugins.cli.rollouts import environment_spaces, recorded_environment, r
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.cli.training import POLICY, adapter_training, evaluation_seeds
 from iql_plugins.export import SUFFIXES, ExportError, export_policy, random_observations
-from iql_plugins.registry import PluginError, Registry
+from iql_plugins.plugins import PluginError, host
 
 __all__ = ["convert", "evaluate", "export"]
 
@@ -143,11 +143,10 @@ def convert(arguments: Convert) -> Result:
 
 
 def _adapter_by_suffix(file: Path) -> str:
-    registry = Registry()
     found = []
-    for name in registry.available():
+    for name in host().available():
         try:
-            training = registry.load(name).training
+            training = host().load(name).training
         except PluginError:
             continue
         if training is not None and training.suffix == file.suffix:

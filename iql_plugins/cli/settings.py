@@ -3,27 +3,38 @@
 import json
 import os
 import platform
+from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.cli.sources import Source, digest, load_source
 from iql_plugins.config import IQLConfig
+from iql_plugins.data.dataset import one_line, row_bytes
 from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.limits import available_memory, read_json
 from iql_plugins.spaces import Spaces
 
-__all__ = ["METHODS", "Method", "Settings", "Unit", "available_cores", "versions"]
+__all__ = ["CHANGEABLE", "COUNTS", "METHODS", "Method", "Settings", "Unit", "available_cores", "versions"]
 
 Method = Literal["iql", "bc"]
 METHODS: Mapping[str, str] = {"iql": "IQL", "bc": "behaviour cloning"}
 
 CONFIG = "config.json"
 FORMAT = 1
+#: What may differ when a run goes on, and holds from there on: where its data are (not which), its end (not an earlier
+#: one), how it is looked at, and on what it is computed. All else is the checkpoints'.
+CHANGEABLE = (
+    *("n_steps", "episodes", "evaluation_episodes", "evaluate_every", "log_every", "tensorboard"),
+    *("device", "threads", "dataset", "memmap_dir"),
+)
+#: Settings that are integers of at least 1.
+COUNTS = ("episodes", "evaluation_episodes", "evaluate_every", "log_every", "threads", "stack")
 #: Hidden layers up to this width run no faster on several threads.
 NARROW = 128
 _PACKAGES = ("iql-plugins", "torch", "tensordict", "numpy", "safetensors", "gymnasium")
@@ -70,6 +81,11 @@ class Settings:
         threads: of torch, in each process.
         stack: so many trainings of a method take their steps together, in one process; 1 for none.
         tensorboard: whether TensorBoard's events are written.
+        earlier_ends: the steps at which the run ended before it was prolonged. It is trained to each of them first,
+            with a schedule that ends there: what comes of it does not depend on when it was prolonged.
+
+    Raises:
+        ValueError: for a count below 1, or ends that do not increase.
     """
 
     adapter: str
@@ -91,6 +107,59 @@ class Settings:
     threads: int
     stack: int
     tensorboard: bool
+    earlier_ends: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            value: object = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if list(self.ends) != sorted(set(self.ends)):
+            raise ValueError(f"earlier_ends and n_steps must increase, got {list(self.ends)}")
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The steps at which the run ended, or ends."""
+        return (*self.earlier_ends, self.hyperparameters.n_steps)
+
+    def prolonged(self, n_steps: int) -> "Settings":
+        """The settings of the run when it has come to its end, and goes on to another one."""
+        return replace(self, hyperparameters=self.hyperparameters.replace(n_steps=n_steps), earlier_ends=self.ends)
+
+    def at(self, step: int) -> "Settings":
+        """The settings by which a training goes on after a step: its end is the next one."""
+        index = min(bisect_right(self.ends, step), len(self.ends) - 1)
+        config = self.hyperparameters.replace(n_steps=self.ends[index])
+        return replace(self, hyperparameters=config, earlier_ends=self.ends[:index])
+
+    def changes(self, before: "Settings", name: str) -> dict[str, list[Any]]:
+        """What differs from the settings of a checkpoint: by name, the value there and the one here.
+
+        Args:
+            before: the settings of the checkpoint.
+            name: of the checkpoint, for errors.
+
+        Raises:
+            UserError: for a difference that there cannot be.
+        """
+        own, others = self._values(), before._values()
+        changed = {key: [others[key], value] for key, value in own.items() if others[key] != value}
+        if self.earlier_ends == before.ends:
+            del changed["earlier_ends"]
+        if wrong := [
+            f"{key} is {old!r} in {name}, {new!r} in {CONFIG}"
+            for key, (old, new) in changed.items()
+            if key not in CHANGEABLE or (key == "n_steps" and new < old)
+        ]:
+            raise UserError(
+                f"{'; '.join(wrong)}: a run goes on as it was begun; change {CONFIG} back, or start another run"
+            )
+        return changed
+
+    def _values(self) -> dict[str, Any]:
+        values = self.to_json()
+        hyperparameters: dict[str, Any] = values.pop("hyperparameters")
+        return values | hyperparameters
 
     @property
     def units(self) -> list[Unit]:
@@ -140,6 +209,11 @@ class Settings:
             UserError: if dataset, spaces, hyper-parameters and device do not fit together.
         """
         config = self.config(unit.method)
+        size = config.batch_size * sum(map(row_bytes, source.dataset.values(True, True)))
+        if size > available_memory():
+            raise UserError(
+                f"batch_size {config.batch_size} makes batches of {size:,} bytes, which memory does not hold"
+            )
         with mistakes(ValueError, RuntimeError):
             self.spaces.check(source.dataset)
             normalizers = Normalizers.fit(source.dataset, self.spaces, config)
@@ -152,23 +226,34 @@ class Settings:
             "spaces": self.spaces.to_json(),
             "hyperparameters": self.hyperparameters.to_json(),
             "seeds": list(self.seeds),
+            "earlier_ends": list(self.earlier_ends),
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "Settings":
-        """The settings of :meth:`to_json`."""
-        return cls(
-            **{
-                **document,
-                "spaces": Spaces.from_json(document["spaces"]),
-                "hyperparameters": IQLConfig.from_json(document["hyperparameters"]),
-                "seeds": tuple(document["seeds"]),
-            }
-        )
+        """The settings of :meth:`to_json`.
 
-    def write(self, run: Path) -> None:
-        """Writes ``config.json``, with what the run is made on."""
-        document = {"format": FORMAT, "settings": self.to_json(), "environment": versions()}
+        Raises:
+            TypeError, ValueError: for a value of another type, or a count below 1; names it.
+        """
+        values = {
+            **document,
+            "spaces": Spaces.from_json(document["spaces"]),
+            "hyperparameters": IQLConfig.from_json(document["hyperparameters"]),
+            "seeds": tuple(document["seeds"]),
+            "earlier_ends": tuple(document.get("earlier_ends", ())),
+        }
+        settings = cls(**values)
+        for name, hint in get_type_hints(cls).items():
+            if not _fits(getattr(settings, name), hint):
+                raise TypeError(f"{name} must be {hint}, got {getattr(settings, name)!r}")
+        if not settings.seeds:
+            raise ValueError("seeds must be at least one")
+        return settings
+
+    def write(self, run: Path, made_on: Mapping[str, Any]) -> None:
+        """Writes ``config.json``, with the :func:`versions` that the run is made on."""
+        document = {"format": FORMAT, "settings": self.to_json(), "environment": made_on}
         checkpoint.write_bytes(run / CONFIG, (json.dumps(document, indent=2) + "\n").encode())
 
     @classmethod
@@ -182,14 +267,31 @@ class Settings:
         if not path.is_file():
             raise UserError(f"there is no {path}: a run directory has it from its first second on")
         try:
-            document = json.loads(path.read_text())
+            document = read_json(path)
             if document["format"] != FORMAT:
                 raise UserError(
                     f"{path} has format {document['format']!r}, known is {FORMAT}: another release wrote it"
                 )
             return cls.from_json(document["settings"]), dict(document["environment"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} is no configuration of a run: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"{path} is no configuration of a run: {type(error).__name__}: {one_line(error)}"
+            ) from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type."""
+    arguments = get_args(hint)
+    match get_origin(hint):
+        case None:
+            # A truth value is an integer for Python alone.
+            return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        case origin if origin is Literal:
+            return value in arguments
+        case origin if origin is tuple:
+            return all(_fits(item, arguments[0]) for item in value)
+        case _:
+            return any(_fits(value, argument) for argument in arguments)
 
 
 def available_cores() -> int:

@@ -1,7 +1,6 @@
 """Where a training's transitions come from, and which environment they are of."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +10,8 @@ from tensordict import TensorDictBase
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.data import DatasetError, check_dataset, minari, read, unknown_source
 from iql_plugins.data.dataset import Options, chunks, row_bytes
-from iql_plugins.registry import NotRecognizedError, PluginError, Registry
+from iql_plugins.limits import parse_json, read_json
+from iql_plugins.plugins import NotRecognizedError, PluginError, host
 from iql_plugins.spaces import Spaces
 
 __all__ = ["SHIPPED", "Shipped", "Source", "digest", "load_source", "plugin_dataset"]
@@ -76,7 +76,7 @@ def plugin_dataset(source: str) -> TensorDictBase | None:
     """A dataset that an installed plugin knows; None if none does."""
     with mistakes(PluginError):
         try:
-            return Registry().load_dataset(source)
+            return host().load_dataset(source)
         except NotRecognizedError:
             return None
 
@@ -100,7 +100,7 @@ def _environment(source: str) -> str | None:
     folder = minari.found(source)
     if folder is None:
         return None
-    specification = json.loads((folder / "metadata.json").read_text()).get("env_spec")
+    specification = read_json(folder / "metadata.json").get("env_spec")
     # The specification also has an entry point, which could run any code: only the id is taken.
-    name = json.loads(specification).get("id") if isinstance(specification, str) else None
+    name = parse_json(specification).get("id") if isinstance(specification, str) else None
     return name if isinstance(name, str) else None

@@ -8,36 +8,41 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from iql_plugins import checkpoint
-from iql_plugins.cli.arguments import PROGRAM, Train, starting_preset
+from iql_plugins.cli.arguments import PROGRAM, Train, option, starting_preset
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.figures import learning_curve
 from iql_plugins.cli.output import Result, json_text, note, table
 from iql_plugins.cli.progress import reporter
 from iql_plugins.cli.rollouts import environment_spaces, recorded_environment
-from iql_plugins.cli.settings import CONFIG, METHODS, NARROW, Settings, available_cores, versions
+from iql_plugins.cli.settings import CHANGEABLE, CONFIG, COUNTS, METHODS, NARROW, Settings, available_cores, versions
 from iql_plugins.cli.sources import SHIPPED, Source, digest, load_source
 from iql_plugins.cli.statistics import Estimate, estimate
-from iql_plugins.cli.training import POLICY, Outcome, adapter_training
-from iql_plugins.cli.workers import train_all
+from iql_plugins.cli.training import POLICY, Outcome, adapter_training, resumed
+from iql_plugins.cli.workers import LOCK, locked, train_all
+from iql_plugins.config import IQLConfig
+from iql_plugins.data import DatasetError
 from iql_plugins.data.episodes import episode_returns
+from iql_plugins.data.intake import check_numbers
 from iql_plugins.learner import resolve_compile
 from iql_plugins.spaces import Box, Spaces
 
 __all__ = ["InterruptedRun", "run"]
 
-#: Options that go with --resume and --config; all others are the run's own.
+#: Options that go with --resume and --config and are no part of a run.
 BESIDE = {"--json", "--workers", "--trust-pickle", "--env"}
 #: Torch takes 64 bits, of which one is the sign.
 LARGEST_SEED = 2**63
-RESULTS, PICTURE, LOCK = "results.json", "learning_curve.png", ".lock"
+RESULTS, PICTURE = "results.json", "learning_curve.png"
+#: What a process that was killed while it wrote has left.
+LEFTOVERS = ".*.tmp"
 
 
 class InterruptedRun(KeyboardInterrupt):
@@ -48,22 +53,24 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
     """Trains, and says what came of it.
 
     Raises:
-        UserError: for a mistake of the user.
+        UserError: for a mistake of the user, or a file that cannot be written.
         InterruptedRun: on Ctrl-C; the run can be resumed.
     """
     check_libraries(arguments)
+    made_on = versions()
     if arguments.resume is not None:
-        _check_alone(command_line, "--resume")
+        given = _check_alone(command_line, "--resume", *map(option, CHANGEABLE))
         folder: Path | None = Path(arguments.resume)
         settings, made_on = Settings.read(Path(arguments.resume) / CONFIG)
         _check_environment(settings.env, arguments.env, arguments.resume)
         _note_differences(made_on)
+        settings = resumed(_changed(settings, arguments, given), Path(arguments.resume))
         source = settings.load(trust_pickle=arguments.trust_pickle)
     elif arguments.config is not None:
         _check_alone(command_line, "--config", "--run-dir")
-        settings, made_on = Settings.read(Path(arguments.config))
+        settings, before = Settings.read(Path(arguments.config))
         _check_environment(settings.env, arguments.env, arguments.config)
-        _note_differences(made_on)
+        _note_differences(before)
         folder = _empty(arguments.run_dir)
         source = settings.load(trust_pickle=arguments.trust_pickle)
     else:
@@ -72,12 +79,17 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
     _check(settings, source)
     with mistakes(OSError):
         folder = _made(folder, settings.dataset)
-    with _locked(folder):
+    with locked(folder):
         if arguments.resume is None:
             _empty(folder)
-            settings.write(folder)
+        for place in {folder, *(settings.folder(folder, unit) for unit in settings.units)}:
+            for leftover in place.glob(LEFTOVERS):
+                leftover.unlink()
+        with mistakes(OSError):
+            settings.write(folder, made_on)
         note(f"run directory: {folder}")
-        return _train(settings, source, folder, arguments)
+        with _to_be_resumed(folder, settings.env):
+            return _train(settings, source, folder, arguments)
 
 
 def check_libraries(arguments: Train) -> None:
@@ -89,11 +101,7 @@ def check_libraries(arguments: Train) -> None:
 
 
 def _settings(arguments: Train) -> tuple[Settings, Source]:
-    counts = ("seeds", "episodes", "evaluation_episodes", "evaluate_every", "log_every", "threads", "workers", "stack")
-    for name in counts:
-        value = getattr(arguments, name)
-        if value != "auto" and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    _check_counts(arguments)
     if not 0 <= arguments.seed <= LARGEST_SEED - arguments.seeds:
         raise UserError(f"--seed must be at least 0, and the last one below 2**63, got {arguments.seed}")
     spaces = None if arguments.env is None else environment_spaces(arguments.env)
@@ -118,26 +126,58 @@ def _settings(arguments: Train) -> tuple[Settings, Source]:
     workers = worker_count(arguments.workers, methods * math.ceil(arguments.seeds / stack), device)
     settings = Settings(
         adapter=arguments.adapter,
-        dataset=_wherever(arguments.dataset),
         dataset_sha256=digest(source.dataset),
         transitions=len(source.dataset),
-        memmap_dir=None if arguments.memmap_dir is None else os.path.abspath(arguments.memmap_dir),
         env=env,
         spaces=spaces,
         preset=starting_preset(arguments.preset, arguments.dataset),
         hyperparameters=config,
         baseline=arguments.baseline,
         seeds=tuple(range(arguments.seed, arguments.seed + arguments.seeds)),
-        episodes=arguments.episodes,
-        evaluation_episodes=arguments.evaluation_episodes,
-        evaluate_every=_every(arguments.evaluate_every, n_steps, parts=10, most=10_000),
-        log_every=_every(arguments.log_every, n_steps, parts=100, most=1_000),
-        device=device,
-        threads=_threads(arguments.threads, workers, config.hidden_sizes),
         stack=stack,
-        tensorboard=arguments.tensorboard,
+        **_changeable(arguments, config, device, workers),
     )
     return settings, source
+
+
+def _changeable(arguments: Train, config: IQLConfig, device: str, workers: int) -> dict[str, Any]:
+    """The settings of ``CHANGEABLE`` but for n_steps, automatic choices resolved."""
+    return {
+        "dataset": _wherever(arguments.dataset),
+        "memmap_dir": None if arguments.memmap_dir is None else os.path.abspath(arguments.memmap_dir),
+        "episodes": arguments.episodes,
+        "evaluation_episodes": arguments.evaluation_episodes,
+        "evaluate_every": _every(arguments.evaluate_every, config.n_steps, parts=10, most=10_000),
+        "log_every": _every(arguments.log_every, config.n_steps, parts=100, most=1_000),
+        "device": device,
+        "threads": _threads(arguments.threads, workers, config.hidden_sizes),
+        "tensorboard": arguments.tensorboard,
+    }
+
+
+def _changed(settings: Settings, arguments: Train, given: Set[str]) -> Settings:
+    """A run's settings with those that the command line gives.
+
+    Raises:
+        UserError: for an end before the one that the run has, or a value out of range.
+    """
+    _check_counts(arguments)
+    if option("n_steps") in given:
+        wanted, n_steps = arguments.hyperparameters.n_steps, settings.hyperparameters.n_steps
+        if wanted < n_steps:
+            raise UserError(f"--n-steps {wanted}: the run has {n_steps}, which can be raised, and not lowered")
+        settings = settings if wanted == n_steps else settings.prolonged(wanted)
+    device = device_name(arguments.device) if option("device") in given else settings.device
+    workers = worker_count(arguments.workers, len(settings.groups), device)
+    values = _changeable(arguments, settings.hyperparameters, device, workers)
+    return replace(settings, **{name: value for name, value in values.items() if option(name) in given})
+
+
+def _check_counts(arguments: Train) -> None:
+    for name in ("seeds", "workers", *COUNTS):
+        value = getattr(arguments, name)
+        if value != "auto" and value < 1:
+            raise UserError(f"{option(name)} must be at least 1, got {value}")
 
 
 def _wherever(dataset: str) -> str:
@@ -231,19 +271,26 @@ def _check(settings: Settings, source: Source) -> None:
         environment_spaces(settings.env)
     device_name(settings.device)
     agent = settings.agent(source, settings.units[0])
+    with mistakes(DatasetError):
+        clip_all = settings.hyperparameters.clip_all_actions
+        excess = check_numbers(source.dataset, settings.spaces, clip_all_actions=clip_all)
+    if excess.count:
+        note(f"{settings.dataset}: {excess}: they are clipped, as the environment clips them")
     # Not every framework takes every space.
     with mistakes(ValueError, TypeError, NotImplementedError):
         training.from_agent(agent)
 
 
-def _check_alone(command_line: Sequence[str], option: str, *also: str) -> None:
-    allowed = BESIDE | {option, *also}
-    given = (word.partition("=")[0].replace("_", "-") for word in command_line if word.startswith("--"))
-    if wrong := sorted(set(given) - allowed):
+def _check_alone(command_line: Sequence[str], name: str, *also: str) -> set[str]:
+    """The options that were given; :class:`UserError` for those that cannot stand beside one."""
+    allowed = BESIDE | {name, *also}
+    given = {word.partition("=")[0].replace("_", "-") for word in command_line if word.startswith("--")}
+    if wrong := sorted(given - allowed):
         raise UserError(
-            f"{', '.join(wrong)}: {option} takes everything from the run's {CONFIG}; beside it there can be "
-            f"{', '.join(sorted(allowed - {option}))}"
+            f"{', '.join(wrong)}: {name} takes everything from the run's {CONFIG}; beside it there can be "
+            f"{', '.join(sorted(allowed - {name}))}"
         )
+    return given
 
 
 def _check_environment(recorded: str | None, given: str | None, file: object) -> None:
@@ -268,7 +315,11 @@ def _empty(wanted: str | Path | None) -> Path | None:
     if wanted is None:
         return None
     folder = Path(wanted)
-    if folder.exists() and (not folder.is_dir() or any(entry.name != LOCK for entry in folder.iterdir())):
+    # A run that was killed in its first moments has no configuration: it is begun again, not gone on with.
+    if folder.exists() and (
+        not folder.is_dir()
+        or any(entry.name != LOCK and not entry.match(f".{CONFIG}{LEFTOVERS[1:]}") for entry in folder.iterdir())
+    ):
         raise UserError(f"{folder} exists: give another --run-dir, or go on with it: {PROGRAM} train --resume")
     return folder
 
@@ -289,32 +340,24 @@ def _made(wanted: Path | None, dataset: str) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in the same run directory."""
+def _to_be_resumed(folder: Path, env: str | None) -> Iterator[None]:
+    """Says how a run goes on that was interrupted, or that the system had no room for."""
+    again = str(folder) if env is None or ":" not in env else f"{folder} --env {env}"
     try:
-        import fcntl
-    except ImportError:
         yield
-        return
-    with mistakes(OSError):
-        lock = (folder / LOCK).open("w")
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"another process is training in {folder}") from error
-        yield
+    except KeyboardInterrupt:
+        raise InterruptedRun(again) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"{error}; when that is over, go on with {PROGRAM} train --resume {again}") from error
 
 
 def _train(settings: Settings, source: Source, folder: Path, arguments: Train) -> Result:
     workers = worker_count(arguments.workers, len(settings.groups), settings.device)
     start = time.monotonic()
-    try:
-        with reporter(settings) as report:
-            outcomes = train_all(settings, folder, workers, report, trust_pickle=arguments.trust_pickle)
-    except KeyboardInterrupt:
-        module = settings.env is not None and ":" in settings.env
-        raise InterruptedRun(f"{folder} --env {settings.env}" if module else str(folder)) from None
+    with reporter(settings) as report:
+        outcomes = train_all(settings, folder, workers, report, trust_pickle=arguments.trust_pickle)
     seconds = time.monotonic() - start
     data = estimate([episode_returns(source.dataset).tolist()])
     estimates = _estimates(settings, outcomes, data)
@@ -332,6 +375,7 @@ def _train(settings: Settings, source: Source, folder: Path, arguments: Train) -
         "results": {name: value.as_dict(settings.env) for name, value in estimates.items()},
         "by_seed": [_unit_document(outcome) for outcome in outcomes],
         "stack": settings.stack,
+        "workers": workers,
         "seconds": seconds,
         "environment": versions(),
         "command": shlex.join([PROGRAM, *sys.argv[1:]]),

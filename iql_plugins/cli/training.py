@@ -4,10 +4,12 @@ import base64
 import contextlib
 import csv
 import io
+import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,25 @@ from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.cli.output import note
 from iql_plugins.cli.rollouts import rollouts
-from iql_plugins.cli.settings import METHODS, Settings, Unit
+from iql_plugins.cli.settings import CONFIG, METHODS, Settings, Unit
 from iql_plugins.cli.sources import Source
+from iql_plugins.config import IQLConfig
 from iql_plugins.hookspecs import Training
-from iql_plugins.registry import AdapterNotFoundError, PluginError, Registry
+from iql_plugins.learner import DivergenceError
+from iql_plugins.plugins import AdapterNotFoundError, PluginError, host
+from iql_plugins.spaces import Spaces
 
-__all__ = ["DivergenceError", "Outcome", "Progress", "adapter_training", "evaluation_seeds", "metrics_rows", "train"]
+__all__ = [
+    "Outcome",
+    "Progress",
+    "adapter_training",
+    "evaluation_seeds",
+    "metrics_rows",
+    "resumed",
+    "train",
+]
 
 CHECKPOINT, POLICY, BEST, METRICS = (
     "checkpoint.safetensors",
@@ -32,16 +46,14 @@ CHECKPOINT, POLICY, BEST, METRICS = (
     "policy_best.safetensors",
     "metrics.csv",
 )
+#: A checkpoint of one in a stack that counts as soon as that of the first is of the same step.
+PENDING = "checkpoint_pending.safetensors"
 #: The best policy is chosen by other episodes than those it is measured by: the luckiest of many is not the best.
 SELECTION_SEED = 10_000
 #: Beside those after each evaluation, so that little is lost when a run is killed.
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 SECONDS_BETWEEN_REPORTS = 0.2
 _EXTRA = "run"
-
-
-class DivergenceError(RuntimeError):
-    """A training whose losses are not finite."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,9 @@ class Outcome:
         seconds: that this process took for its gradient steps and evaluations on the way; with those of the trainings
             that took their steps together with it.
         warm_up_seconds: of these, its share of the time for tracing and compiling.
-        steps: gradient steps that this process took.
+        steps: gradient steps that this process took, like ``seconds`` since the last end of a run that was prolonged.
+        changes: of the settings while the run was interrupted: the step from which on they hold, and by name the value
+            before and the one from there on.
     """
 
     unit: Unit
@@ -91,6 +105,7 @@ class Outcome:
     seconds: float
     warm_up_seconds: float
     steps: int
+    changes: list[dict[str, Any]]
 
 
 def evaluation_seeds(episodes: int, first: int = 0) -> list[int]:
@@ -105,7 +120,7 @@ def adapter_training(name: str) -> Training:
         UserError: if there is no such adapter, it is broken, its framework is missing, or it does not train.
     """
     with mistakes(AdapterNotFoundError, PluginError):
-        adapter = Registry().load(name)
+        adapter = host().load(name)
     if adapter.training is None:
         raise UserError(f"adapter {name!r} has no training for the command line: use its classes from Python")
     return adapter.training
@@ -133,33 +148,102 @@ def train(
 
     Raises:
         UserError: for a dataset that has changed, or an adapter that is missing.
-        DivergenceError: if a loss is not finite; the checkpoint before it stays.
+        DivergenceError: if losses or weights are no longer finite; the checkpoint before that stays.
     """
     training = adapter_training(settings.adapter)
-    with _torch_state(settings):
+    folders = [settings.folder(run, unit) for unit in units]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    _settle(folders)
+    with _torch_state(settings), _quiet_agents():
         source = settings.load(trust_pickle=trust_pickle)
-        trainers = [_Trainer(settings, unit, run, report, training, source) for unit in units]
-        # Those of a run that was killed between the checkpoints of a stack have not all come as far.
-        for step in sorted({trainer.first_step for trainer in trainers}):
-            _fit([trainer for trainer in trainers if trainer.first_step == step], training, source)
-        return [trainer.outcome() for trainer in trainers]
+        while True:
+            trainers = [_Trainer(settings, unit, run, report, training, source) for unit in units]
+            # Earlier releases did not save a stack as one: killed in between, its trainings have not all come as far.
+            for step in sorted({trainer.first_step for trainer in trainers}):
+                _fit([trainer for trainer in trainers if trainer.first_step == step], training, source)
+            if all(trainer.settings == settings for trainer in trainers):
+                return [trainer.outcome() for trainer in trainers]
+
+
+def resumed(settings: Settings, run: Path) -> Settings:
+    """The settings that a run goes on with, which are those of its checkpoints but for what can be changed.
+
+    Args:
+        settings: wanted.
+        run: the run directory.
+
+    Raises:
+        UserError: if a checkpoint has others; names both values.
+    """
+    paths = sorted(path for where in ("", "bc/", "seed-*/", "seed-*/bc/") for path in run.glob(where + CHECKPOINT))
+    documents = {path: _read(path)[0] for path in paths}
+    written = {path: (_step(document), _settings_of(document, settings)) for path, document in documents.items()}
+    n_steps = settings.hyperparameters.n_steps
+    ends = max((before.ends for _, before in written.values()), key=len, default=settings.ends)
+    if settings.earlier_ends == ends[:-1] and n_steps > ends[-1]:
+        # Prolonged by hand.
+        settings = replace(settings, earlier_ends=ends)
+    changed: dict[str, list[Any]] = {}
+    for path, (step, before) in written.items():
+        changed |= settings.at(step).changes(before, str(path))
+    folders = {settings.folder(run, unit) for unit in settings.units}
+    if strange := [str(path) for path in written if path.parent not in folders]:
+        raise UserError(f"{', '.join(strange)}: none of the trainings of {run / CONFIG}; its seeds have been changed")
+    for name, (old, new) in changed.items():
+        note(f"{name} was {old!r}, and is {new!r} from here on")
+    return settings
+
+
+def _settle(folders: Sequence[Path]) -> None:
+    """Ends what :func:`_save` was killed in: all checkpoints of a stack are of the step that the first one is of."""
+    for folder in folders[1:]:
+        pending = folder / PENDING
+        if pending.exists():
+            first = folders[0] / CHECKPOINT
+            if first.exists() and _step(_read(first)[0]) == _step(_read(pending)[0]):
+                os.replace(pending, folder / CHECKPOINT)
+            else:
+                pending.unlink()
+
+
+def _save(trainers: "Sequence[_Trainer]") -> None:
+    """Writes the checkpoints of trainings that take their steps together: killed at any moment, it wrote all or none.
+
+    A policy is a copy of the checkpoint of its step. It is written after that, so that whoever goes on can write it.
+    """
+    first, *others = trainers
+    for trainer in others:
+        trainer.save(PENDING)
+    first.save(CHECKPOINT)
+    for trainer in others:
+        os.replace(trainer.folder / PENDING, trainer.folder / CHECKPOINT)
+    for trainer in trainers:
+        trainer.write_policies()
 
 
 def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Source) -> None:
     """Takes the steps that are left, which are as many for all."""
+    first = trainers[0]
+    saved = time.monotonic()
 
     def after_step(step: int) -> None:
+        nonlocal saved
         for trainer in trainers:
             trainer.after_step(step)
+        now = time.monotonic()
+        if first.evaluates(step) or (first.logs(step) and now - saved > SECONDS_BETWEEN_CHECKPOINTS):
+            _save(trainers)
+            saved = now
 
-    steps = trainers[0].steps
-    with contextlib.ExitStack() as stack:
+    steps = first.steps
+    with _divergence_named(trainers), contextlib.ExitStack() as stack:
         for trainer in trainers:
             stack.enter_context(trainer.started())
         if steps == 0:
             return
         if len(trainers) == 1:
-            training.fit(trainers[0].algorithm, source.dataset, steps, trainers[0].after_step)
+            training.fit(first.algorithm, source.dataset, steps, after_step)
         else:
             assert training.fit_together is not None
             training.fit_together([trainer.algorithm for trainer in trainers], source.dataset, steps, after_step)
@@ -175,28 +259,31 @@ class _Trainer:
         training: Training,
         source: Source,
     ) -> None:
-        self.settings, self.unit, self.report, self.training = settings, unit, report, training
+        self.unit, self.report, self.training = unit, report, training
         self.folder = settings.folder(run, unit)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        # Left by a process that was killed while it wrote.
-        for leftover in self.folder.glob(".*.tmp"):
-            leftover.unlink()
+        self.settings = settings.at(0)
         self.state = _State()
         self.metrics: dict[str, float] = {}
         torch.manual_seed(unit.seed)
-        if (self.folder / CHECKPOINT).exists():
-            agent = self._loaded(CHECKPOINT)
-            if _EXTRA not in agent.extra:
-                raise UserError(f"{self.folder / CHECKPOINT} is not this run's: it has no state of a run")
-            self.state = _State.from_json(agent.extra[_EXTRA])
+        path = self.folder / CHECKPOINT
+        if path.exists():
+            document, tensors = _read(path)
+            self.state = _State.from_json(document["extra"][_EXTRA])
+            self.settings = settings.at(_step(document))
+            if changes := self.settings.changes(_settings_of(document, settings), str(path)):
+                self.state.changes.append({"step": _step(document), **changes})
+            document["config"]["n_steps"] = self.settings.hyperparameters.n_steps
+            with mistakes(CheckpointError):
+                agent = Agent.from_state(document, tensors, name=str(path), device=settings.device)
         else:
-            agent = settings.agent(source, unit)
+            agent = self.settings.agent(source, unit)
         self.algorithm = training.from_agent(agent)
         self.first_step = agent.learner.step_count
         self.table = _MetricsFile(self.folder / METRICS, self.first_step)
         if self.first_step:
             self.state.restore_random_state(agent.device)
             self.metrics = self.table.last
+            self.write_policies()
 
     @property
     def agent(self) -> Agent:
@@ -210,7 +297,7 @@ class _Trainer:
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
         """Files are open, and the clock runs, inside."""
-        self.begin = self.reported = self.saved = time.monotonic()
+        self.begin = self.reported = time.monotonic()
         with contextlib.ExitStack() as stack:
             self.events = stack.enter_context(_events(self.settings.tensorboard, self.folder, self.first_step))
             stack.enter_context(self.table)
@@ -222,7 +309,7 @@ class _Trainer:
         agent, episodes = self.agent, self.settings.episodes
         final, best = self._returns(agent, episodes), list[float]()
         if self.state.best_step is not None:
-            best = self._returns(self._loaded(BEST), episodes)
+            best = self._returns(self._best(), episodes)
         return Outcome(
             self.unit,
             [(step, list(returns)) for step, returns in self.state.evaluations],
@@ -233,20 +320,33 @@ class _Trainer:
             self.seconds,
             agent.learner.warm_up_seconds,
             self.steps,
+            self.state.changes,
         )
 
+    def _best(self) -> Agent:
+        path = self.folder / BEST
+        with mistakes(CheckpointError, FileNotFoundError):
+            agent = Agent.load(path, device=self.settings.device)
+        if agent.learner.step_count != self.state.best_step:
+            raise UserError(
+                f"{path} is of step {agent.learner.step_count}, the best policy was that of step "
+                f"{self.state.best_step}, which is lost: start another run"
+            )
+        return agent
+
+    def evaluates(self, step: int) -> bool:
+        """Whether the policy is evaluated after a step."""
+        return step % self.settings.evaluate_every == 0 or step == self.settings.hyperparameters.n_steps
+
+    def logs(self, step: int) -> bool:
+        """Whether metrics.csv has a row for a step."""
+        return self.evaluates(step) or step % self.settings.log_every == 0
+
     def after_step(self, step: int) -> None:
-        """Does what is due after a gradient step; what is due depends on the step alone, checkpoints excepted."""
-        settings = self.settings
-        last = step == settings.hyperparameters.n_steps
-        evaluates = step % settings.evaluate_every == 0 or last
-        if evaluates or step % settings.log_every == 0:
+        """Does what is due after a gradient step, which depends on the step alone."""
+        evaluates = self.evaluates(step)
+        if self.logs(step):
             self._log(step, evaluates)
-            if evaluates or time.monotonic() - self.saved > SECONDS_BETWEEN_CHECKPOINTS:
-                self._save(CHECKPOINT)
-                self.saved = time.monotonic()
-            if last:
-                self._save(POLICY)
         now = time.monotonic()
         if evaluates or now - self.reported > SECONDS_BETWEEN_REPORTS:
             self.reported = now
@@ -257,11 +357,6 @@ class _Trainer:
 
     def _log(self, step: int, evaluates: bool) -> None:
         settings, metrics = self.settings, self.agent.learner.metrics()
-        if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
-            raise DivergenceError(
-                f"{self.unit.title}: {', '.join(wrong)} not finite at step {step}: lower the learning rates, or "
-                "look at the dataset with `iql-plugins inspect`"
-            )
         row = dict(metrics)
         if evaluates and settings.env is not None:
             returns = self._returns(self.agent, settings.evaluation_episodes, SELECTION_SEED)
@@ -269,7 +364,6 @@ class _Trainer:
             self.state.evaluations.append((step, returns))
             if self.state.best_step is None or row["mean_return"] > self.state.best_return:
                 self.state.best_step, self.state.best_return = step, row["mean_return"]
-                self._save(BEST)
         self.metrics = metrics
         self.table.append(step, row)
         for name, value in row.items():
@@ -281,18 +375,23 @@ class _Trainer:
         seeds = evaluation_seeds(episodes, first_seed)
         return [episode.total for episode in rollouts(agent.act, self.settings.env, seeds)]
 
-    def _loaded(self, name: str) -> Agent:
-        with mistakes(CheckpointError, FileNotFoundError):
-            return Agent.load(self.folder / name, device=self.settings.device)
-
-    def _save(self, name: str) -> None:
+    def save(self, name: str) -> None:
+        """Writes a checkpoint of the agent, and of the run."""
         agent = self.agent
         agent.extra[_EXTRA] = self.state.to_json(agent.device) | {
             "env": self.settings.env,
             "method": METHODS[self.unit.method],
             "dataset": self.settings.dataset,
+            "settings": self.settings.to_json(),
         }
         agent.save(self.folder / name)
+
+    def write_policies(self) -> None:
+        """Copies the checkpoint to the policies that it is."""
+        step = self.agent.learner.step_count
+        for name, wanted in ((BEST, self.state.best_step), (POLICY, self.settings.hyperparameters.n_steps)):
+            if step == wanted:
+                checkpoint.write_bytes(self.folder / name, (self.folder / CHECKPOINT).read_bytes())
 
 
 @dataclass
@@ -303,6 +402,8 @@ class _State:
     best_step: int | None = None
     best_return: float = -math.inf
     random_state: dict[str, str] = field(default_factory=dict)
+    #: See :class:`Outcome`.
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self, device: torch.device) -> dict[str, Any]:
         states = {"cpu": torch.get_rng_state()}
@@ -311,6 +412,7 @@ class _State:
         return {
             "evaluations": [[step, returns] for step, returns in self.evaluations],
             "best_step": self.best_step,
+            "changes": self.changes,
             "random_state": {
                 name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()
             },
@@ -321,13 +423,47 @@ class _State:
         evaluations = [(int(step), list(returns)) for step, returns in document["evaluations"]]
         means = {step: float(np.mean(returns)) for step, returns in evaluations}
         best = document["best_step"]
-        return cls(evaluations, best, means.get(best, -math.inf), dict(document["random_state"]))
+        changes = list(document.get("changes", ()))
+        return cls(evaluations, best, means.get(best, -math.inf), dict(document["random_state"]), changes)
 
     def restore_random_state(self, device: torch.device) -> None:
         states = {name: _bytes(text) for name, text in self.random_state.items()}
         torch.set_rng_state(states["cpu"])
         if device.type == "cuda" and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The document and the tensors of a run's checkpoint."""
+    with mistakes(CheckpointError):
+        document, tensors = checkpoint.read(path)
+    if _EXTRA not in document.get("extra", {}):
+        raise UserError(f"{path} is not this run's: it has no state of a run")
+    return document, tensors
+
+
+def _step(document: Mapping[str, Any]) -> int:
+    """Gradient steps that were taken when a checkpoint was written."""
+    return int(document["learner"]["step_count"])
+
+
+def _settings_of(document: Mapping[str, Any], settings: Settings) -> Settings:
+    """The settings that a checkpoint was written with; where earlier releases did not write them down, these."""
+    run = document["extra"][_EXTRA]
+    if "settings" in run:
+        return Settings.from_json(run["settings"])
+    # A training goes on uncompiled where there is no compiler.
+    config = document["config"] | {"compile": settings.hyperparameters.compile}
+    if run["method"] == METHODS["bc"]:
+        config["temperature"] = settings.hyperparameters.temperature
+    return replace(
+        settings,
+        hyperparameters=IQLConfig.from_json(config),
+        spaces=Spaces.from_json(document["spaces"]),
+        env=run["env"],
+        dataset=run["dataset"],
+        earlier_ends=(),
+    )
 
 
 class _MetricsFile:
@@ -353,14 +489,16 @@ class _MetricsFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with checkpoint.naming(self._path):
+            self._file.close()
 
     def append(self, step: int, row: Mapping[str, float]) -> None:
-        if not self._columns:
-            self._columns = ["step", *(name for name in row if name != "mean_return"), "mean_return"]
-            self._write(self._columns)
-        self._write([step, *(row.get(name, "") for name in self._columns[1:])])
-        self._file.flush()
+        with checkpoint.naming(self._path):
+            if not self._columns:
+                self._columns = ["step", *(name for name in row if name != "mean_return"), "mean_return"]
+                self._write(self._columns)
+            self._write([step, *(row.get(name, "") for name in self._columns[1:])])
+            self._file.flush()
 
     def _write(self, values: Sequence[object]) -> None:
         # One write a row: a row is there, or it is not.
@@ -379,7 +517,9 @@ def metrics_rows(path: Path) -> list[dict[str, float]]:
         try:
             for row in reader:
                 rows.append({name: float(value) for name, value in row.items() if value})
-        except (ValueError, TypeError) as error:
+                if "step" not in rows[-1]:
+                    raise ValueError("it has no step")
+        except (ValueError, TypeError, csv.Error) as error:
             raise UserError(f"{path} is damaged in line {reader.line_num}: {error}") from error
     return rows
 
@@ -408,6 +548,32 @@ def _torch_state(settings: Settings) -> Iterator[None]:
             yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _quiet_agents() -> Iterator[None]:
+    """Without what each agent says of its data: the command has said it, once."""
+    logger = logging.getLogger("iql_plugins.agent")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _divergence_named(trainers: "Sequence[_Trainer]") -> Iterator[None]:
+    """Says which of the trainings has diverged."""
+    try:
+        yield
+    except DivergenceError as error:
+        for trainer in trainers:
+            try:
+                trainer.agent.learner.check_finite()
+            except DivergenceError:
+                raise DivergenceError(f"{trainer.unit.title}: {error}") from error
+        raise
 
 
 def _bytes(text: str) -> torch.Tensor:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from iql_plugins.cli.errors import UserError
+from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.cli.settings import Settings, Unit
-from iql_plugins.cli.training import DivergenceError, Outcome, Progress, train
+from iql_plugins.cli.training import Outcome, Progress, train
+from iql_plugins.learner import DivergenceError
 
-__all__ = ["WorkerError", "train_all"]
+__all__ = ["LOCK", "WorkerError", "locked", "train_all"]
 
+LOCK = ".lock"
 
 #: Processes that have no more work may take so long to end by themselves, and clean up.
 SECONDS_TO_END = 5.0
@@ -37,7 +39,7 @@ class _Failure:
         trace: of the error, as text.
     """
 
-    error: UserError | DivergenceError | None
+    error: UserError | DivergenceError | OSError | None
     trace: str
 
 
@@ -57,7 +59,7 @@ def train_all(
         In the order of ``settings.units``.
 
     Raises:
-        UserError, DivergenceError: as ``train``.
+        UserError, DivergenceError, OSError: as ``train``.
         WorkerError: if a process dies, or anything else goes wrong in it.
     """
     units, groups = settings.units, settings.groups
@@ -89,6 +91,34 @@ def train_all(
         for process in processes:
             if process.pid is not None:
                 process.join()
+
+
+@contextlib.contextmanager
+def locked(run: Path, *, alone: bool = True) -> Iterator[None]:
+    """Keeps other runs out of a run directory until this process ends, and every other that is inside.
+
+    Args:
+        run: the directory.
+        alone: whether no process may be inside already; the ones that train for it are.
+
+    Raises:
+        UserError: if one is that must not.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with mistakes(OSError):
+        lock = (run / LOCK).open("w")
+    with lock as file:
+        try:
+            if alone:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is training in {run}") from error
+        yield
 
 
 def _collect(
@@ -125,10 +155,11 @@ def _work(settings: Settings, run: Path, trust_pickle: bool, tasks: Any, answers
     sys.stdout = sys.stderr
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
-        while (group := tasks.get()) is not None:
-            for outcome in train(settings, group, run, answers.put, trust_pickle=trust_pickle):
-                answers.put(outcome)
-    except (UserError, DivergenceError) as error:
+        with locked(run, alone=False):
+            while (group := tasks.get()) is not None:
+                for outcome in train(settings, group, run, answers.put, trust_pickle=trust_pickle):
+                    answers.put(outcome)
+    except (UserError, DivergenceError, OSError) as error:
         answers.put(_Failure(error, traceback.format_exc()))
     except BaseException:
         answers.put(_Failure(None, traceback.format_exc()))

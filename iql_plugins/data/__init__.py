@@ -25,6 +25,8 @@ def load_dataset(
 ) -> TensorDict:
     """A dataset in the key layout, from a file, a folder, a name or an object. Nothing is ever downloaded.
 
+    Whatever a source has is read, known by its name to be metadata, or an error: :mod:`iql_plugins.data.columns`.
+
     ============================================ ==================================================
     source                                       see
     ============================================ ==================================================
@@ -116,7 +118,7 @@ def _read_path(source: str | os.PathLike[str], options: Options) -> Loaded | Non
         return npz.load(path, options)
     if suffix in (".hdf5", ".h5"):
         with hdf5.opened(path) as file:
-            of_d3rlpy = "num_episodes" in file
+            of_d3rlpy = hdf5.has(file, "num_episodes")
         return d3rlpy.load_file(path, options) if of_d3rlpy else d4rl.load(path, options)
     if suffix == ".pkl":
         loaded = _read_object(replay_buffers.unpickled(path, options), options, str(path))

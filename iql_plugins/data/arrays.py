@@ -1,9 +1,10 @@
 """From arrays, as files and buffers have them, to the key layout: the only place that knows both."""
 
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from iql_plugins.data.columns import readable
 from iql_plugins.data.dataset import (
     DONE,
     REWARD,
@@ -22,6 +24,8 @@ from iql_plugins.data.dataset import (
     Options,
     check_dataset,
     chunks,
+    existing_parent,
+    one_line,
     require_space,
     row_bytes,
 )
@@ -98,60 +102,83 @@ class Transitions:
     reads: a terminal state has no future. At the end of the data an episode that is neither terminated nor cut
     loses its last transition, too. A step marked both as terminal and as time-out is terminal.
 
+    Four columns, of which each is ``[N]`` or ``[N, 1]``, 0 or 1, tell where episodes end, and how:
+
+    - ``terminals``: the step reached a terminal state;
+    - ``timeouts``: it was the last before a cut;
+    - ``dones``: it was an episode's last, for either reason;
+    - ``masks``: its value goes on, which it does but in terminal states.
+
+    ``terminals`` are enough where no step was cut. ``masks`` can be in place of them, and ``dones`` in place of
+    either of the two others, but not alone: they do not tell the two apart. What is said twice must agree, but for
+    OGBench's ``masks``, with which ``terminals`` mark the last steps of trajectories, terminal states or not. That
+    is so where they are called ``terminals``, and there are neither ``timeouts`` nor ``dones``.
+
     Attributes:
         name: of the source, for messages.
         observations: ``[N, *obs]`` under the path ``()``, or one for each entry of a Dict observation.
         actions: ``[N, act]``, or discrete ``[N]``, ``[N, 1]`` or one-hot ``[N, n]``.
         rewards: ``[N]`` or ``[N, 1]``.
-        terminals: ``[N]`` or ``[N, 1]``, 0 or 1: the step reached a terminal state.
-        timeouts: likewise: the step was the last before a cut. None where no step was.
+        ends: some of the four columns above, by their names.
         next_observations: as ``observations``; None to take the following row's.
         spaces: the environment's, where they are known.
+        names: what the source calls columns, by the names of these attributes, where it has others.
     """
 
     name: str
     observations: Mapping[Names, Column]
     actions: Column
     rewards: Column
-    terminals: Column
-    timeouts: Column | None = None
+    ends: Mapping[str, Column]
     next_observations: Mapping[Names, Column] | None = None
     spaces: Spaces | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_columns(cls, name: str, columns: Mapping[str, Column]) -> "Transitions":
-        """The transitions of named columns: ``observations``, or ``observations/NAME`` for Dict observations, etc.
+        """The transitions of columns by any of the names in :mod:`iql_plugins.data.columns`.
 
         Raises:
-            DatasetError: for a missing column; names it.
+            DatasetError: for a column that is missing, or is not one that is read; names it.
         """
-        for key in ("actions", "rewards", "terminals"):
-            if key not in columns:
-                raise DatasetError(f"{name} has no {key!r}; it has {', '.join(sorted(columns)) or 'nothing'}")
-        observations = _by_path(name, "observations", columns)
+        names = {ours: given for given, ours in readable(name, columns).items()}
+        found = {ours: columns[given] for ours, given in names.items()}
+        has = f"it has {', '.join(sorted(names.values())) or 'nothing'}"
+        for key in ("actions", "rewards"):
+            if key not in found:
+                raise DatasetError(f"{name} has no {key!r}; {has}")
+        ends: dict[str, Column] = {
+            key: found[key] for key in ("terminals", "timeouts", "dones", "masks") if key in found
+        }
+        if ends.keys() == {"dones"}:
+            raise DatasetError(
+                f"{name} has {names['dones']!r}, which do not tell terminal states from time-outs, and neither "
+                "'terminals' nor 'timeouts', which would: add one of them"
+            )
+        if ends.keys() <= {"timeouts"}:
+            raise DatasetError(f"{name} has no 'terminals'; {has}")
+        observations, following = (_by_path(name, key, found) for key in ("observations", "next_observations"))
         if not observations:
-            raise DatasetError(f"{name} has no 'observations'; it has {', '.join(sorted(columns))}")
-        return cls(
-            name,
-            observations,
-            columns["actions"],
-            columns["rewards"],
-            columns["terminals"],
-            columns.get("timeouts"),
-            _by_path(name, "next_observations", columns) or None,
-        )
+            raise DatasetError(f"{name} has no 'observations'; {has}")
+        return cls(name, observations, found["actions"], found["rewards"], ends, following or None, names=names)
 
-    def load(self, options: Options) -> Loaded:
+    def load(self, options: Options, unpacked: int = 0) -> Loaded:
         """The dataset.
 
+        Args:
+            options: how it is to be loaded.
+            unpacked: bytes that the columns themselves take where the dataset goes, once they are read.
+
         Raises:
-            DatasetError: for anything that does not fit together; names the column.
+            DatasetError: for anything that does not fit together, or does not fit; before any column is read where
+                shapes and dtypes tell; names the column.
         """
         rows = self._rows()
-        # Flags and row numbers are in memory even if nothing else is.
-        require_space(16 * rows, self.name, replace(options, memmap_dir=None))
-        terminals = _flags(self.name, "terminals", self.terminals)
-        timeouts = np.zeros(rows, bool) if self.timeouts is None else _flags(self.name, "timeouts", self.timeouts)
+        # Flags and row numbers are in memory even if nothing else is, and at least a row of the columns.
+        row = sum(map(_row_bytes, self._columns().values()))
+        require_space(max(16 * rows, 2 * row), self.name, replace(options, memmap_dir=None))
+        require_space(unpacked + rows * self._smallest_row(), self.name, options)
+        terminals, timeouts = self._ends(rows)
         both = np.flatnonzero(terminals & timeouts)
         timeouts &= ~terminals
         lost = np.zeros(rows, bool)
@@ -178,21 +205,54 @@ class Transitions:
         )
 
     def _columns(self) -> dict[str, Column]:
-        named = {"actions": self.actions, "rewards": self.rewards, "terminals": self.terminals}
-        named |= {} if self.timeouts is None else {"timeouts": self.timeouts}
+        named = {"rewards": self.rewards, "actions": self.actions, **self.ends}
         for key, group in (("observations", self.observations), ("next_observations", self.next_observations or {})):
             named |= {"/".join((key, *path)): column for path, column in group.items()}
         return named
+
+    def _called(self, key: str) -> str:
+        return self.names.get(key, key)
+
+    def _ends(self, rows: int) -> tuple[Array, Array]:
+        """Which steps reached a terminal state, and which were cut."""
+        given = {key: _flags(self.name, self._called(key), column) for key, column in self.ends.items()}
+
+        def agree(right: Array) -> None:
+            wrong = np.flatnonzero(~right)
+            if len(wrong):
+                values = " and ".join(f"{self._called(key)!r} {int(flags[wrong[0]])}" for key, flags in given.items())
+                raise DatasetError(
+                    f"{self.name}: {values} in row {wrong[0]} contradict each other, as in {len(wrong)} rows in all"
+                )
+
+        ends, none = dict(given), np.zeros(rows, bool)
+        if "masks" in given:
+            masks = given["masks"]
+            if given.keys() == {"terminals", "masks"} and self._called("terminals") == "terminals":
+                return ~masks, given["terminals"] & masks
+            agree(given.get("terminals", ~masks) == ~masks)
+            ends["terminals"] = ~masks
+        if "dones" in given:
+            dones = given["dones"]
+            ends.setdefault("terminals", dones & ~ends.get("timeouts", none))
+            ends.setdefault("timeouts", dones & ~ends["terminals"])
+            agree(dones == (ends["terminals"] | ends["timeouts"]))
+        return ends["terminals"], ends.get("timeouts", none)
 
     def _rows(self) -> int:
         columns = self._columns()
         for key, column in columns.items():
             if not column.shape:
-                raise DatasetError(f"{self.name}: {key!r} must have a row for each transition, got a single value")
-        rows = self.terminals.shape[0]
+                raise DatasetError(
+                    f"{self.name}: {self._called(key)!r} must have a row for each transition, got a single value"
+                )
+        rows = self.rewards.shape[0]
         for key, column in columns.items():
             if column.shape[0] != rows:
-                raise DatasetError(f"{self.name}: {key!r} has {column.shape[0]} rows, 'terminals' has {rows}")
+                raise DatasetError(
+                    f"{self.name}: {self._called(key)!r} has {column.shape[0]} rows, "
+                    f"{self._called('rewards')!r} has {rows}"
+                )
         if rows == 0:
             raise DatasetError(f"{self.name} is empty: it has no transition")
         if self.next_observations is not None and set(self.next_observations) != set(self.observations):
@@ -202,6 +262,12 @@ class Transitions:
                 f"not in both is {entries[0]!r}"
             )
         return rows
+
+    def _smallest_row(self) -> int:
+        """Bytes of a transition of the dataset, at least: reward, action and two flags beside the observations."""
+        following = self.observations if self.next_observations is None else self.next_observations
+        observed = [*self.observations.values(), *following.values()]
+        return 10 + sum(math.prod(column.shape[1:]) * (1 if column.dtype == np.uint8 else 4) for column in observed)
 
     def _discrete(self, options: Options) -> bool:
         if options.discrete is not None:
@@ -256,7 +322,7 @@ class Transitions:
         window = column[low:high]
         if len(window) != len(rows) or not np.array_equal(rows, np.arange(low, high)):
             window = window[rows - low]
-        return tensor(window, self.name, key)
+        return tensor(window, self.name, self._called(key))
 
 
 def entry(*names: str) -> NestedKey:
@@ -273,7 +339,7 @@ def _by_path(name: str, group: str, columns: Mapping[str, Column]) -> dict[Names
 
 
 def _row_bytes(column: Column) -> int:
-    return int(np.prod(column.shape[1:], dtype=np.int64)) * column.dtype.itemsize
+    return math.prod(column.shape[1:]) * column.dtype.itemsize
 
 
 def _flags(name: str, key: str, column: Column) -> Array:
@@ -388,10 +454,10 @@ def assemble(blocks: Iterable[Block], rows: int, name: str, options: Options) ->
             f"memmap_dir must be a new or an empty folder, {target} is not: "
             "a dataset that was written there can be loaded by that folder's name"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
+    with tempfile.TemporaryDirectory(dir=existing_parent(target), prefix=f".{target.name}-") as folder:
         written = Path(folder) / "dataset"
         check_dataset(_filled(blocks, rows, name, options, written), name, finite=options.finite)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             target.rmdir()
         os.replace(written, target)
@@ -433,4 +499,13 @@ def _allocated(block: Block, rows: int, name: str, options: Options, folder: Pat
         )
     # One row that stands for all of them: only the files get the real size.
     shapes = TensorDict({key: t[:1].expand(rows, *t.shape[1:]) for key, t in block.items()}, batch_size=[rows])
-    return shapes.memmap_like(folder)
+    try:
+        mapped = shapes.memmap_like(folder)
+        if hasattr(os, "posix_fallocate"):
+            # A file with holes has its size and no space: a disk that fills while it is written to kills the process.
+            for path in folder.rglob("*.memmap"):
+                with path.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, max(1, path.stat().st_size))
+    except (OSError, RuntimeError) as error:
+        raise DatasetError(f"{name} cannot be written to {options.memmap_dir}: {one_line(error)}") from error
+    return mapped

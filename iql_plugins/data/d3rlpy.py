@@ -1,6 +1,6 @@
 """Replay buffers and datasets of d3rlpy: its ``.h5`` files, read without d3rlpy, and its objects."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -10,9 +10,12 @@ import numpy as np
 
 from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Column, Concatenated, Transitions
-from iql_plugins.data.dataset import DatasetError, Loaded, Options, reading
+from iql_plugins.data.columns import D3RLPY_METADATA, require_read, unread
+from iql_plugins.data.dataset import DatasetError, Loaded, Options, reading, require_space
 
 __all__ = ["load", "load_file"]
+
+_READ = ("observations", "actions", "rewards", "terminated")
 
 
 def load_file(path: Path, options: Options) -> Loaded:
@@ -23,10 +26,10 @@ def load_file(path: Path, options: Options) -> Loaded:
     the entries ``"0"``, ``"1"``, ...
 
     Raises:
-        DatasetError: if it is no such file.
+        DatasetError: if it is no such file, or has data that are not read.
     """
     with hdf5.opened(path) as file:
-        number = int(hdf5.member(file, "num_episodes", path)[()])
+        number = hdf5.number(file, "num_episodes", path)
         columns: list[dict[str, Column]] = []
         terminated = []
         for episode in range(number):
@@ -34,21 +37,24 @@ def load_file(path: Path, options: Options) -> Loaded:
             for key in ("observations", "actions", "rewards"):
                 entries |= _entries(file, key, episode, path)
             columns.append(entries)
-            terminated.append(bool(hdf5.member(file, f"terminated_{episode}", path)[()]))
-        return _transitions(str(path), columns, terminated).load(options)
+            terminated.append(bool(hdf5.number(file, f"terminated_{episode}", path)))
+        transitions = _transitions(str(path), columns, terminated)
+        _require_read(path, file, columns)
+        return transitions.load(options)
 
 
 def load(buffer: Any, options: Options) -> Loaded:
     """The dataset in a d3rlpy ``ReplayBuffer`` or ``MDPDataset``, as :func:`load_file` reads its file.
 
     Raises:
-        DatasetError: if its episodes do not fit together.
+        DatasetError: if its episodes do not fit together, or have a column that is not read.
     """
     name = f"the d3rlpy {type(buffer).__name__}"
     with reading(name):
         columns: list[dict[str, Column]] = []
         terminated = []
         for episode in buffer.episodes:
+            require_read(name, episode.serialize(), _READ)
             observations = episode.observations
             parts = (
                 {f"observations/{index}": np.asarray(part) for index, part in enumerate(observations)}
@@ -62,12 +68,26 @@ def load(buffer: Any, options: Options) -> Loaded:
         return _transitions(name, columns, terminated).load(options)
 
 
+def _require_read(path: Path, names: Iterable[str], episodes: Sequence[dict[str, Column]]) -> None:
+    members = {
+        "_".join((column, str(number), *index))
+        for number, episode in enumerate(episodes)
+        for column, *index in (key.split("/") for key in ("terminated", *episode))
+    }
+    for key in names:
+        if key in members or key in D3RLPY_METADATA:
+            continue
+        if key.split("_")[0] in _READ:
+            raise DatasetError(f"{path}: {key!r} belongs to none of its {len(episodes)} episodes: drop it")
+        raise unread(str(path), key, _READ)
+
+
 def _entries(file: Any, key: str, episode: int, path: Path) -> dict[str, Column]:
-    if f"{key}_{episode}" in file or key != "observations":
+    if hdf5.has(file, f"{key}_{episode}") or key != "observations":
         return {key: hdf5.member(file, f"{key}_{episode}", path)}
     entries: dict[str, Column] = {}
     for index in count():
-        if f"{key}_{episode}_{index}" not in file:
+        if not hdf5.has(file, f"{key}_{episode}_{index}"):
             break
         entries[f"{key}/{index}"] = hdf5.member(file, f"{key}_{episode}_{index}", path)
     if not entries:
@@ -88,8 +108,10 @@ def _transitions(name: str, episodes: Sequence[dict[str, Column]], terminated: S
                     f"got shapes {list(column.shape)} and {list(episode['rewards'].shape)}"
                 )
     joined = {key: Concatenated([episode[key] for episode in episodes], name, key) for key in episodes[0]}
+    rows = joined["rewards"].shape[0]
+    require_space(2 * rows, name, Options())
     ends = np.cumsum([episode["rewards"].shape[0] for episode in episodes]) - 1
-    terminals = np.zeros(joined["rewards"].shape[0], bool)
+    terminals = np.zeros(rows, bool)
     terminals[ends] = terminated
     timeouts = np.zeros_like(terminals)
     timeouts[ends] = ~terminals[ends]

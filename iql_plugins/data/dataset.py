@@ -13,7 +13,8 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from iql_plugins.keys import shown
+from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, shown
+from iql_plugins.limits import available_memory
 from iql_plugins.spaces import Spaces
 
 __all__ = ["DatasetError", "Loaded", "Options", "check_dataset"]
@@ -127,6 +128,11 @@ def non_finite(tensor: Tensor) -> tuple[int | None, int]:
     return first, count
 
 
+def not_finite(name: str, key: NestedKey, row: int, count: int) -> str:
+    """What to say of values that are not finite: the first row that has one, and how many there are."""
+    return f"{name}: {shown(key)} is not finite in row {row}, and in {count} rows in all"
+
+
 def require_space(size: int, name: str, options: Options) -> None:
     """Raises :class:`DatasetError` unless that many bytes fit: on the disk of ``memmap_dir``, or into memory."""
     if options.memmap_dir is not None:
@@ -134,18 +140,28 @@ def require_space(size: int, name: str, options: Options) -> None:
         free = shutil.disk_usage(folder).free
         if size > free:
             raise DatasetError(f"{name} needs {size:,} bytes, of which {folder} has {free:,} left")
-    elif hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if size > memory:
-            raise DatasetError(
-                f"{name} needs {size:,} bytes, more than the {memory:,} of this machine's memory: "
-                "pass memmap_dir, a folder to write it to, where it stays memory-mapped"
-            )
+    elif size > (memory := available_memory()):
+        raise DatasetError(
+            f"{name} needs {size:,} bytes, more than the {memory:,} that are left of the memory: "
+            "pass memmap_dir, a folder to write it to, where it stays memory-mapped"
+        )
 
 
 def existing_parent(path: Path) -> Path:
     """The closest folder above a path that exists."""
     return next(folder for folder in path.absolute().parents if folder.exists())
+
+
+def require_single_steps(dataset: TensorDictBase, instead: str) -> None:
+    """Raises :class:`DatasetError` for n-step transitions, of which the reader would drop the n.
+
+    Args:
+        dataset: by the key layout.
+        instead: how the reader makes n-step transitions itself.
+    """
+    for key in (STEPS_TO_NEXT_OBS, DISCOUNT):
+        if dataset.get(key, None) is not None:
+            raise DatasetError(f"the dataset has {shown(key)}: give single steps, {instead}")
 
 
 def check_dataset(dataset: TensorDictBase, name: str = "the dataset", *, finite: bool = True) -> None:
@@ -187,7 +203,7 @@ def check_dataset(dataset: TensorDictBase, name: str = "the dataset", *, finite:
             for leaf, tensor in leaves(dataset, key).items():
                 row, count = non_finite(tensor)
                 if row is not None:
-                    raise DatasetError(f"{name}: {shown(leaf)} is not finite in row {row}, and in {count} rows in all")
+                    raise DatasetError(not_finite(name, leaf, row, count))
 
 
 def _check_entry(name: str, key: NestedKey, entry: object, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

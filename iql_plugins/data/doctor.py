@@ -25,6 +25,7 @@ from iql_plugins.data.dataset import (
     row_bytes,
 )
 from iql_plugins.data.episodes import episode_ends, episode_lengths, episode_returns
+from iql_plugins.data.intake import past_bounds
 from iql_plugins.data.normalizers import RETURN_RANGE
 from iql_plugins.keys import next_key, shown
 from iql_plugins.spaces import Box
@@ -33,8 +34,6 @@ __all__ = ["Finding", "Report", "Statistics", "examine"]
 
 Bound = float | Sequence[float] | Tensor
 
-#: Part of the width between the bounds by which rounding may carry an action past one.
-_ROUNDING = 1e-6
 #: Factor between the range of returns and that of the presets from which on the scale is worth a finding.
 _FAR = 10.0
 _NEXT_OBSERVATION: NestedKey = ("next", "observation")
@@ -309,13 +308,11 @@ def _actions_and_bounds(patient: _Patient) -> Iterator[Finding]:
     if patient.low is None or patient.high is None:
         return
     action = patient.dataset.get("action")
-    tolerance = _ROUNDING * (patient.high - patient.low)
     outside, on = _Rows(), _Rows()
     largest = 0.0
     for rows in chunks(len(action), row_bytes(action)):
         values = action[rows]
-        past = torch.maximum(values - patient.high, patient.low - values)
-        beyond = past > tolerance
+        past, beyond = past_bounds(values, patient.low, patient.high)
         outside.add(rows.start, beyond.any(1))
         on.add(rows.start, ((past >= 0) & ~beyond).any(1))
         largest = max(largest, float(past.nan_to_num(0.0, 0.0, 0.0).max()))
@@ -326,7 +323,7 @@ def _actions_and_bounds(patient: _Patient) -> Iterator[Finding]:
             "actions-outside-bounds",
             f"{outside.count} actions are outside the bounds {bounds}, by up to {largest:.6g}",
             ("give the environment's action_low and action_high; " if patient.assumed else "")
-            + "the environment clips such actions: clip them in the dataset, too, to what was executed",
+            + "the environment clips such actions, and a training does, too, to what was executed",
             outside.first,
             outside.count,
         )

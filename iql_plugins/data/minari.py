@@ -1,23 +1,28 @@
 """Minari datasets that are on this machine already."""
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Block, Names, action, assemble, entry, observation, reward, tensor
-from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, DatasetError, Loaded, Options, reading
+from iql_plugins.data.columns import METADATA, require_read, unread
+from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, DatasetError, Loaded, Options, reading, require_space
+from iql_plugins.limits import parse_json, read_json
 from iql_plugins.spaces import Spaces
 
 __all__ = ["found", "is_identifier", "load"]
 
 _IDENTIFIER = re.compile(r"(?:[-\w]+/)*[-\w]+-v\d+")
-_METADATA = "metadata.json"
+_METADATA, _HDF5 = "metadata.json", "main_data.hdf5"
+_NUMBERS = re.compile(r"bool|(?:u?int|float)\d{1,3}")
+_READ = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
 def is_identifier(source: str) -> bool:
@@ -51,43 +56,73 @@ def load(path: Path, options: Options) -> Loaded:
 
     Raises:
         ImportError: without Minari; says how to install it.
-        DatasetError: if it is no such dataset, or has spaces other than Box, Discrete and Dict of these.
+        DatasetError: if it is no such dataset, has spaces other than Box, Discrete and Dict of these, or a column
+            that is neither read nor metadata.
     """
     name = str(path)
-    with reading(name):
-        metadata = json.loads((path / _METADATA).read_text())
+    with reading(name), ExitStack() as stack:
+        metadata = read_json(path / _METADATA)
         for key in ("observation_space", "action_space"):
             if not isinstance(metadata.get(key), str):
                 raise DatasetError(
                     f"{name} does not say its {key!r}: it would take to build the environment that it names, "
                     "which can run any code"
                 )
+            _check_space(parse_json(metadata[key]), name)
+        if isinstance(metadata.get("env_spec"), str):
+            parse_json(metadata["env_spec"])
         try:
             import minari  # type: ignore[import-untyped]
         except ImportError as error:
             raise ImportError("Minari datasets need minari: pip install 'iql-plugins[minari]'") from error
+        stored = None
+        if metadata.get("data_format") == "hdf5":
+            stored = stack.enter_context(hdf5.opened(path / _HDF5))
+        # Of its other formats, an episode is a folder.
+        count = len(list(path.iterdir()) if stored is None else stored)
+        if not 0 <= metadata.get("total_episodes", 0) <= count:
+            raise DatasetError(f"{name} has {count} episodes at most, {metadata['total_episodes']} were expected")
         dataset = minari.MinariDataset(path)
+        if stored is not None:
+            _require_read(stored, path / _HDF5)
         try:
             spaces = Spaces.from_gymnasium(dataset.observation_space, dataset.action_space)
         except (TypeError, ValueError) as error:
             raise DatasetError(f"{name}: {error}") from error
         discrete = spaces.discrete if options.discrete is None else options.discrete
-        reader = _Episodes(name, dataset, discrete)
+        reader = _Episodes(name, dataset, discrete, stored)
         data = assemble(reader.blocks(), int(dataset.total_steps), name, options)
         return Loaded(data, name, both=reader.both, both_row=reader.both_row, spaces=spaces)
+
+
+def _require_read(stored: Any, path: Path) -> None:
+    """Looks at the names in Minari's HDF5 file itself, as Minari reads no other than those that it expects."""
+    for episode in stored:
+        columns = hdf5.member(stored, episode, path)
+        if not isinstance(columns, Mapping):
+            raise unread(str(path), episode, ["episode_0"])
+        require_read(f"{path}: {episode}", columns, _READ, METADATA)
 
 
 class _Episodes:
     """The blocks of a Minari dataset, an episode each, and what was met on the way."""
 
-    def __init__(self, name: str, dataset: Any, discrete: bool) -> None:
+    def __init__(self, name: str, dataset: Any, discrete: bool, stored: Any) -> None:
         self.both = 0
         self.both_row: int | None = None
-        self._name, self._dataset, self._discrete = name, dataset, discrete
+        self._name, self._dataset, self._discrete, self._stored = name, dataset, discrete, stored
+
+    def _indices(self) -> Iterator[int]:
+        """The episodes, each after a look at what Minari is about to read."""
+        for index in self._dataset.episode_indices:
+            if self._stored is not None:
+                size = hdf5.group_bytes(self._stored, f"episode_{index}", Path(self._stored.filename))
+                require_space(size, self._name, Options())
+            yield index
 
     def blocks(self) -> Iterator[Block]:
         start = 0
-        for number, episode in enumerate(self._dataset.iterate_episodes()):
+        for number, episode in enumerate(self._dataset.iterate_episodes(self._indices())):
             steps = len(episode.rewards)
             if steps == 0:
                 continue
@@ -126,6 +161,16 @@ class _Episodes:
                 f"{self._name}: episode {number} of {steps} steps must have {steps + 1} observations, got {len(values)}"
             )
         return observation(tensor(np.asarray(values), self._name, "/".join(("observations", *path))))
+
+
+def _check_space(space: Any, name: str) -> None:
+    """Raises for the dtype of a Box that is no number's: NumPy would make room for texts of any length."""
+    if isinstance(space, dict):
+        if not _NUMBERS.fullmatch(str(space.get("dtype", "bool"))):
+            raise DatasetError(f"{name}: a space has dtype {str(space['dtype'])[:50]!r}, which is no number's")
+        space = list(space.values())
+    for inner in space if isinstance(space, list) else ():
+        _check_space(inner, name)
 
 
 def _arrays(observations: Any, path: Names = ()) -> dict[Names, Any]:

@@ -133,7 +133,12 @@ class Normalizers(nn.Module):
         if self.action_start is not None:
             return action - self.action_start if self.action_start else action
         low, high = self.get_buffer("action_low"), self.get_buffer("action_high")
-        return (2.0 * (action - low) / (high - low) - 1.0).clamp(-ACTION_LIMIT, ACTION_LIMIT)
+        return self.clipped(2.0 * (action - low) / (high - low) - 1.0)
+
+    @staticmethod
+    def clipped(action: Tensor) -> Tensor:
+        """A continuous action in the policy's units, brought inside (-1, 1); nothing is read on the host."""
+        return action.clamp(-ACTION_LIMIT, ACTION_LIMIT)
 
     def environment_action(self, action: Tensor) -> Tensor:
         """The policy's action in the environment's units, within its bounds."""

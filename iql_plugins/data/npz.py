@@ -1,20 +1,28 @@
 """NumPy archives (``.npz``) with the columns of D4RL."""
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from copy import copy as copied
+from functools import cached_property
+from io import BytesIO
 from pathlib import Path
-from zipfile import ZipFile, is_zipfile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo, is_zipfile
 
 import numpy as np
 
-from iql_plugins.data.arrays import Column, Transitions
-from iql_plugins.data.dataset import DatasetError, Loaded, Options, existing_parent, one_line, reading, require_space
+from iql_plugins.checkpoint import naming
+from iql_plugins.data.arrays import Array, Transitions
+from iql_plugins.data.columns import readable
+from iql_plugins.data.dataset import DatasetError, Loaded, Options, existing_parent, one_line, reading
 
 __all__ = ["load"]
 
-_READ = ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")
+#: NumPy's own limit of a header, and its length and magic before it; a longer one is not even unpacked.
+_HEADER_BYTES = 12 + 10_000
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def load(path: Path, options: Options) -> Loaded:
@@ -22,11 +30,12 @@ def load(path: Path, options: Options) -> Loaded:
 
     That is ``timeouts``, and ``next_observations``, without which the last transition of each episode that was cut
     is left out: see :class:`~iql_plugins.data.arrays.Transitions`. Dict observations are
-    ``observations/NAME`` and ``next_observations/NAME``. Whole numbers from 0 on in a single column of actions are
+    ``observations/NAME`` and ``next_observations/NAME``. The other names that are read, and those of metadata, which
+    are not, are those of :mod:`iql_plugins.data.columns`. Whole numbers from 0 on in a single column of actions are
     discrete actions. Pickled objects are never loaded. With ``memmap_dir``, no column needs to fit into memory.
 
     Raises:
-        DatasetError: if it is no such archive.
+        DatasetError: if it is no such archive, or has a column that is neither read nor metadata.
     """
     name = str(path)
     with reading(name):
@@ -35,44 +44,89 @@ def load(path: Path, options: Options) -> Loaded:
         if not archive:
             raise DatasetError(f"{name} is no .npz archive, or a truncated one")
         with ExitStack() as stack:
-            return Transitions.from_columns(name, _columns(path, options, stack)).load(options)
+            members = _members(path, options, stack)
+            unpacked = sum(member.nbytes for member in members.values())
+            return Transitions.from_columns(name, members).load(options, unpacked)
 
 
-def _columns(path: Path, options: Options, stack: ExitStack) -> dict[str, Column]:
+def _members(path: Path, options: Options, stack: ExitStack) -> dict[str, "_Member"]:
     archive = stack.enter_context(ZipFile(path))
-    members = {
-        key: info
-        for info in archive.infolist()
-        if (key := info.filename.removesuffix(".npy")).split("/")[0] in _READ and key != info.filename
-    }
-    require_space(sum(info.file_size for info in members.values()), str(path), options)
-    columns: dict[str, Column] = {}
-    if options.memmap_dir is None:
-        arrays = stack.enter_context(np.load(path, allow_pickle=False))
-        for key in members:
-            with _reading_column(path, key):
-                columns[key] = arrays[key]
-        return columns
-    # An array that is compressed can be mapped only once it is unpacked.
-    parent = existing_parent(Path(options.memmap_dir))
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".unpacked-")))
-    for number, (key, info) in enumerate(members.items()):
-        unpacked = folder / f"{number}.npy"
-        with _reading_column(path, key):
-            with archive.open(info) as source, unpacked.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-            columns[key] = np.load(unpacked, mmap_mode="r", allow_pickle=False)
-    return columns
+    folder = None
+    if options.memmap_dir is not None:
+        # An array that is compressed can be mapped only once it is unpacked.
+        parent = existing_parent(Path(options.memmap_dir))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".unpacked-")))
+    files = [(info.filename.removesuffix(".npy"), info) for info in archive.infolist() if not info.is_dir()]
+    read = readable(str(path), [key for key, _ in files])
+    members: dict[str, _Member] = {}
+    for key, info in files:
+        if key in read:
+            copy = None if folder is None else folder / f"{len(members)}.npy"
+            members[key] = _Member(archive, info, f"{path}: {key!r}", copy)
+    return members
 
 
-@contextmanager
-def _reading_column(path: Path, key: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if "allow_pickle" in str(error):
+class _Member:
+    """An array of an archive as a column: its header is read at once, its numbers when they are asked for.
+
+    Args:
+        archive: an open one.
+        info: of the member.
+        name: for errors.
+        copy: the file that it is unpacked to, and mapped from; None for memory.
+
+    Raises:
+        DatasetError: unless the archive holds as much as the array's header says.
+    """
+
+    def __init__(self, archive: ZipFile, info: ZipInfo, name: str, copy: Path | None) -> None:
+        self._archive, self._name, self._copy, self.nbytes = archive, name, copy, info.file_size
+        # One byte more than the archive says: it is there if the archive says too little.
+        self._info = copied(info)
+        self._info.file_size += 1
+        with self._reading():
+            # Other methods unpack as much as they like at a time.
+            if info.compress_type not in (ZIP_STORED, ZIP_DEFLATED):
+                raise ValueError("it is compressed as NumPy never does; np.savez_compressed does it well")
+            with archive.open(self._info) as stream:
+                start = BytesIO(stream.read(_HEADER_BYTES))
+            version = np.lib.format.read_magic(start)
+            if version not in _HEADERS:
+                raise ValueError(f"it has version {version} of NumPy's format, which numbers do not need")
+            self.shape, _, self.dtype = _HEADERS[version](start)
+        if self.dtype.hasobject:
             raise DatasetError(
-                f"{path}: {key!r} holds pickled Python objects, which can run any code; they are never loaded from "
-                "an .npz"
-            ) from error
-        raise DatasetError(f"{path}: {key!r} cannot be read: {one_line(error)}") from error
+                f"{name} holds pickled Python objects, which can run any code; they are never loaded from an .npz"
+            )
+        claimed = start.tell() + math.prod(self.shape) * self.dtype.itemsize
+        if min(self.shape, default=0) < 0 or claimed != info.file_size:
+            raise DatasetError(
+                f"{name} has {info.file_size:,} bytes, which are not the {self.dtype} of shape {list(self.shape)} "
+                "that its header says"
+            )
+
+    def __getitem__(self, rows: slice, /) -> Array:
+        part: Array = self._array[rows]
+        return part
+
+    @cached_property
+    def _array(self) -> Array:
+        with self._reading(), self._archive.open(self._info) as stream:
+            array: Array
+            if self._copy is None:
+                array = np.lib.format.read_array(stream, allow_pickle=False)
+            else:
+                with naming(self._copy), self._copy.open("wb") as file:
+                    shutil.copyfileobj(stream, file)
+                array = np.load(self._copy, mmap_mode="r", allow_pickle=False)
+            # Read to its end, a member is also held against its checksum.
+            if stream.read(1) or (self._copy is not None and self._copy.stat().st_size != self.nbytes):
+                raise ValueError(f"it unpacks to another size than the {self.nbytes:,} bytes that the archive says")
+            return array
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise DatasetError(f"{self._name} cannot be read: {one_line(error)}") from error

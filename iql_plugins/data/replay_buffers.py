@@ -10,10 +10,13 @@ from tensordict import TensorDictBase
 
 from iql_plugins.data import tensordicts
 from iql_plugins.data.arrays import Array, Column, Concatenated, Names, Transitions
+from iql_plugins.data.columns import SB3_METADATA, require_read
 from iql_plugins.data.dataset import DatasetError, Loaded, Options, reading, require_space, row_bytes
 from iql_plugins.spaces import Box, Spaces
 
-__all__ = ["load_stable_baselines3", "load_torchrl", "unpickled"]
+__all__ = ["check_stable_baselines3", "load_stable_baselines3", "load_torchrl", "unpickled"]
+
+_READ = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
 _UNIT_TOLERANCE = 1e-4
 
@@ -52,10 +55,12 @@ def load_stable_baselines3(buffer: Any, options: Options, name: str | None = Non
     recorded which ends were time-outs: all of them are terminal states, as they are for Stable-Baselines3 itself.
 
     Raises:
-        DatasetError: if it is empty, or its spaces are other than Box, Discrete and Dict of these.
+        DatasetError: if it is empty, its spaces are other than Box, Discrete and Dict of these, or
+            :func:`check_stable_baselines3` objects.
     """
     name = name or f"the Stable-Baselines3 {type(buffer).__name__}"
     with reading(name):
+        check_stable_baselines3(buffer, name)
         try:
             spaces = Spaces.from_gymnasium(buffer.observation_space, buffer.action_space)
         except (TypeError, ValueError) as error:
@@ -93,14 +98,31 @@ def load_stable_baselines3(buffer: Any, options: Options, name: str | None = Non
             observations(buffer.observations),
             _unscaled(column(buffer.actions, "actions"), spaces, name),
             column(buffer.rewards, "rewards"),
-            terminals,
-            ((ends & timeouts) | streams_end) & ~terminals,
+            {"terminals": terminals, "timeouts": ((ends & timeouts) | streams_end) & ~terminals},
             observations(buffer.observations, 1) if shared else observations(buffer.next_observations),
             spaces,
         )
         loaded = transitions.load(options)
         recorded = bool(buffer.handle_timeout_termination)
         return Loaded(loaded.dataset, name, timeouts_recorded=recorded, spaces=spaces)
+
+
+def check_stable_baselines3(buffer: Any, name: str) -> None:
+    """Raises :class:`DatasetError` for an array of steps that nobody reads, and a time-out that ends no episode."""
+    steps = (buffer.buffer_size, buffer.n_envs)
+    held = {
+        key
+        for key, value in vars(buffer).items()
+        for array in (value.values() if isinstance(value, dict) else [value])
+        if isinstance(array, np.ndarray) and array.shape[:2] == steps
+    }
+    require_read(name, sorted(held), _READ, SB3_METADATA)
+    rows, environments = np.nonzero((buffer.timeouts != 0) & (buffer.dones == 0))
+    if len(rows):
+        raise DatasetError(
+            f"{name}: 'timeouts' is 1 and 'dones' 0 in row {rows[0]} of environment {environments[0]}: "
+            "they contradict each other"
+        )
 
 
 def load_torchrl(buffer: Any, options: Options) -> Loaded:

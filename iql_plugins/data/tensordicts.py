@@ -1,15 +1,16 @@
 """TensorDicts that have the key layout already, and their memory-mapped folders."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_leaf_nontensor
 from tensordict.utils import NestedKey
 from torch import Tensor
 
 from iql_plugins.data.arrays import Block, action, assemble, observation, reward
+from iql_plugins.data.columns import TORCHRL_METADATA, unread
 from iql_plugins.data.dataset import (
     DONE,
     REWARD,
@@ -25,11 +26,17 @@ from iql_plugins.data.dataset import (
     row_bytes,
 )
 from iql_plugins.keys import AUTO_MASK_KEYS, DISCOUNT, STEPS_TO_NEXT_OBS, shown
+from iql_plugins.limits import read_json
 
 __all__ = ["is_folder", "load", "load_folder"]
 
 _METADATA = "meta.json"
+#: Of the numbers and flags of a row while rows are brought into order.
+_ROW_BYTES = 32
 _TRAJECTORY: NestedKey = ("collector", "traj_ids")
+_TRUNCATED: NestedKey = ("next", "truncated")
+_REQUIRED: tuple[NestedKey, ...] = ("observation", "action", REWARD, DONE, TERMINATED, ("next", "observation"))
+_OPTIONAL: tuple[NestedKey, ...] = (STEPS_TO_NEXT_OBS, DISCOUNT, _TRUNCATED)
 
 
 def is_folder(path: Path) -> bool:
@@ -55,38 +62,44 @@ def load_folder(path: Path, options: Options) -> Loaded:
 def load(dataset: TensorDictBase, options: Options, name: str = "the TensorDict") -> Loaded:
     """The dataset in a TensorDict with TorchRL's keys, of batch size ``[N]``, or ``[*B, T]`` with time last.
 
-    Its tensors are shared as far as they have the layout's shapes and dtypes; whatever else is in it, is left out,
-    but for the keys of n-step transitions. Masked steps (padding) are left out. The end of each of the ``B`` rows
-    ends an episode, and so does, where there are ``("collector", "traj_ids")``, the end of each trajectory, which
-    are brought together: there ``("next", "done")`` becomes True, without a terminal state.
+    Its tensors are shared as far as they have the layout's shapes and dtypes. The keys of n-step transitions are
+    kept. What TorchRL writes beside transitions is left out: :data:`~iql_plugins.data.columns.TORCHRL_METADATA`.
+    Masked steps (padding) are left out. The end of each of the ``B`` rows ends an episode, and so does, where there
+    are ``("collector", "traj_ids")``, the end of each trajectory, which are brought together: there
+    ``("next", "done")`` becomes True, without a terminal state.
 
     Raises:
-        DatasetError: for a missing key (``("next", "terminated")`` in particular is never taken from ``done``), and
-            for a dataset that does not pass :func:`~iql_plugins.data.dataset.check_dataset`.
+        DatasetError: for any other key; for a missing one (``("next", "terminated")`` in particular is never taken
+            from ``done``); for a step that is ``("next", "truncated")`` and not ``("next", "done")``; and for a
+            dataset that does not pass :func:`~iql_plugins.data.dataset.check_dataset`.
     """
     with reading(name):
         if dataset.ndim == 0:
             raise DatasetError(f"{name} must have batch size [N] or [*B, T], got []")
         if dataset.numel() == 0:
             raise DatasetError(f"{name} is empty: it has no transition")
+        # Row numbers are in memory even if nothing else is.
+        require_space(_ROW_BYTES * dataset.numel(), name, replace(options, memmap_dir=None))
+        _require_read(dataset, name)
         flat = _selected(dataset, name)
         length = dataset.batch_size[-1]
         rows = torch.arange(len(flat), device=flat.get(DONE).device)
         ends = (rows % length == length - 1) & (rows < len(flat) - 1)
         rows, ends = _without_padding(dataset, rows, ends)
-        rows, ends = _by_trajectory(dataset, rows, ends)
+        rows, ends = _by_trajectory(dataset, rows, ends, name)
         if len(rows) == 0:
             raise DatasetError(f"{name} is empty: its mask leaves no transition")
         if len(rows) < len(flat) or not bool((rows[1:] > rows[:-1]).all()):
             require_space(sum(len(rows) * row_bytes(tensor) for tensor in flat.values(True, True)), name, options)
             flat = flat[rows]
+        _check_truncated(flat, rows, name)
         if bool(ends.any()):
             flat.set(DONE, flat.get(DONE) | ends.reshape(-1, *[1] * (flat.get(DONE).ndim - 1)))
         return Loaded(_converted(flat, options, name), name)
 
 
 def _check_files(folder: Path, shapes: TensorDictBase, name: str) -> None:
-    metadata = json.loads((folder / _METADATA).read_text())
+    metadata = read_json(folder / _METADATA)
     files = {unquote(file.name.removesuffix(".memmap")): file for file in folder.glob("*.memmap")}
     folders = {unquote(inner.name): inner for inner in folder.iterdir() if inner.is_dir()}
     for key, entry in metadata.items():
@@ -103,14 +116,42 @@ def _check_files(folder: Path, shapes: TensorDictBase, name: str) -> None:
             raise DatasetError(f"{name}: the file of {key!r} is missing")
 
 
+def _require_read(dataset: TensorDictBase, name: str) -> None:
+    read = (*_REQUIRED, *_OPTIONAL, *AUTO_MASK_KEYS, _TRAJECTORY)
+    paths = [_path(key) for key in read]
+    # A lazy stack shows only the keys that all of its parts have.
+    for part in dataset.tensordicts if isinstance(dataset, LazyStackedTensorDict) else (dataset,):
+        for path in map(_path, part.keys(True, True, is_leaf=is_leaf_nontensor)):
+            following = path[0] == "next" and len(path) > 1
+            if not any(path[: len(other)] == other for other in paths) and path[following] not in TORCHRL_METADATA:
+                # Of two keys of one last name, the one on the same side of the step.
+                likely = sorted(read, key=lambda key: (_path(key)[0] == "next") == following)
+                raise unread(name, path if len(path) > 1 else path[0], read, likely)
+
+
+def _path(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else key
+
+
+def _check_truncated(flat: TensorDict, rows: Tensor, name: str) -> None:
+    truncated = flat.pop(_TRUNCATED, None)
+    if truncated is not None:
+        wrong = ((truncated.reshape(-1) != 0) & (flat.get(DONE).reshape(-1) == 0)).nonzero()
+        if len(wrong):
+            raise DatasetError(
+                f"{name}: {shown(_TRUNCATED)} is True and {shown(DONE)} False in row {int(rows[wrong[0, 0]])}: "
+                "what a time limit cuts ends its episode"
+            )
+
+
 def _selected(dataset: TensorDictBase, name: str) -> TensorDict:
     entries: dict[NestedKey, Tensor] = {}
-    for key in ("observation", "action", REWARD, DONE, TERMINATED, ("next", "observation")):
+    for key in _REQUIRED:
         if dataset.get(key, None) is None:
             hint = "; done is no substitute: it is also set at time-outs" if key == TERMINATED else ""
             raise DatasetError(f"{name} has no {shown(key)}{hint}")
         entries |= leaves(dataset, key)
-    for key in (STEPS_TO_NEXT_OBS, DISCOUNT):
+    for key in _OPTIONAL:
         if dataset.get(key, None) is not None:
             entries[key] = dataset.get(key)
     for key, tensor in entries.items():
@@ -138,10 +179,14 @@ def _without_padding(dataset: TensorDictBase, rows: Tensor, ends: Tensor) -> tup
     return rows[valid], ends[valid]
 
 
-def _by_trajectory(dataset: TensorDictBase, rows: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def _by_trajectory(dataset: TensorDictBase, rows: Tensor, ends: Tensor, name: str) -> tuple[Tensor, Tensor]:
     identifiers = dataset.get(_TRAJECTORY, None)
-    if identifiers is None or identifiers.numel() != dataset.numel():
+    if identifiers is None:
         return rows, ends
+    if identifiers.numel() != dataset.numel():
+        raise DatasetError(
+            f"{name}: {shown(_TRAJECTORY)} must have one number for each transition, got {list(identifiers.shape)}"
+        )
     trajectory = identifiers.reshape(-1)[rows]
     order = trajectory.argsort(stable=True)
     trajectory = trajectory[order]

@@ -6,16 +6,16 @@ Both ways can use all cores, a process each: the ratio on one core is the one th
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import tyro
+from contestants import Size, config_of, dataset_of, spaces_of
+from interleaved import now
 
 from iql_plugins.agent import Agent
-from iql_plugins.cli.peers import Size, config_of, dataset_of, spaces_of
 from iql_plugins.population import fit_together
 
 
@@ -44,9 +44,7 @@ def milliseconds(fit: Callable[[Callable[[int], None]], None], device: torch.dev
     times: list[float] = []
 
     def callback(step: int) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter())
+        times.append(now(device))
 
     fit(callback)
     return 1e3 * (times[-1] - times[0]) / (len(times) - 1)

@@ -1,7 +1,7 @@
 """The usual single-file IQL in plain PyTorch: three optimisers, three backward passes. A peer, not a product.
 
 Written as most people write it: five tensors indexed by a NumPy draw, one module a network, a loop over parameters
-for the target. It is what ``iql-plugins bench --peers tests/benchmarks/plain_iql.py`` compares with.
+for the target. It is the peer ``plain`` of ``bench.py``.
 """
 
 import copy

@@ -1,48 +1,25 @@
 """The plugin host: finding, loading, asking; and what a bad plugin cannot do to the others."""
 
+import json
 import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from agents import SPACES, make_dataset
+from strangers import Distribution, Entry, good, host_of, plugin
 from tensordict import TensorDict
 
-from iql_plugins.hookspecs import Adapter, hookimpl
-from iql_plugins.registry import AdapterNotFoundError, PluginError, Registry
-
-
-class Distribution:
-    """What the registry reads of a distribution."""
-
-    def __init__(self, name: str, version: str = "1.0") -> None:
-        self.name, self.version = name, version
-
-
-class Entry:
-    """An entry point of a distribution that is not installed."""
-
-    def __init__(self, name: str, load: Callable[[], object], distribution: str | None = None) -> None:
-        self.name, self.value, self.load = name, f"{name}.plugin", load
-        self.dist = Distribution(distribution or f"iql-{name}")
-
-
-def plugin(name: str, **hooks: Any) -> types.SimpleNamespace:
-    """A well-behaved plugin with hooks of its own."""
-    return types.SimpleNamespace(
-        **({"iql_adapter": hookimpl(lambda: Adapter(name, None))} | {k: hookimpl(f) for k, f in hooks.items()})
-    )
-
-
-def registry(*entries: Entry, **options: Any) -> Registry:
-    return Registry(find=lambda: entries, **options)
-
-
-def good(name: str = "good", **hooks: Any) -> Entry:
-    return Entry(name, lambda: plugin(name, **hooks))
+import iql_plugins
+from iql_plugins import plugins
+from iql_plugins.data import DatasetError
+from iql_plugins.hookspecs import Adapter
+from iql_plugins.plugins import AdapterNotFoundError, Host, PluginError
 
 
 def raising(error: BaseException) -> Callable[[], object]:
@@ -58,7 +35,7 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "exit": (raising(SystemExit(3)), "cannot be imported: SystemExit: 3"),
     "misspelt": (
         lambda: plugin("bad", iql_map_bacth=lambda batch: None),
-        "implements iql_map_bacth; the hooks are iql_adapter, iql_load_dataset, iql_map_batch",
+        "implements iql_map_bacth; the hooks are iql_adapter, iql_commands, iql_load_dataset, iql_map_batch",
     ),
     "unmarked": (
         lambda: types.SimpleNamespace(iql_adapter=lambda: Adapter("bad", None)),
@@ -76,7 +53,7 @@ def bad(request: pytest.FixtureRequest) -> Iterator[tuple[Entry, str]]:
 
 def test_a_broken_plugin_is_named_with_its_distribution_and_the_others_work(bad: tuple[Entry, str]) -> None:
     entry, message = bad
-    host = registry(entry, good(iql_map_batch=lambda batch: TensorDict({"x": torch.tensor(batch)})))
+    host = host_of(entry, good(iql_map_batch=lambda batch: TensorDict({"x": torch.tensor(batch)})))
     assert host.map_batch(3)["x"] == 3
     assert host.load("good").name == "good"
     with pytest.raises(PluginError, match=f"plugin 'bad' of a-bad-distribution 1.0 .*{message}"):
@@ -91,54 +68,54 @@ def test_strict_mode_raises_where_a_broken_plugin_is_met(
     bad: tuple[Entry, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(PluginError, match="plugin 'bad'"):
-        registry(bad[0], good(), strict=True).map_batch(3)
+        host_of(bad[0], good(), strict=True).map_batch(3)
     monkeypatch.setenv("IQL_PLUGINS_STRICT", "1")
     with pytest.raises(PluginError, match="plugin 'bad'"):
-        registry(bad[0], good()).map_batch(3)
+        host_of(bad[0], good()).map_batch(3)
     monkeypatch.setenv("IQL_PLUGINS_STRICT", "0")
     with pytest.raises(TypeError, match=r"no adapter knows this batch, int; .* not asked were: plugin 'bad'"):
-        registry(bad[0], good()).map_batch(3)
+        host_of(bad[0], good()).map_batch(3)
 
 
 def test_only_allowed_plugins_are_looked_at(bad: tuple[Entry, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(registry(bad[0], good(), allow=["good"], strict=True).available()) == {"good"}
+    assert set(host_of(bad[0], good(), allow=["good"], strict=True).available()) == {"good"}
     monkeypatch.setenv("IQL_PLUGINS_ALLOW", "good, other")
-    host = registry(bad[0], good(), strict=True)
+    host = host_of(bad[0], good(), strict=True)
     assert set(host.available()) == {"good"}
     with pytest.raises(AdapterNotFoundError, match="no adapter 'bad' is installed"):
         host.load("bad")
     monkeypatch.setenv("IQL_PLUGINS_ALLOW", "")
-    assert not registry(good()).available()
+    assert not host_of(good()).available()
 
 
 def test_a_name_that_two_distributions_take_is_refused_and_the_others_work() -> None:
     twice = [Entry("same", lambda: plugin("same"), owner) for owner in ("one", "two")]
-    host = registry(*twice, good())
+    host = host_of(*twice, good())
     with pytest.raises(PluginError, match=r"'same' is declared by one \(same.plugin\) and two .*uninstall all but one"):
         host.load("same")
     assert host.load("good").name == "good"
     with pytest.raises(PluginError, match="declared by"):
-        registry(*twice, strict=True).available()
+        host_of(*twice, strict=True).available()
 
 
 def test_the_same_distribution_found_twice_is_no_duplicate() -> None:
-    assert registry(good(), good()).load("good").name == "good"
+    assert host_of(good(), good()).load("good").name == "good"
 
 
 def test_an_unknown_name_gets_a_suggestion_and_the_list() -> None:
     with pytest.raises(
         AdapterNotFoundError, match=r"no adapter 'god' is installed: did you mean 'good'.*there are good"
     ):
-        registry(good()).load("god")
+        host_of(good()).load("god")
 
 
 def test_a_missing_framework_gets_the_line_that_installs_it() -> None:
-    lacking = Entry("sb9", lambda: types.SimpleNamespace(iql_adapter=hookimpl(lambda: Adapter("sb9", "nosuchmodule"))))
-    failing = types.SimpleNamespace(iql_adapter=hookimpl(raising(ImportError("No module named 'x'"))))
+    lacking = Entry("sb9", lambda: plugin("sb9", iql_adapter=lambda: Adapter("sb9", "nosuchmodule")))
+    failing = plugin("sb9", iql_adapter=raising(ImportError("No module named 'x'")))
     for entry in (lacking, Entry("sb9", lambda: failing)):
         entry.dist = Distribution("iql-plugins")
         with pytest.raises(PluginError, match=r"pip install 'iql-plugins\[sb9\]'"):
-            registry(entry).load("sb9")
+            host_of(entry).load("sb9")
 
 
 @pytest.mark.parametrize(
@@ -150,18 +127,18 @@ def test_a_missing_framework_gets_the_line_that_installs_it() -> None:
     ],
 )
 def test_an_adapter_that_describes_itself_wrongly_is_refused(describe: Callable[[], Any], message: str) -> None:
-    entry = Entry("bad", lambda: types.SimpleNamespace(iql_adapter=hookimpl(describe)))
+    entry = Entry("bad", lambda: plugin("bad", iql_adapter=describe))
     with pytest.raises(PluginError, match=message):
-        registry(entry).load("bad")
+        host_of(entry).load("bad")
     with pytest.raises(PluginError, match="it is no adapter"):
-        registry(Entry("bad", types.SimpleNamespace)).load("bad")
+        host_of(Entry("bad", types.SimpleNamespace)).load("bad")
 
 
 def test_the_first_plugin_that_knows_a_source_loads_it() -> None:
     def load(source: object) -> TensorDict | None:
         return TensorDict({"x": torch.ones(1)}) if source == "mine" else None
 
-    host = registry(good("a"), good("b", iql_load_dataset=load), good("c", iql_load_dataset=lambda source: None))
+    host = host_of(good("a"), good("b", iql_load_dataset=load), good("c", iql_load_dataset=lambda source: None))
     assert host.load_dataset("mine")["x"] == 1
     with pytest.raises(TypeError, match="no adapter knows this dataset, 'yours'; installed are a, b, c"):
         host.load_dataset("yours")
@@ -170,13 +147,13 @@ def test_the_first_plugin_that_knows_a_source_loads_it() -> None:
 def test_an_error_of_the_plugin_that_knows_the_source_reaches_the_user() -> None:
     entry = good(iql_load_dataset=lambda source: raising(ValueError("row 3 is not finite"))())
     with pytest.raises(ValueError, match="row 3 is not finite"):
-        registry(entry).load_dataset("mine")
+        host_of(entry).load_dataset("mine")
 
 
 def test_a_plugin_is_imported_once() -> None:
     loads = []
     entry = Entry("good", lambda: loads.append(1) or plugin("good"))
-    host = registry(entry)
+    host = host_of(entry)
     assert host.load("good") is host.load("good")
     with pytest.raises(TypeError):
         host.map_batch(3)
@@ -184,7 +161,7 @@ def test_a_plugin_is_imported_once() -> None:
 
 
 def test_listing_imports_no_plugin() -> None:
-    info = registry(Entry("bad", raising(AssertionError()))).available()["bad"]
+    info = host_of(Entry("bad", raising(AssertionError()))).available()["bad"]
     assert (info.name, info.value, info.distribution, info.version, info.error) == (
         "bad",
         "bad.plugin",
@@ -196,7 +173,7 @@ def test_listing_imports_no_plugin() -> None:
 
 def test_the_installed_adapters_are_found_without_importing_one() -> None:
     code = (
-        "import sys, iql_plugins.registry as r; names = list(r.Registry().available());"
+        "import sys, iql_plugins.plugins as r; names = list(r.Host().available());"
         "assert 'tensor' in names, names;"
         "assert not any(m.startswith('iql_') and not m.startswith('iql_plugins') for m in sys.modules)"
     )
@@ -204,7 +181,7 @@ def test_the_installed_adapters_are_found_without_importing_one() -> None:
 
 
 def test_the_entry_points_of_an_installed_package_load() -> None:
-    host = Registry(strict=True)
+    host = Host(strict=True)
     assert isinstance(next(iter(host._find())), EntryPoint)
     assert host.load("tensor").name == "tensor"
     batch = {"observation": torch.zeros(5, 3), "next_reward": torch.ones(5, 1)}
@@ -218,3 +195,93 @@ def test_the_entry_points_of_an_installed_package_load() -> None:
         host.map_batch({"action": torch.zeros(5, 1), "observation": torch.zeros(4, 1)})
     with pytest.raises(TypeError, match="no adapter knows this batch, list"):
         host.map_batch([1, 2])
+
+
+# Through the package
+
+ADAPTERS = sorted(iql_plugins.available())
+FRAMEWORKS = {"sb3": "stable_baselines3", "d3rlpy": "d3rlpy", "torchrl": "torchrl"}
+
+
+def fresh(code: str) -> Any:
+    """What a fresh interpreter prints as JSON in its last line."""
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def test_importing_makes_no_host_and_listing_imports_no_adapter() -> None:
+    seconds, before, modules = fresh(
+        "import json, sys, time, iql_plugins;"
+        "before = 'pluggy' in sys.modules or 'iql_plugins.plugins' in sys.modules;"
+        "start = time.perf_counter(); names = list(iql_plugins.available()); end = time.perf_counter();"
+        "assert 'tensor' in names; print(json.dumps([end - start, before, sorted(sys.modules)]))"
+    )
+    assert not before
+    tops = {module.split(".")[0] for module in modules}
+    assert not tops & {*FRAMEWORKS.values(), "gymnasium", "matplotlib", "h5py", "torch", "tensordict", "numpy"}
+    assert not {top for top in tops if top.startswith("iql_")} - {"iql_plugins"}
+    # 0.06 s on an idle core.
+    assert seconds < 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_imports_no_other_and_no_other_framework(name: str) -> None:
+    pytest.importorskip(FRAMEWORKS.get(name, "iql_tensor"))
+    modules = fresh(
+        f"import json, sys, iql_plugins; iql_plugins.load({name!r}); print(json.dumps(sorted(sys.modules)))"
+    )
+    tops = {module.split(".")[0] for module in modules}
+    own = iql_plugins.available()[name].value.split(".")[0]
+    assert own in tops
+    assert not {top for top in tops if top.startswith("iql_")} - {"iql_plugins", own}
+    assert not tops & (set(FRAMEWORKS.values()) - {FRAMEWORKS.get(name)})
+
+
+def test_adapters_are_loaded_and_batches_mapped() -> None:
+    assert iql_plugins.load("tensor").name == "tensor"
+    batch = make_dataset(SPACES["continuous"], 4)
+    assert iql_plugins.map_batch(batch) is batch
+    with pytest.raises(TypeError, match="no adapter knows this batch, object"):
+        iql_plugins.map_batch(object())
+
+
+def test_a_dataset_is_looked_for_among_the_formats_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(source: object) -> None:
+        raise AssertionError(source)
+
+    monkeypatch.setattr(plugins, "host", lambda: host_of(good(iql_load_dataset=never)))
+    assert len(iql_plugins.load_dataset("pendulum-v1-sac")) == 20_000
+
+
+def test_a_dataset_of_an_adapter_is_loaded_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound = make_dataset(SPACES["continuous"], 4).cpu()
+    unsound = sound.clone()
+    unsound["next", "reward"][2] = torch.nan
+
+    def load(source: object) -> TensorDict | None:
+        return {"sound": sound, "unsound": unsound}.get(str(source))
+
+    monkeypatch.setattr(plugins, "host", lambda: host_of(good(iql_load_dataset=load)))
+    assert iql_plugins.load_dataset("sound") is sound
+    with pytest.raises(DatasetError, match=r"unsound: \('next', 'reward'\) is not finite in row 2"):
+        iql_plugins.load_dataset("unsound")
+
+
+def test_a_source_that_nobody_knows_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        DatasetError, match=r"did you mean 'pendulum-v1-sac'\?.*no adapter knows this dataset"
+    ) as caught:
+        iql_plugins.load_dataset("pendulum-v1-sacc")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DatasetError, match="object is no dataset"):
+        iql_plugins.load_dataset(object())
+
+
+def test_a_type_error_of_an_adapter_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(source: object) -> None:
+        raise TypeError("a mistake of the adapter")
+
+    monkeypatch.setattr(plugins, "host", lambda: host_of(good(iql_load_dataset=load)))
+    with pytest.raises(TypeError, match="a mistake of the adapter"):
+        iql_plugins.load_dataset(object())

@@ -1,7 +1,8 @@
-"""The plugin host: finds adapters by their entry points, loads them one at a time, asks them.
+"""The plugin host: finds plugins by their entry points, loads them one at a time, calls their hooks.
 
 Listing reads metadata and imports nothing. A plugin that is broken, misspelt or there twice is
-reported with the distribution it came from, and all others work.
+reported with the distribution it came from, and all others work. :func:`available`, :func:`load`, :func:`map_batch` and
+:func:`load_dataset` ask one host, made when it is first needed.
 """
 
 import os
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from inspect import isfunction, ismethod
@@ -18,12 +20,24 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from iql_plugins import hookspecs
-from iql_plugins.hookspecs import PROJECT, Adapter
+from iql_plugins.hookspecs import PROJECT, Adapter, Command
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
-__all__ = ["AdapterNotFoundError", "NotRecognizedError", "PluginError", "PluginInfo", "Registry", "framework_later"]
+__all__ = [
+    "AdapterNotFoundError",
+    "Host",
+    "NotRecognizedError",
+    "PluginError",
+    "PluginInfo",
+    "available",
+    "framework_later",
+    "host",
+    "load",
+    "load_dataset",
+    "map_batch",
+]
 
 #: Comma-separated names; only these plugins are looked at.
 ALLOW_VARIABLE = "IQL_PLUGINS_ALLOW"
@@ -62,8 +76,8 @@ class PluginInfo:
     error: str | None = None
 
 
-class Registry:
-    """The installed adapters.
+class Host:
+    """The installed plugins.
 
     Args:
         strict: whether a broken plugin raises where it is met, and not only when it is asked for by name.
@@ -137,11 +151,10 @@ class Registry:
         """
         if name not in self._adapters:
             plugin = self._plugin(name)
-            describe = getattr(plugin, "iql_adapter", None)
-            if describe is None:
+            if not hasattr(plugin, "iql_adapter"):
                 raise self._broken(name, "has no iql_adapter(): it is no adapter")
             try:
-                adapter = describe()
+                [adapter] = self._hook_of("iql_adapter", plugin)()
             except ImportError as error:
                 raise self._missing(name, error) from error
             except Exception as error:
@@ -172,6 +185,37 @@ class Registry:
             PluginError: in strict mode, if a plugin is broken.
         """
         return self._answered(self._all().iql_load_dataset(source=source), "dataset", source)
+
+    def commands(self, taken: Collection[str] = ()) -> dict[str, Command]:
+        """The subcommands of all plugins by name; a plugin whose commands cannot be had is left out, and reported.
+
+        Args:
+            taken: names that are not to be had.
+
+        Raises:
+            PluginError: in strict mode, for a plugin that is broken.
+        """
+        commands: dict[str, Command] = {}
+        for name in self.check():
+            plugin = self._manager.get_plugin(name)
+            if not hasattr(plugin, "iql_commands"):
+                continue
+            try:
+                [own] = self._hook_of("iql_commands", plugin)()
+                if twice := [command.name for command in own if command.name in {*taken, *commands}]:
+                    raise ValueError(f"{', '.join(twice)} is taken")
+            # As above: a stranger's code.
+            except Exception as error:
+                broken = self._broken(name, f"failed in iql_commands(): {type(error).__name__}: {error}")
+                if self.strict:
+                    raise broken from error
+                continue
+            commands |= {command.name: command for command in own}
+        return commands
+
+    def _hook_of(self, hook: str, plugin: object) -> pluggy.HookCaller:
+        """A hook as that plugin alone implements it."""
+        return self._manager.subset_hook_caller(hook, [p for p in self._manager.get_plugins() if p is not plugin])
 
     def _all(self) -> pluggy.HookRelay:
         self.check()
@@ -261,3 +305,80 @@ def _framework_later() -> Iterator[None]:
 
 def _origin(entry: EntryPoint) -> str:
     return entry.dist.name if entry.dist else "an unknown distribution"
+
+
+@cache
+def host() -> Host:
+    """The host of this process."""
+    return Host()
+
+
+def available() -> dict[str, PluginInfo]:
+    """The installed adapters by name, from metadata alone: none of them is imported, and no framework.
+
+    >>> available()["tensor"].distribution
+    'iql-plugins'
+
+    Raises:
+        PluginError: in strict mode, if a name is taken twice.
+    """
+    return host().available()
+
+
+def load(name: str) -> Adapter:
+    """The adapter of that name; imports its framework.
+
+    >>> sorted(load("tensor").algorithms)
+    ['IQL']
+
+    Raises:
+        AdapterNotFoundError: if there is none; suggests the closest.
+        PluginError: if it is broken, or its framework is not installed.
+    """
+    return host().load(name)
+
+
+def map_batch(batch: object) -> "TensorDictBase":
+    """A batch of any framework whose adapter is installed, in the layout of :mod:`iql_plugins.keys`.
+
+    Raises:
+        TypeError: if no adapter knows it.
+        PluginError: in strict mode, if a plugin is broken.
+    """
+    return host().map_batch(batch)
+
+
+def load_dataset(
+    source: object,
+    *,
+    trust_pickle: bool = False,
+    discrete: bool | None = None,
+    memmap_dir: str | os.PathLike[str] | None = None,
+) -> "TensorDictBase":
+    """A dataset in the key layout: by the formats of :func:`iql_plugins.data.load_dataset`, else by an adapter.
+
+    >>> load_dataset("pendulum-v1-sac").batch_size
+    torch.Size([20000])
+
+    Args:
+        source: a path, a name or an object.
+        trust_pickle: whether a ``.pkl`` may be loaded, which can run any code.
+        discrete: see :func:`iql_plugins.data.load_dataset`; as ``memmap_dir``, for the formats that are built in.
+        memmap_dir: likewise.
+
+    Raises:
+        DatasetError: one line, if nobody knows the source, or what it holds is no dataset.
+        ImportError: for a package that is missing; says how to install it.
+        PluginError: in strict mode, if a plugin is broken.
+    """
+    from iql_plugins import data
+
+    built_in = data.builtin(source, trust_pickle=trust_pickle, discrete=discrete, memmap_dir=memmap_dir)
+    if built_in is not None:
+        return built_in
+    try:
+        dataset = host().load_dataset(source)
+    except NotRecognizedError as error:
+        raise data.DatasetError(f"{data.unknown_source(source)}; {error}") from None
+    data.check_dataset(dataset, str(source) if isinstance(source, str | os.PathLike) else type(source).__qualname__)
+    return dataset

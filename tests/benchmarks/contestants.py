@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import plain_iql
 import torch
+from interleaved import Steps
 from tensordict import TensorDict
 from torch import Tensor
 
+from iql_plugins.agent import Agent
 from iql_plugins.cli.errors import UserError
+from iql_plugins.cli.training import adapter_training
 from iql_plugins.config import Compile, IQLConfig
 from iql_plugins.keys import flat_name
+from iql_plugins.learner import Learner
+from iql_plugins.networks import critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Spaces
 
-__all__ = ["PEERS", "Size", "Steps", "dataset_of", "installed", "makers", "ours"]
-
-#: Takes a number of gradient steps.
-Steps = Callable[[int], object]
 Maker: TypeAlias = "Callable[[Size, TensorDict], Steps]"
 
 
@@ -124,10 +126,6 @@ def ours(adapter: str, compile: Compile, *, mode: str | None = None, capture: bo
     Raises:
         UserError: for an adapter that is unknown, broken or does not train.
     """
-    from iql_plugins.agent import Agent
-    from iql_plugins.cli.training import adapter_training
-    from iql_plugins.learner import Learner
-
     training = adapter_training(adapter)
 
     def make(size: Size, data: TensorDict) -> Steps:
@@ -143,6 +141,10 @@ def _ignore(step: int) -> None:
     """No callback."""
 
 
+def _keyword_tensors(data: TensorDict) -> dict[str, Tensor]:
+    return {flat_name(key): tensor for key, tensor in data.items(True, True)}
+
+
 def _device(data: TensorDict) -> torch.device:
     device: torch.device = data["observation"].device
     return device
@@ -152,8 +154,6 @@ def _torchrl(size: Size, data: TensorDict) -> Steps:
     """TorchRL's loss in the loop that its documentation shows."""
     from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
     from torchrl.objectives import IQLLoss, SoftUpdate
-
-    from iql_plugins.networks import critic, gaussian_actor, value_function
 
     hidden, device = (size.hidden, size.hidden), _device(data)
     loss = IQLLoss(
@@ -186,28 +186,50 @@ def _torchrl(size: Size, data: TensorDict) -> Steps:
     return steps
 
 
+def _plain(size: Size, data: TensorDict) -> Steps:
+    """Plain PyTorch, in one file."""
+    return plain_iql.peer(_keyword_tensors(data), size.batch, size.hidden)
+
+
 def _d3rlpy(size: Size, data: TensorDict) -> Steps:
     """``fit`` of d3rlpy's IQL, without its messages."""
+    device = _device(data)
+    return d3rlpy_fit(d3rlpy_iql(size, f"{device.type}:{device.index or 0}"), mdp_dataset(data.cpu()))
+
+
+def d3rlpy_iql(size: Size, device: str) -> Any:
+    """d3rlpy's IQL at a size."""
     # The first message comes when it is imported.
     with contextlib.redirect_stdout(io.StringIO()):
         import d3rlpy
-    import structlog
 
-    device, data = _device(data), data.cpu()
     encoder = d3rlpy.models.VectorEncoderFactory([size.hidden, size.hidden])
-    algorithm = d3rlpy.algos.IQLConfig(
+    return d3rlpy.algos.IQLConfig(
         batch_size=size.batch,
         actor_encoder_factory=encoder,
         critic_encoder_factory=encoder,
         value_encoder_factory=encoder,
-    ).create(device=f"{device.type}:{device.index or 0}")
+    ).create(device=device)
+
+
+def mdp_dataset(data: TensorDict) -> Any:
+    """A dataset of :func:`dataset_of` as d3rlpy's."""
+    import d3rlpy
+    import structlog
+
     with structlog.testing.capture_logs():
-        dataset = d3rlpy.dataset.MDPDataset(
+        return d3rlpy.dataset.MDPDataset(
             observations=data["observation"].numpy(),
             actions=data["action"].numpy(),
             rewards=data["next", "reward"].numpy(),
             terminals=data["next", "terminated"].numpy().astype(np.float32),
         )
+
+
+def d3rlpy_fit(algorithm: Any, dataset: Any) -> Steps:
+    """``fit`` for a number of steps, without messages, files and progress bars."""
+    import d3rlpy
+    import structlog
 
     def steps(count: int) -> None:
         with structlog.testing.capture_logs():
@@ -225,26 +247,26 @@ def _d3rlpy(size: Size, data: TensorDict) -> Steps:
 
 def _stable_baselines3(size: Size, data: TensorDict) -> Steps:
     """``train`` of Stable-Baselines3's SAC, which has the same number of networks to train."""
+    return sb3_train(sb3_sac(size, data, _device(data)), size)
+
+
+def sb3_environment(size: Size) -> Any:
+    """An environment with the spaces of :func:`spaces_of`, which is never stepped."""
     import gymnasium
-    from stable_baselines3 import SAC
     from stable_baselines3.common.env_util import make_vec_env
-    from stable_baselines3.common.logger import configure
 
     class Still(gymnasium.Env[Any, Any]):
         observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size.observation,))
         action_space = gymnasium.spaces.Box(-1.0, 1.0, (size.action,))
 
-    model = SAC(
-        "MlpPolicy",
-        make_vec_env(Still, 1),
-        buffer_size=size.transitions,
-        batch_size=size.batch,
-        policy_kwargs={"net_arch": [size.hidden, size.hidden]},
-        device=_device(data),
-    )
-    model.set_logger(configure(None, []))
-    buffer = model.replay_buffer
-    assert buffer is not None
+    return make_vec_env(Still, 1)
+
+
+def sb3_replay_buffer(size: Size, data: TensorDict, env: Any) -> Any:
+    """A dataset of :func:`dataset_of` in Stable-Baselines3's replay buffer."""
+    from stable_baselines3.common.buffers import ReplayBuffer
+
+    buffer = ReplayBuffer(size.transitions, env.observation_space, env.action_space)
     data = data.cpu()
     buffer.observations[:, 0] = data["observation"].numpy()
     buffer.next_observations[:, 0] = data["next", "observation"].numpy()
@@ -252,11 +274,36 @@ def _stable_baselines3(size: Size, data: TensorDict) -> Steps:
     buffer.rewards[:] = data["next", "reward"].numpy()
     buffer.dones[:] = data["next", "terminated"].numpy()
     buffer.full = True
-    return lambda count: model.train(gradient_steps=count, batch_size=size.batch)
+    return buffer
+
+
+def sb3_sac(size: Size, data: TensorDict, device: torch.device | str) -> Any:
+    """SAC at a size, with its data."""
+    from stable_baselines3 import SAC
+    from stable_baselines3.common.logger import configure
+
+    env = sb3_environment(size)
+    arch = {"net_arch": [size.hidden, size.hidden]}
+    model = SAC("MlpPolicy", env, buffer_size=1, batch_size=size.batch, policy_kwargs=arch, device=device)
+    model.set_logger(configure(None, []))
+    model.replay_buffer = sb3_replay_buffer(size, data, env)
+    model.replay_buffer.device = model.device
+    return model
+
+
+def sb3_train(model: Any, size: Size, at_once: int | None = None) -> Steps:
+    """``train``, so many gradient steps a call; None takes all in one."""
+
+    def steps(count: int) -> None:
+        for _ in range(count // (at_once or count)):
+            model.train(gradient_steps=at_once or count, batch_size=size.batch)
+
+    return steps
 
 
 #: Peers by name, with the module that each needs.
 PEERS: Mapping[str, tuple[str, Maker]] = {
+    "plain": ("torch", _plain),
     "torchrl": ("torchrl", _torchrl),
     "d3rlpy": ("d3rlpy", _d3rlpy),
     "sb3-sac": ("stable_baselines3", _stable_baselines3),
@@ -310,8 +357,7 @@ def _file(name: str) -> Maker:
         raise UserError(f"{path} has no function peer(data, batch_size, hidden)")
 
     def make(size: Size, data: TensorDict) -> Steps:
-        tensors = {flat_name(key): tensor for key, tensor in data.items(True, True)}
-        steps: Steps = module.peer(tensors, size.batch, size.hidden)
+        steps: Steps = module.peer(_keyword_tensors(data), size.batch, size.hidden)
         return steps
 
     return make

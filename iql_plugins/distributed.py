@@ -1,0 +1,51 @@
+"""What torch's wrappers for training by several processes need from a loss."""
+
+from collections.abc import Iterable
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["active_ddp", "check_output", "replicate", "whole"]
+
+# Private: the module inside is not told otherwise by whom it is called.
+active_ddp = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)
+
+
+def check_output(loss: nn.Module) -> None:
+    """Refuses to return a TensorDict to a wrapper that would look for tensors in it, and find none.
+
+    Raises:
+        RuntimeError: for a loss that is sharded, or in a DDP that looks for unused parameters.
+    """
+    ddp = active_ddp()
+    wrapper = None
+    # Of FSDPModule, which takes seconds to import.
+    if hasattr(type(loss), "set_requires_gradient_sync"):
+        wrapper = "fully_shard"
+        # It has begun a pass: the next one would not be seen. What is sharded as a part of more begins with that.
+        with suppress(RuntimeError):
+            loss.reset_iter_state()  # type: ignore[operator]
+    elif ddp is not None and ddp.find_unused_parameters and not ddp.static_graph:
+        wrapper = "DistributedDataParallel(find_unused_parameters=True)"
+    if wrapper is not None:
+        raise RuntimeError(
+            f"{wrapper} finds no losses in the TensorDict that the loss returns for one, and nothing would be trained: "
+            "give the batch as keyword tensors (observation=..., action=..., ...)"
+        )
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def replicate(tensors: Iterable[Tensor], ddp: DistributedDataParallel) -> None:
+    """Gives the first process's values to all processes of a DDP; every one of them must call it."""
+    for tensor in tensors:
+        dist.broadcast(tensor, group=ddp.process_group, group_src=0)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is sharded over processes as an ordinary one; all of them must call it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()

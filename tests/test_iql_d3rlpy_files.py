@@ -1,0 +1,95 @@
+"""``.d3`` files of the d3rlpy adapter: whose they are, and that they are as they were written."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import d3rlpy
+import pytest
+import torch
+from d3rlpy_helpers import ACTION, VECTOR, assert_trains_on, config, dataset, fitted
+
+import iql_d3rlpy
+from iql_d3rlpy.files import Registered
+from iql_plugins.checkpoint import CheckpointError
+
+
+@pytest.fixture
+def place(device: torch.device) -> str:
+    """The device as d3rlpy writes it."""
+    return f"{device.type}:0"
+
+
+def saved(kind: str, place: str, path: Path) -> Any:
+    """An algorithm that is in a file, too."""
+    algorithm = fitted(config(kind).create(place), dataset(kind))
+    algorithm.save(path)
+    return algorithm
+
+
+@pytest.mark.parametrize("name", ["IQLConfig", "CQLConfig"])
+def test_a_file_of_another_algorithm_is_refused(name: str, tmp_path: Path, place: str) -> None:
+    theirs = getattr(d3rlpy.algos, name)().create(place)
+    theirs.create_impl(VECTOR, ACTION)
+    theirs.save(str(tmp_path / "theirs.d3"))
+    with pytest.raises(CheckpointError, match=rf"theirs\.d3.*it holds a {name} of d3rlpy\.algos"):
+        iql_d3rlpy.load(tmp_path / "theirs.d3", device=place)
+
+
+def test_a_flip_in_a_checksum_is_an_error(kind: str, tmp_path: Path, place: str) -> None:
+    path = tmp_path / "algorithm.d3"
+    saved(kind, place, path)
+    content = path.read_bytes()
+    document = pickle.loads(content)
+    model = torch.load(io.BytesIO(document["torch"]), weights_only=True)
+    for checksum in (model["checksum"], document["config"].__getnewargs__()[1]):
+        assert content.count(checksum.encode()) == 1
+        start = content.index(checksum.encode())
+        for position in range(start, start + len(checksum)):
+            path.write_bytes(content[:position] + bytes([content[position] ^ 1]) + content[position + 1 :])
+            with pytest.raises(CheckpointError, match="its checksum is another one"):
+                iql_d3rlpy.load(path, device=place)
+            with pytest.raises(CheckpointError, match="its checksum is another one"):
+                d3rlpy.load_learnable(str(path), device=place)
+
+
+def test_another_number_in_the_configuration_or_a_weight_is_an_error(kind: str, tmp_path: Path, place: str) -> None:
+    path = tmp_path / "algorithm.d3"
+    weight = (
+        next(iter(saved(kind, place, path).impl.agent.loss.value_network.parameters())).detach().cpu().numpy().tobytes()
+    )
+    content = path.read_bytes()
+    for old, new in ((b'"expectile": 0.7', b'"expectile": 0.9'), (weight[:8], weight[8:16])):
+        assert content.count(old) == 1
+        path.write_bytes(content.replace(old, new))
+        for load in (iql_d3rlpy.load, d3rlpy.load_learnable):
+            with pytest.raises(CheckpointError, match="its checksum is another one"):
+                load(str(path), device=place)
+
+
+def test_a_damaged_model_changes_nothing(kind: str, tmp_path: Path, place: str) -> None:
+    algorithm = saved(kind, place, tmp_path / "algorithm.d3")
+    algorithm.save_model(tmp_path / "model.pt")
+    state = torch.load(tmp_path / "model.pt", weights_only=True)
+    state["training"]["learner"]["step_count"] += 1
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="the model is not as it was written"):
+        algorithm.load_model(tmp_path / "model.pt")
+    assert algorithm.grad_step == 4
+
+
+def test_files_of_earlier_releases_load(kind: str, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "algorithm.d3"
+    algorithm = saved(kind, place, path)
+    document = pickle.loads(path.read_bytes())
+    state = torch.load(io.BytesIO(document["torch"]), weights_only=True)
+    del state["checksum"]
+    model = io.BytesIO()
+    torch.save(state, model)
+    monkeypatch.delattr(Registered, "__getnewargs__")
+    path.write_bytes(pickle.dumps(document | {"torch": model.getvalue()}))
+    for load in (iql_d3rlpy.load, d3rlpy.load_learnable):
+        loaded = load(str(path), device=place)
+        assert loaded.config == algorithm.config
+    assert_trains_on(algorithm, loaded, dataset(kind))
