@@ -95,6 +95,10 @@ MODELS: dict[str, Callable[[], IQL]] = {
 def assert_same_agent(agent: Agent, other: Agent) -> None:
     assert agent.spaces == other.spaces
     (document, tensors), (other_document, other_tensors) = agent.state(), other.state()
+    # No schedule is one of 1.
+    for state in (document, other_document):
+        for group in (group for optimizer in state["learner"]["optimizers"] for group in optimizer["param_groups"]):
+            group.setdefault("schedule", 1.0)
     assert document == other_document
     assert tensors.keys() == other_tensors.keys()
     for name, tensor in tensors.items():
@@ -153,8 +157,7 @@ def test_a_training_goes_on_from_it_as_from_the_pickles(tmp_path: Path) -> None:
 
 def test_a_model_is_saved_to_what_the_framework_saves_to(tmp_path: Path) -> None:
     model = IQL("MlpPolicy", "Pendulum-v1", policy_kwargs=NETWORKS, **SMALL)
-    with pytest.warns(UserWarning, match="does not exist"):
-        model.save(str(tmp_path / "new" / "model"))
+    model.save(str(tmp_path / "new" / "model"))
     with (tmp_path / "file.zip").open("wb") as file:
         file.write(b"before")
         model.save(file)
@@ -290,10 +293,10 @@ NET_ARCH = ("policy", "arguments", "net_arch")
 @pytest.mark.parametrize(
     ("keys", "value", "message"),
     [
-        (NET_ARCH, [10**6, 10**6], r"layers.0.weight of shape \[1000000, 3\], and does not hold that"),
+        (NET_ARCH, [10**6, 10**6], "networks of more weights than the"),
         (NET_ARCH, [1] * 10**5, "100000 layers"),
         (NET_ARCH, "wide", "TypeError"),
-        (("policy", "arguments", "n_critics"), 10**9, "1000000000 critics"),
+        (("policy", "arguments", "n_critics"), 10**9, "n_critics and hidden_sizes must make at most"),
         (("spaces", "observation"), HUGE, "observations of 1000000000000 entries"),
         (("spaces", "observation"), {"discrete": 10**12, "start": 0}, "does not hold"),
         (("policy", "class"), "os.system", "KeyError"),
