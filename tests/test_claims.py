@@ -43,7 +43,7 @@ from iql_plugins.cli import main
 from iql_plugins.cli.policies import load_agent
 from iql_plugins.cli.settings import Settings
 from iql_plugins.cli.sources import load_source
-for name in ("d3rlpy", "torchrl"):
+for name in ("d3rlpy", "torchrl", "sb3"):
     try:
         load(name)
     except Exception:
@@ -552,6 +552,52 @@ def test_a_file_of_d3rlpys_algorithms_that_claims_the_world_is_refused(
     case: str, refused: Refused, tmp_path: Path
 ) -> None:
     refused("agent", forged(tmp_path / "policy.d3", NATIVE[case]))
+
+
+ZIPPED: dict[str, dict[str, Any]] = {
+    "layers": {"net_arch": [10**6, 10**6]},
+    "as many layers": {"net_arch": [1] * 10**5},
+    "critics": {"n_critics": 10**9},
+}
+
+
+@pytest.mark.parametrize("case", list(ZIPPED))
+def test_a_zip_of_stable_baselines3_that_claims_the_world_is_refused(
+    case: str, refused: Refused, tmp_path: Path
+) -> None:
+    files = stable_baselines3_files()
+    path = tmp_path / "policy.zip"
+    document, tensors = checkpoint.unpacked(saved_zip(path), "policy")
+    document["policy"]["arguments"] |= ZIPPED[case]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(files.MEMBER, checkpoint.packed(document, tensors))
+    refused("agent", path)
+
+
+def test_a_compressed_zip_of_stable_baselines3_is_refused(refused: Refused, tmp_path: Path) -> None:
+    files = stable_baselines3_files()
+    path = tmp_path / "policy.zip"
+    content = saved_zip(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(files.MEMBER, deflated(content, 10**10))
+        archive.filelist[-1].compress_type, archive.filelist[-1].file_size = zipfile.ZIP_DEFLATED, 10**10
+    assert "is compressed" in refused("agent", path)
+
+
+def stable_baselines3_files() -> Any:
+    pytest.importorskip("stable_baselines3")
+    from iql_sb3 import files
+
+    return files
+
+
+def saved_zip(path: Path) -> bytes:
+    """Saves a model; the member of its zip that is ours."""
+    import iql_sb3
+
+    iql_sb3.IQL.from_agent(make_agent("continuous")).save(path)
+    with zipfile.ZipFile(path) as archive:
+        return archive.read(stable_baselines3_files().MEMBER)
 
 
 def test_a_pickle_that_numbers_its_objects_in_billions_is_refused(refused: Refused, tmp_path: Path) -> None:

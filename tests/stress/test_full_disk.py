@@ -147,22 +147,24 @@ def test_a_run_goes_on_when_there_is_room_again(disk: Disk, run: Run, whole: Pat
             assert f"go on with iql-plugins train --resume {folder}" in err
             # A second time, a little later.
             with disk.room(size // 2):
-                run("train", "--resume", folder, "--workers", "1")
-            assert run("train", "--resume", folder, "--workers", "1")[0] == 0
+                run("train", "--resume", folder, "--workers", "1", "--env", ENV)
+            assert run("train", "--resume", folder, "--workers", "1", "--env", ENV)[0] == 0
         assert_ends_as(whole, folder)
         assert files(folder).keys() == files(whole).keys()
         shutil.rmtree(folder)
 
 
-def test_a_run_of_several_processes_goes_on_when_there_is_room_again(disk: Disk, run: Run, whole: Path) -> None:
-    folder = disk.folder / "run"
-    options = [*TRAIN, "--seeds", "2", "--stack", "1"]
+def test_a_run_of_several_processes_goes_on_when_there_is_room_again(disk: Disk, run: Run, tmp_path: Path) -> None:
+    folder, whole = disk.folder / "run", tmp_path / "whole"
+    options = ["train", *TRAIN, "--seeds", "2", "--stack", "1"]
     with disk.room(20_000):
-        status, err = run("train", *options, "--workers", "2", "--run-dir", folder)
+        status, err = run(*options, "--workers", "2", "--run-dir", folder)
     assert status == 2
     assert any(text in err.splitlines()[-1] for text in FULL)
-    assert run("train", "--resume", folder, "--workers", "1")[0] == 0
-    assert_ends_as(whole, folder / "seed-0")
+    assert run("train", "--resume", folder, "--workers", "1", "--env", ENV)[0] == 0
+    assert run(*options, "--workers", "1", "--run-dir", whole)[0] == 0
+    for seed in ("seed-0", "seed-1"):
+        assert_ends_as(whole / seed, folder / seed)
 
 
 # Single files
