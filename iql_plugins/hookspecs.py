@@ -81,12 +81,13 @@ class Command:
     Attributes:
         name: what the user types; none of the commands that ship.
         summary: one line for ``iql-plugins --help``.
-        run: takes the arguments behind the name, prints, and returns the exit status. Import what it needs in there.
+        run: takes the arguments behind the name, and prints for people. With ``--json`` among them what it returns is
+            printed as the one JSON document instead; None is an empty one. Import what it needs in there.
     """
 
     name: str
     summary: str
-    run: Callable[[Sequence[str]], int]
+    run: Callable[[Sequence[str]], Mapping[str, Any] | None]
 
 
 @hookspec

@@ -275,10 +275,10 @@ def test_a_new_adapter_has_the_name_that_is_asked_for(
 def test_a_plugins_command_is_in_the_help_and_runs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Sequence[str]] = []
 
-    def main(arguments: Sequence[str]) -> int:
+    def main(arguments: Sequence[str]) -> dict[str, Any]:
         asked.append(arguments)
         sys.stdout.write("hello\n")
-        return 7
+        return {"greeted": arguments[0]}
 
     def commands() -> list[Command]:
         return [Command("greet", "Says hello.", main)]
@@ -292,8 +292,10 @@ def test_a_plugins_command_is_in_the_help_and_runs(run: Run, monkeypatch: pytest
     assert not loaded
     status, out, _ = run("--help")
     assert (status, "greet" in out, "Says hello." in out) == (0, True, True)
-    assert run("greet", "--json", "you") == (7, "hello\n", "")
-    assert asked == [["--json", "you"]]
+    assert run("greet", "you") == (0, "hello\n", "")
+    status, out, err = run("greet", "you", "--json")
+    assert (status, json.loads(out), err) == (0, {"greeted": "you"}, "hello\n")
+    assert asked == [["you"], ["you", "--json"]]
     status, _, err = run("gret")
     assert (status, len(err.splitlines())) == (2, 1)
     errors = {entry["name"]: entry["error"] for entry in json.loads(run("adapters", "--json")[1])["adapters"]}
@@ -303,7 +305,7 @@ def test_a_plugins_command_is_in_the_help_and_runs(run: Run, monkeypatch: pytest
 
 
 def test_a_plugins_command_that_fails_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(arguments: Sequence[str]) -> int:
+    def fail(arguments: Sequence[str]) -> None:
         raise OSError("no luck")
 
     install(monkeypatch, stranger("x", lambda: plugin("x", iql_commands=lambda: [Command("fail", "", fail)])))

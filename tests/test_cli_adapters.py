@@ -13,6 +13,8 @@ from iql_plugins.agent import Agent
 from iql_plugins.cli import main, training
 
 ENV = "short_pendulum:ShortPendulum-v0"
+#: A run's own environment, which no file can make the command line import.
+AGAIN = ["--env", ENV]
 OPTIONS = [
     *("--n-steps", "40", "--hidden-sizes", "8", "--batch-size", "16", "--evaluate-every", "20", "--log-every", "10"),
     *("--episodes", "2", "--evaluation-episodes", "2", "--workers", "1", "--actor-dropout", "0.1"),
@@ -60,7 +62,7 @@ def test_every_adapter_trains_from_the_command_line_and_goes_on_after_ctrl_c(
     stop_at(23, monkeypatch)
     assert main(["train", *OPTIONS, "--adapter", adapter, "--run-dir", str(run)]) == 130
     torch.manual_seed(99)
-    assert main(["train", "--resume", str(run), "--env", "short_pendulum:ShortPendulum-v0"]) == 0
+    assert main(["train", "--resume", str(run), *AGAIN]) == 0
     document, other = results(run), results(expected)
     assert document["adapter"] == adapter
     assert list(other["results"]) == ["data", "IQL final", "IQL best"]
@@ -117,7 +119,7 @@ def test_actions_that_no_clipping_explains_end_the_command_before_there_is_a_run
     assert not (tmp_path / "run").exists()
     assert main([*options, "--clip-all-actions"]) == 0
     assert Agent.load(tmp_path / "run" / "policy.safetensors").config.clip_all_actions
-    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert main(["train", "--resume", str(tmp_path / "run"), *AGAIN]) == 0
 
 
 @pytest.mark.parametrize(("adapter", "framework"), [("tensor", "torch"), *FRAMEWORKS])
@@ -147,7 +149,7 @@ def test_weights_that_are_not_finite_are_never_written_over_good_ones(
     assert set(before) == {"checkpoint.safetensors", "policy_best.safetensors"}
     assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == before
     monkeypatch.setattr(training._Trainer, "after_step", after_step)
-    assert main(["train", "--resume", str(run)]) == 0
+    assert main(["train", "--resume", str(run), *AGAIN]) == 0
     assert (run / "policy.safetensors").exists()
 
 

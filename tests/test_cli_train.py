@@ -282,10 +282,10 @@ def test_a_folder_of_another_dataset_is_not_trained_on(run: Run, tmp_path: Path)
     assert not (tmp_path / "other").exists()
     # The run itself goes on with what it has written there, as long as that is what it was.
     first.unlink()
-    assert run("train", "--resume", "run", *AGAIN)[0] == 0
+    assert run("train", "--resume", "run")[0] == 0
     reward = tmp_path / "mapped" / "next" / "reward.memmap"
     reward.write_bytes(np.full(40, 3, np.float32).tobytes())
-    status, _, err = run("train", "--resume", "run", *AGAIN)
+    status, _, err = run("train", "--resume", "run")
     assert status == 2
     assert "mapped is not the dataset that the run was made with" in err
 
@@ -431,7 +431,7 @@ def test_a_changed_dataset_is_not_gone_on_with(run: Run, stop_at: Callable[[int]
     stop_at(25)
     run("train", *TINY, "--dataset", dataset, "--run-dir", "run")
     write_dataset(dataset, rewards=np.ones(40, np.float32))
-    status, _, err = run("train", "--resume", "run", *AGAIN)
+    status, _, err = run("train", "--resume", "run")
     assert status == 2
     assert "is not the dataset that the run was made with" in err
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from iql_plugins.cli.output import Result
+    from iql_plugins.hookspecs import Command
 
 __all__ = ["main"]
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     With ``--json`` there is one JSON document on stdout and nothing else, whatever a library prints; that of an error
-    is ``{"error": "..."}``. A plugin's own command prints what it likes.
+    is ``{"error": "..."}``.
 
     Args:
         arguments: without the program's name; None takes those of the process.
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from iql_plugins.cli.output import captured_stdout, json_text
 
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if "--json" not in given or _of_plugin(given):
+    if "--json" not in given:
         return _status(given, None)
     with captured_stdout(restore=arguments is not None) as write:
         return _status(given, lambda document: write(json_text(document) + "\n"))
@@ -50,18 +51,11 @@ def _status(given: Sequence[str], write: Write | None) -> int:
         write: writes a JSON document to stdout; None prints for people.
     """
     from iql_plugins.cli.errors import UserError
-    from iql_plugins.cli.output import show
+    from iql_plugins.cli.output import Result, show
 
     try:
-        if _of_plugin(given):
-            from iql_plugins.cli.errors import mistakes
-            from iql_plugins.plugins import PluginError, host
-
-            with mistakes(PluginError):
-                command = host().commands(COMMANDS).get(given[0])
-            if command is not None:
-                return command.run(given[1:])
-        result = _run(given)
+        command = _of_plugin(given)
+        result = _run(given) if command is None else Result(command.run(given[1:]) or {})
         if write is None:
             show(result)
         else:
@@ -81,9 +75,15 @@ def _status(given: Sequence[str], write: Write | None) -> int:
         return _failed(f"{type(error).__name__}: {error}", FAILED, write)
 
 
-def _of_plugin(given: Sequence[str]) -> bool:
-    """Whether the command, if there is such a one, is a plugin's."""
-    return bool(given) and not given[0].startswith("-") and given[0] not in COMMANDS
+def _of_plugin(given: Sequence[str]) -> "Command | None":
+    """The plugin's command that is asked for; None if it is none, or one that is not there."""
+    if not given or given[0].startswith("-") or given[0] in COMMANDS:
+        return None
+    from iql_plugins.cli.errors import mistakes
+    from iql_plugins.plugins import PluginError, host
+
+    with mistakes(PluginError):
+        return host().commands(COMMANDS).get(given[0])
 
 
 def _run(given: Sequence[str]) -> "Result":
