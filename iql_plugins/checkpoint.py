@@ -104,7 +104,9 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)
+        # One that Python raised by itself has a text alone, which a name would replace.
+        if error.errno is not None:
+            error.filename = error.filename or os.fspath(path)
         raise
 
 
