@@ -986,7 +986,7 @@ def test_help_says_what_a_resumed_run_may_change(run: Run) -> None:
     from iql_plugins.cli.arguments import option
 
     text = " ".join(run("train", "--help")[1].replace("│", " ").split())
-    text = text[text.index("--resume ") : text.index("--config ")]
+    text = text[text.index("--resume STR") : text.index("--config STR")]
     for name in (*CHANGEABLE, "workers"):
         assert option(name) in text
 

@@ -221,5 +221,5 @@ def test_the_example_of_fine_tuning_runs(tmp_path: Path) -> None:
 
 
 def test_the_benchmark_against_sac_runs(tmp_path: Path) -> None:
-    options = ["--rounds", "1", "--repeats", "1", "--modes", "offline"]
-    assert "times as fast" in run(ROOT / "tests" / "benchmarks" / "bench_sb3.py", *options, folder=tmp_path)
+    options = ["--rounds", "1", "--steps", "1", "--modes", "offline"]
+    assert "times as long" in run(ROOT / "tests" / "benchmarks" / "bench_sb3.py", *options, folder=tmp_path)

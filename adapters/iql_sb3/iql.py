@@ -315,9 +315,11 @@ class IQL(OffPolicyAlgorithm):
         if agent is not None:
             self._starts = {name: _start(schedule) for name, schedule in self._rates.items()}
             # A schedule that brought it there is not this model's: the rate is.
+            rates = self.learner.base_rates()
             for group in self.policy.optimizer.param_groups:
-                if group.get("schedule", 1.0) != 1.0:
-                    group["lr"], group["schedule"] = self.learner.learning_rate(group["name"]), 1.0
+                if (factor := group.get("schedule", 1.0)) != 1.0:
+                    self.learner.set_schedule(group["name"], 1.0)
+                    self.learner.set_learning_rate(group["name"], factor * rates[group["name"]])
         elif not loaded:
             self._apply_learning_rates()
 
