@@ -240,9 +240,10 @@ def test_the_command_lines_training_is_that_of_the_agent_itself(
     assert torch.equal(torch.get_rng_state(), random_state)
     second.fit(data, n_steps)
     assert steps == list(range(1, n_steps + 1))
-    assert_same_weights(first.loss.state_dict(), second.loss.state_dict())
+    # The same batches, whose rows lie otherwise in memory: some processors round products of such otherwise.
+    torch.testing.assert_close(dict(first.loss.state_dict()), dict(second.loss.state_dict()), rtol=1e-5, atol=1e-8)
     assert torch.equal(first.generator.get_state(), second.generator.get_state())
-    assert first.learner.metrics() == second.learner.metrics()
+    assert first.learner.metrics() == pytest.approx(second.learner.metrics(), rel=1e-5)
     assert capfd.readouterr().out == ""
 
 

@@ -130,7 +130,8 @@ class D3rlpyAdapter(Adapter):
         factory = self.factory() if self.schedule and self.factory else AdamFactory()
         algorithm = iql_d3rlpy.IQLConfig(
             batch_size=8, actor_optim_factory=factory, critic_optim_factory=factory, actor_learning_rate=RATE,
-            critic_learning_rate=RATE, actor_schedule_steps=HORIZON if self.schedule and not self.factory else None,
+            critic_learning_rate=RATE, clip_all_actions=True,
+            actor_schedule_steps=HORIZON if self.schedule and not self.factory else None,
             **encoders,
         ).create()  # fmt: skip
         torch.manual_seed(0)
