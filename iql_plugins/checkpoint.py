@@ -104,7 +104,8 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 
