@@ -105,8 +105,8 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         # One that Python raised by itself has a text alone, which a name would replace.
-        if error.errno is not None:
-            error.filename = error.filename or os.fspath(path)
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
         raise
 
 
