@@ -5,8 +5,6 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from iql_plugins.cli.arguments import Adapters, Inspect
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.output import Result, table
@@ -15,7 +13,6 @@ from iql_plugins.cli.sources import plugin_dataset
 from iql_plugins.data import DatasetError, unknown_source
 from iql_plugins.data.doctor import Report, Statistics, examine
 from iql_plugins.plugins import PluginError, PluginInfo, host
-from iql_plugins.spaces import Box
 
 __all__ = ["adapters", "inspect"]
 
@@ -115,9 +112,7 @@ def inspect(arguments: Inspect) -> Result:
     options: dict[str, Any] = {"trust_pickle": arguments.trust_pickle}
     if arguments.env is not None:
         spaces = environment_spaces(arguments.env)
-        options["discrete"] = spaces.discrete
-        if isinstance(spaces.action, Box) and spaces.action.low is not None and spaces.action.high is not None:
-            options |= {"action_low": torch.tensor(spaces.action.low), "action_high": torch.tensor(spaces.action.high)}
+        options |= {"discrete": spaces.discrete, "spaces": spaces}
     report = _examined(arguments.dataset, options)
     return Result(report.as_dict(), _report_parts(report))
 
