@@ -1031,16 +1031,12 @@ def interrupted_when(monkeypatch: pytest.MonkeyPatch, name: str, written: int) -
 @pytest.mark.parametrize(
     ("name", "written"),
     [
-        *(("checkpoint_pending.safetensors", count) for count in (0, 1, 2)),
-        # The first one's is written in place, the second one's moved.
-        *(("checkpoint.safetensors", count) for count in (0, 1, 2, 3)),
-        *(("policy_best.safetensors", count) for count in (0, 1)),
-        *(("policy.safetensors", count) for count in (0, 1)),
-        ("learning_curve.png", 0),
-        ("results.json", 0),
+        # The first seed's checkpoint is written in place, the second one's is moved there.
+        *(("checkpoint_pending.safetensors", 1), ("checkpoint.safetensors", 2), ("checkpoint.safetensors", 3)),
+        *(("policy_best.safetensors", 1), ("policy.safetensors", 1)),
     ],
 )
-def test_a_stack_that_ends_while_it_writes_goes_on_bit_for_bit(
+def test_a_stack_that_ends_while_it_is_saved_goes_on_bit_for_bit(
     name: str, written: int, finished: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -1050,12 +1046,29 @@ def test_a_stack_that_ends_while_it_writes_goes_on_bit_for_bit(
     for subfolder in PAIRS:
         assert_same_run(finished / subfolder, tmp_path / "ended" / subfolder)
     assert not list((tmp_path / "ended").rglob("checkpoint_pending*"))
-    picture = (finished / "learning_curve.png").read_bytes()
-    assert (tmp_path / "ended" / "learning_curve.png").read_bytes() == picture
-    results = [
-        json.loads((folder / "results.json").read_text())["results"] for folder in (finished, tmp_path / "ended")
-    ]
-    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        *(("checkpoint.safetensors", 0), ("checkpoint.safetensors", 1), ("policy_best.safetensors", 0)),
+        *(("policy.safetensors", 0), ("learning_curve.png", 0), ("results.json", 0)),
+    ],
+)
+def test_a_run_that_ends_while_it_writes_has_in_the_end_all_that_it_promises(
+    name: str, written: int, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*TINY, "--env", "ShortPendulum-v0", "--baseline", "none", "--run-dir"]
+    assert run("train", *options, "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupted_when(patch, name, written)
+        assert run("train", *options, "ended")[0] == 130
+    assert run(*RESUME, "ended")[0] == 0
+    whole, ended = tmp_path / "whole", tmp_path / "ended"
+    assert_same_run(whole, ended)
+    assert (ended / "learning_curve.png").read_bytes() == (whole / "learning_curve.png").read_bytes()
+    results, others = (json.loads((folder / "results.json").read_text())["results"] for folder in (whole, ended))
+    assert results == others
 
 
 def test_seeds_of_a_stack_are_saved_at_the_same_steps_whatever_the_clock_says(
@@ -1121,14 +1134,17 @@ def test_a_run_whose_processes_outlive_it_is_not_gone_on_with_meanwhile(long_run
     process = start(*options, folder)
     wait_for(folder / "bc" / "checkpoint.safetensors", process)
     others = [other for other in alive(process.pid) if other != process.pid]
-    for other in others:
-        os.kill(other, signal.SIGSTOP)
-    os.kill(process.pid, signal.SIGKILL)
+    try:
+        for other in others:
+            os.kill(other, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        with pytest.raises(UserError, match="another process is training in"), workers.locked(folder):
+            pass
+    finally:
+        for other in others:
+            os.kill(other, signal.SIGCONT)
     process.communicate()
-    with pytest.raises(UserError, match="another process is training in"), workers.locked(folder):
-        pass
-    for other in others:
-        os.kill(other, signal.SIGCONT)
     assert_all_end(process.pid)
     with workers.locked(folder):
         pass
