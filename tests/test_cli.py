@@ -24,6 +24,7 @@ from iql_plugins.cli.reference_scores import normalized_score, reference
 from iql_plugins.cli.rollouts import LONGEST_EPISODE, environment_spaces, rollouts
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.config import IQLConfig
+from iql_plugins.data import shipped
 from iql_plugins.hookspecs import Adapter, Command, Training
 from iql_plugins.spaces import Box, Discrete, Spaces
 
@@ -345,6 +346,17 @@ def test_actions_are_held_against_the_environments_bounds(run: Run, tmp_path: Pa
         findings = json.loads(run("inspect", path, *env, "--json")[1])["findings"]
         outside[env] = next(finding["count"] for finding in findings if finding["code"] == "actions-outside-bounds")
     assert outside == {(): 2, ("--env", "Pendulum-v1"): 1}
+
+
+def test_observations_are_held_against_the_environments_bounds(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "degrees.npz"
+    columns = dict(np.load(Path(shipped.__file__).parent / "datasets" / "pendulum-v1-sac.npz"))
+    np.savez(path, **{key: 57.3 * column if "obs" in key else column for key, column in columns.items()})
+    codes = {}
+    for env in ((), ("--env", "Pendulum-v1")):
+        findings = json.loads(run("inspect", path, *env, "--json")[1])["findings"]
+        codes[env] = {finding["code"] for finding in findings}
+    assert codes["--env", "Pendulum-v1"] - codes[()] == {"observations-outside-bounds"}
 
 
 @pytest.mark.parametrize("command", ["inspect", "train"])

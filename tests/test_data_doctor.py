@@ -12,6 +12,7 @@ from tensordict import TensorDict
 from iql_plugins.data import DatasetError, dataset, load_dataset
 from iql_plugins.data.doctor import Finding, examine
 from iql_plugins.data.episodes import episode_ends, episode_lengths, episode_numbers, episode_returns
+from iql_plugins.spaces import Box, Discrete, Spaces
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -168,6 +169,51 @@ def test_bounds_say_nothing_of_discrete_actions() -> None:
     data = healthy()
     data["action"] = torch.full((54, 1), 7, device="cpu")
     assert findings(data) == {}
+
+
+def test_what_the_environments_spaces_do_not_have() -> None:
+    data = load_dataset("pendulum-v1-sac")
+    spaces = Spaces(Box((3,), low=(-1, -1, -8), high=(1, 1, 8)), Box((1,), low=(-2,), high=(2,)))
+    assert set(findings(data, spaces=spaces)) == {"no-terminals"}
+    for observation in (data["observation"], data["next", "observation"]):
+        observation[:, 1] *= 57.3
+    found = findings(data, spaces=spaces)
+    assert set(found) == {"no-terminals", "observations-outside-bounds"}
+    assert "feature 1 of 'observation'" in found["observations-outside-bounds"].message
+    assert "observations-outside-bounds" not in findings(data)
+    data["action"] = (data["action"] > 0).long() + 1
+    found = findings(data, spaces=Spaces(spaces.observation, Discrete(2)))
+    assert found["actions-outside-bounds"].count == int((data["action"] == 2).sum())
+    assert {"actions-outside-bounds", "unused-actions"} <= set(found)
+
+
+def test_one_value_that_is_far_out() -> None:
+    data = load_dataset("pendulum-v1-sac")
+    data["next", "reward"][777] = -1e6
+    data["action"][[30, 40]] = 1e6
+    report = examine(data)
+    found = [(finding.row, finding.count) for finding in report.findings if finding.code == "outliers"]
+    assert found == [(30, 2), (777, 1)]
+
+
+def test_ends_after_which_the_episode_goes_on() -> None:
+    data = load_dataset("pendulum-v1-sac")
+    data["next", "done"][[50, 450]] = True
+    data["next", "terminated"][450] = True
+    found = findings(data)["continued-episodes"]
+    assert (found.row, found.count) == (50, 2)
+    assert "1 of them terminated" in found.message
+
+
+def test_data_that_end_within_an_episode() -> None:
+    found = findings(healthy()[:-3])["unfinished-episode"]
+    assert (found.row, found.count) == (50, 1)
+
+
+def test_steps_that_are_there_twice() -> None:
+    data = load_dataset("pendulum-v1-sac")
+    found = findings(torch.cat([data, data[250:300]]))["repeated-rows"]
+    assert (found.row, found.count) == (20_000, 1)
 
 
 def test_features_that_never_change() -> None:

@@ -80,7 +80,7 @@ def action_units(view: View) -> Iterator[Finding]:
     if not view.assumed and bool(scaled.all()):
         yield Finding(
             "action-units",
-            f"actions reach from -1 to 1 in every row, where the bounds are {short(sorted(set(low.tolist())))} and "
+            f"actions reach from -1 to 1 and no further, where the bounds are {short(sorted(set(low.tolist())))} and "
             f"{short(sorted(set(high.tolist())))}: they look as if they were scaled to [-1, 1]",
             "store what the environment was given: training does the scaling",
             count=int(scaled.sum()),

@@ -75,9 +75,12 @@ def _beyond(view: View, ends: Tensor) -> Tensor:
     """``[E, 2 features]``: whether a final observation is below, or above, all in which an action was taken."""
     sides = [torch.zeros(len(ends), 0, dtype=torch.bool, device="cpu")]
     for key in view.observations:
-        after = view.dataset.get(next_key(key))
-        final = finite(after[ends.to(after.device)])
-        sides += [final < view.moments[key].low, final > view.moments[key].high]
+        after, moments = view.dataset.get(next_key(key)), view.moments[key]
+        parts = []
+        for part in chunks(len(ends), 2 * row_bytes(after)):
+            final = finite(after[ends[part].to(after.device)])
+            parts.append(torch.cat([final < moments.low, final > moments.high], 1))
+        sides.append(torch.cat(parts))
     return torch.cat(sides, 1)
 
 

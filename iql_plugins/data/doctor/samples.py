@@ -18,6 +18,7 @@ from iql_plugins.keys import next_key
 __all__ = [
     "LAGS",
     "NOTHING",
+    "NOTHING_SIMILAR",
     "Columns",
     "Explained",
     "Regression",
@@ -31,7 +32,7 @@ __all__ = [
 #: Steps of the sample; with fewer than the second number there is none.
 _STEPS, _FEWEST = 3072, 1000
 #: Features of observations, and dimensions of actions, that are looked at.
-FEATURES = 64
+_FEATURES = 64
 #: Random features of a regression, next to the linear ones.
 _RANDOM_FEATURES = 64
 #: By how many rows values are compared; negative ones are of rows before.
@@ -97,7 +98,7 @@ class Columns:
         self._view = view
 
     @classmethod
-    def observations(cls, view: View, most: int = FEATURES) -> "Columns":
+    def observations(cls, view: View, most: int = _FEATURES) -> "Columns":
         """``most`` of all keys together."""
         names = [(key, index) for key, tensor in view.observations.items() for index in range(tensor[0].numel())]
         spread = range(min(len(names), most))
@@ -119,8 +120,8 @@ def actions_at(view: View, rows: Tensor) -> Tensor:
     action = view.dataset.get("action")
     values = action[rows.to(action.device)].cpu()
     if action.is_floating_point():
-        return finite(values[:, :FEATURES])
-    count = min(max(int(action.max()) + 1, 2), FEATURES)
+        return finite(values[:, :_FEATURES])
+    count = min(max(int(action.max()) + 1, 2), _FEATURES)
     chosen: Tensor = (values == torch.arange(count - 1, device="cpu")).double()
     return chosen
 
@@ -230,7 +231,7 @@ class Explained:
         return not bool((deviations(self._values[nearest(self.inputs)], self._values) >= NOTHING_SIMILAR).any())
 
     def shift(self, worse: float, unexplained: float) -> tuple[Tensor, Tensor]:
-        """``[k]``: by how many rows values are late, and whether they are beyond doubt.
+        """``[k]``: by how many rows values are late, and whether that is beyond doubt.
 
         Args:
             worse: how many times the squared error of a step's own value must be that of another row's.

@@ -16,7 +16,7 @@ from iql_plugins.data.episodes import episode_ends, episode_lengths, episode_ret
 from iql_plugins.keys import next_key, shown
 from iql_plugins.spaces import Space
 
-__all__ = ["Finding", "Moments", "Rows", "View", "pairs", "same", "short"]
+__all__ = ["NEXT_OBSERVATION", "Finding", "Moments", "Rows", "View", "finite", "pairs", "same", "short", "which"]
 
 NEXT_OBSERVATION: NestedKey = ("next", "observation")
 
