@@ -157,7 +157,7 @@ class Host:
                 [adapter] = self._hook_of("iql_adapter", plugin)()
             except ImportError as error:
                 raise self._missing(name, error) from error
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise self._broken(name, f"failed in iql_adapter(): {type(error).__name__}: {error}") from error
             if not isinstance(adapter, Adapter):
                 raise self._broken(name, f"must return an Adapter from iql_adapter(), got {type(adapter).__name__}")
@@ -201,11 +201,11 @@ class Host:
             if not hasattr(plugin, "iql_commands"):
                 continue
             try:
-                [own] = self._hook_of("iql_commands", plugin)()
+                own: list[Command] = list(*self._hook_of("iql_commands", plugin)())
                 if twice := [command.name for command in own if command.name in {*taken, *commands}]:
                     raise ValueError(f"{', '.join(twice)} is taken")
-            # As above: a stranger's code.
-            except Exception as error:
+            # As in _plugin(): a stranger's code.
+            except (Exception, SystemExit) as error:
                 broken = self._broken(name, f"failed in iql_commands(): {type(error).__name__}: {error}")
                 if self.strict:
                     raise broken from error

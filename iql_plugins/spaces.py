@@ -2,6 +2,7 @@
 
 import math
 import operator
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -240,7 +241,11 @@ def _from_json(document: Mapping[str, Any]) -> Space:
     if "discrete" in document:
         return Discrete(int(document["discrete"]), int(document["start"]))
     low, high = (None if document[name] is None else tuple(map(float, document[name])) for name in ("low", "high"))
-    return Box(tuple(map(int, document["box"])), str(document["dtype"]), low, high)
+    dtype = str(document["dtype"])
+    # Of a text, NumPy would make an item of any size.
+    if re.fullmatch(r"bool|u?int(8|16|32|64)|float(16|32|64)", dtype) is None:
+        raise ValueError(f"the dtype of a space must be that of a number, got {dtype!r}")
+    return Box(tuple(map(int, document["box"])), dtype, low, high)
 
 
 def _check(key: NestedKey, space: Space, tensor: Tensor | None) -> None:

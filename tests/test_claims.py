@@ -23,6 +23,8 @@ from iql_plugins.data import load_dataset
 h5py = pytest.importorskip("h5py")
 gymnasium = pytest.importorskip("gymnasium")
 
+import itertools
+
 from agents import make_agent  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures by /proc, which Linux has")
@@ -341,6 +343,23 @@ def test_hdf5_with_the_usual_filters_loads(options: dict[str, Any], tmp_path: Pa
             file.create_dataset(key, data=array, chunks=(rows // 2, *array.shape[1:]), **options)
     data = load_dataset(tmp_path / "d.h5")
     assert data["observation"].tolist() == given["observations"].tolist()
+
+
+def test_groups_that_links_make_many_of_are_refused(refused: Refused, tmp_path: Path) -> None:
+    path = tmp_path / "d.hdf5"
+    with h5py.File(path, "w") as file:
+        groups = [file.create_group("observations"), *(file.create_group(f"metadata/{n}") for n in range(40))]
+        for group, inner in itertools.pairwise(groups):
+            group["a"] = group["b"] = inner
+        groups[-1]["x"] = np.zeros(5)
+    assert "store it once" in refused("dataset", path)
+
+
+def test_a_space_of_texts_is_refused(refused: Refused, tmp_path: Path) -> None:
+    document, tensors = make_agent("continuous").state()
+    document["spaces"]["observation"]["dtype"] = "U200000000"
+    checkpoint.write(tmp_path / "policy.safetensors", document, tensors)
+    assert "must be that of a number" in refused("agent", tmp_path / "policy.safetensors")
 
 
 @pytest.mark.parametrize("key", ["observations", "num_episodes"])

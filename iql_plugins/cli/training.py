@@ -25,6 +25,7 @@ from iql_plugins.cli.rollouts import rollouts
 from iql_plugins.cli.settings import CONFIG, METHODS, Settings, Unit
 from iql_plugins.cli.sources import Source
 from iql_plugins.config import IQLConfig
+from iql_plugins.data.dataset import one_line
 from iql_plugins.hookspecs import Training
 from iql_plugins.learner import DivergenceError
 from iql_plugins.plugins import AdapterNotFoundError, PluginError, host
@@ -108,9 +109,9 @@ class Outcome:
     changes: list[dict[str, Any]]
 
 
-def evaluation_seeds(episodes: int, first: int = 0) -> list[int]:
+def evaluation_seeds(episodes: int, first: int = 0) -> range:
     """The seeds of an evaluation's episodes: episode i starts from seed ``first + i``."""
-    return list(range(first, first + episodes))
+    return range(first, first + episodes)
 
 
 def adapter_training(name: str) -> Training:
@@ -178,7 +179,7 @@ def resumed(settings: Settings, run: Path) -> Settings:
     """
     paths = sorted(path for where in ("", "bc/", "seed-*/", "seed-*/bc/") for path in run.glob(where + CHECKPOINT))
     documents = {path: _read(path)[0] for path in paths}
-    written = {path: (_step(document), _settings_of(document, settings)) for path, document in documents.items()}
+    written = {path: _written(path, document, settings) for path, document in documents.items()}
     n_steps = settings.hyperparameters.n_steps
     ends = max((before.ends for _, before in written.values()), key=len, default=settings.ends)
     if settings.earlier_ends == ends[:-1] and n_steps > ends[-1]:
@@ -440,6 +441,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     if _EXTRA not in document.get("extra", {}):
         raise UserError(f"{path} is not this run's: it has no state of a run")
     return document, tensors
+
+
+def _written(path: Path, document: Mapping[str, Any], settings: Settings) -> tuple[int, Settings]:
+    """The step of a checkpoint, and the settings that it was written with."""
+    try:
+        return _step(document), _settings_of(document, settings)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no checkpoint of a run: {type(error).__name__}: {one_line(error)}") from error
 
 
 def _step(document: Mapping[str, Any]) -> int:

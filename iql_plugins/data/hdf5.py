@@ -70,8 +70,18 @@ def _member(group: Any, key: str, path: Path, *, numbers: bool) -> Any:
     return Stored(found, f"{path}: {full!r}", numbers=numbers) if isinstance(found, h5py.Dataset) else found
 
 
-def columns(group: Any, key: str, path: Path) -> "dict[str, Stored]":
-    """The dataset under a key or, if there is a group, all datasets in it, by their names ``key/...``."""
+def columns(group: Any, key: str, path: Path, met: set[int] | None = None) -> "dict[str, Stored]":
+    """The dataset under a key or, if there is a group, all datasets in it, by their names ``key/...``.
+
+    Args:
+        group: the file, or a group of it.
+        key: of the member.
+        path: of the file, for errors.
+        met: addresses of the groups that were met already.
+
+    Raises:
+        DatasetError: as :func:`member`, and for a group that is there twice.
+    """
     import h5py
 
     found = member(group, key, path)
@@ -79,7 +89,19 @@ def columns(group: Any, key: str, path: Path) -> "dict[str, Stored]":
         return {key: found}
     if not isinstance(found, h5py.Group):
         raise DatasetError(f"{path}: {key!r} must be a dataset or a group")
-    return {f"{key}/{name}": column for inner in found for name, column in columns(found, inner, path).items()}
+    met = _with(found, path, met)
+    return {f"{key}/{name}": column for inner in found for name, column in columns(found, inner, path, met).items()}
+
+
+def _with(group: Any, path: Path, met: set[int] | None) -> set[int]:
+    """The groups that were met, with one more. Links would make millions of a few, and rings of one."""
+    import h5py
+
+    met, address = set() if met is None else met, h5py.h5o.get_info(group.id).addr
+    if address in met:
+        raise DatasetError(f"{path}: {group.name!r} is there under another name, too: store it once")
+    met.add(address)
+    return met
 
 
 def number(group: Any, key: str, path: Path) -> int:
@@ -94,15 +116,16 @@ def number(group: Any, key: str, path: Path) -> int:
     return int(found[...].reshape(-1)[0])
 
 
-def group_bytes(group: Any, key: str, path: Path) -> int:
-    """Bytes that all datasets under a key unpack to, texts and images among them.
+def group_bytes(group: Any, key: str, path: Path, met: set[int] | None = None) -> int:
+    """Bytes that all datasets under a key unpack to, texts and images among them; arguments as of :func:`columns`.
 
     Raises:
-        DatasetError: as :func:`member`, and if the file has not as much.
+        DatasetError: as :func:`columns`, and if the file has not as much.
     """
     found = _member(group, key, path, numbers=False)
     if not isinstance(found, Stored):
-        return sum(group_bytes(found, name, path) for name in found)
+        met = _with(found, path, met)
+        return sum(group_bytes(found, name, path, met) for name in found)
     return found.unpacked_bytes(path.stat().st_size)
 
 
