@@ -1,5 +1,6 @@
 """Files that claim more than they hold, or than memory holds: refused in one line, in seconds, in little memory."""
 
+import itertools
 import json
 import os
 import pickle
@@ -22,8 +23,6 @@ from iql_plugins.data import load_dataset
 
 h5py = pytest.importorskip("h5py")
 gymnasium = pytest.importorskip("gymnasium")
-
-import itertools
 
 from agents import make_agent  # noqa: E402
 
