@@ -24,7 +24,9 @@ from iql_plugins.learner import NETWORKS
 from iql_sb3.spaces import gymnasium_spaces
 
 HORIZON, RATE = 12, 1e-3
-DATA = make_dataset(SPACES["continuous"])
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    DATA = make_dataset(SPACES["continuous"])
 
 
 class Adapter:
