@@ -120,7 +120,7 @@ def non_finite(tensor: Tensor) -> tuple[int | None, int]:
     """
     first, count = None, 0
     if tensor.is_floating_point():
-        for rows in chunks(len(tensor), row_bytes(tensor)):
+        for rows in chunks(len(tensor), 64 * row_bytes(tensor)):
             bad = (~tensor[rows].isfinite()).reshape(rows.stop - rows.start, -1).any(1).nonzero()
             if len(bad):
                 first = rows.start + int(bad[0]) if first is None else first

@@ -72,7 +72,8 @@ class ActionExcess:
         if not isinstance(space, Box) or space.low is None or space.high is None:
             return
         low, high = (torch.tensor(bound, dtype=action.dtype, device=action.device) for bound in (space.low, space.high))
-        for rows in chunks(len(action), row_bytes(action)):
+        # Small pieces: what they take on the way, the allocator may keep.
+        for rows in chunks(len(action), 64 * row_bytes(action)):
             values = action[rows]
             past, beyond = past_bounds(values, low, high)
             count = int(beyond.any(1).sum())
