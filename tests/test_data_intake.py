@@ -90,7 +90,7 @@ def test_a_mapped_dataset_is_looked_at_a_chunk_at_a_time(tmp_path: Path, monkeyp
         return past_bounds(action, low, high)
 
     monkeypatch.setattr(intake, "past_bounds", watched)
-    monkeypatch.setattr(dataset_module, "CHUNK_BYTES", 400)
+    monkeypatch.setattr(dataset_module, "CHUNK_BYTES", 64 * 400)
     found = check_numbers(mapped, SPACES_OF_ONE, clip_all_actions=False)
     assert (found.count, found.first) == (334, (0, 0, 2.5))
     assert sizes == [100] * 10
