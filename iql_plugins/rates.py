@@ -68,9 +68,13 @@ class Rates:
         made = {name: self.group(name)["lr"] for name in self.trained}
         # A graph may have captured them: as long as nobody puts another rate in their place, they are filled.
         self._tensors = {name: rate for name, rate in made.items() if isinstance(rate, Tensor)}
-        self._seen = {name: _Seen(None, 0, rates[name]) for name in made}
-        for name in made:
-            self._read(name)
+        self._seen: dict[str, _Seen] = {}
+        for name, rate in made.items():
+            self._note(name, rates[name])
+            # A tensor rounds it.
+            given = torch.tensor(rates[name], dtype=rate.dtype).item() if isinstance(rate, Tensor) else rates[name]
+            if float(rate) != given:
+                self._rates[name] = Rate(float(rate))
 
     def group(self, name: str) -> dict[str, Any]:
         """The group of a network; an empty one if it is not trained."""
@@ -138,11 +142,8 @@ class Rates:
             rate, seen = self.group(name)["lr"], self._seen[name]
             if rate is not seen.rate or _version(rate) != seen.version:
                 value = float(rate)
-                same = value == _rounded(seen.value, rate)
-                # Who writes the 0 that a schedule has come to means it to stay.
-                if not same or (not value and seen.rate is not None):
-                    self._rates[name] = Rate(_checked(value, f"in the {name}'s group "), self._factor(name))
-                self._note(name, seen.value if same else value)
+                self._rates[name] = Rate(_checked(value, f"in the {name}'s group "), self._factor(name))
+                self._note(name, value)
         return self._rates[name]
 
     def _write(self, name: str, value: float) -> None:
@@ -167,11 +168,6 @@ def _checked(rate: float, where: str = "") -> float:
     if not 0.0 <= rate < math.inf:
         raise ValueError(f"the learning rate {where}must be a finite number >= 0, got {rate}")
     return rate
-
-
-def _rounded(value: float, rate: Any) -> float:
-    """A number as a tensor like ``rate`` has it."""
-    return torch.tensor(value, dtype=rate.dtype, device="cpu").item() if isinstance(rate, Tensor) else value
 
 
 def _version(rate: Any) -> int:

@@ -122,6 +122,15 @@ def test_a_rate_that_is_written_at_the_end_of_the_schedule_stays(rate: float) ->
     assert learner.learning_rate("actor") == pytest.approx(0.5 * cosine_decay(4, 100))
 
 
+def test_who_writes_the_very_rate_that_is_shown_keeps_it_for_the_next_step() -> None:
+    learner = make_learner(actor_schedule_steps=8)
+    step(learner, 3)
+    shown = group_of(learner, "actor")["lr"]
+    assert learner.learning_rate("actor") < shown
+    write(learner, "actor", float(str(shown)))
+    assert learner.learning_rate("actor") == shown
+
+
 def test_the_newest_of_two_settings_counts() -> None:
     learner = make_learner(actor_schedule_steps=4)
     step(learner, 2)
