@@ -87,9 +87,9 @@ class Learner:
 
     A rate is what was set times its schedule's factor: the actor's cosine, and that of a framework's schedule, which
     :meth:`set_schedule` tells. :meth:`set_learning_rate` sets what the factor multiplies. Who writes ``"lr"`` into an
-    optimiser's group sets the rate of the next step, and from there it follows the schedule in proportion; a rate
-    that is written where the schedule has come to 0 stays. So 0 stops a network, and any other rate lets it go on. All
-    of this is saved. What else is written into a group (``weight_decay``, ``betas``, ``eps``) counts from the next
+    optimiser's group sets the rate of the next step, wherever the schedule is by then, and from there it follows the
+    schedule in proportion; a rate that is first used where the schedule is below a thousandth stays. So 0 stops a
+    network, and any other rate lets it go on. All of this is saved. What else is written into a group (``weight_decay``, ``betas``, ``eps``) counts from the next
     step, too.
 
     Args:
@@ -236,7 +236,16 @@ class Learner:
         Raises:
             ValueError: if something else than a rate was written into an optimiser's group.
         """
-        return self._rates.state_dict()
+        return self._rates.now()
+
+    def settle_rates(self) -> None:
+        """Takes what was written into optimisers' groups as a step does: from here on it follows the schedule.
+
+        Raises:
+            ValueError: as :meth:`rates`.
+        """
+        for network in self._rates.trained:
+            self._rates.settle(network)
 
     def base_rates(self) -> dict[str, float]:
         """The rate of each network that is trained, before its schedule."""
@@ -416,7 +425,7 @@ class Learner:
         return {
             "step_count": self.step_count,
             "seed": self.seed,
-            "learning_rates": {network: list(rate) for network, rate in self.rates().items()},
+            "learning_rates": {network: list(rate) for network, rate in self._rates.state_dict().items()},
             "optimizers": [_saved(optimizer) for optimizer in self.optimizers],
             "target_updater": self.target_updater.state_dict(),
         }
@@ -437,7 +446,10 @@ class Learner:
         saved_rates = (
             state["learning_rates"] if "learning_rates" in state else {"actor": (state["actor_learning_rate"], 1)}
         )
-        rates = {network: Rate(float(value), float(factor)) for network, (value, factor) in saved_rates.items()}
+        rates = {
+            network: Rate(float(value), None if factor is None else float(factor))
+            for network, (value, factor) in saved_rates.items()
+        }
         self.target_updater.load_state_dict(state["target_updater"])
         for optimizer, saved in zip(self.optimizers, fitted, strict=True):
             optimizer.load_state_dict(saved)

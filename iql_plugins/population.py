@@ -92,6 +92,8 @@ class _Population:
         # Last: nothing above changes an agent.
         self._each(lambda index, tensor, stack: stack.detach()[index])
         self._bound = False
+        for learner in self.learners:
+            learner.settle_rates()
         first = self.learners[0]
         self._actor_rate, self._horizon = first.rates()["actor"], first.actor_schedule_steps
         self._max_grad_norm, self._tau = first.max_grad_norm, first.target_updater.tau

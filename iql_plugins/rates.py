@@ -12,22 +12,27 @@ __all__ = ["Rate", "Rates"]
 
 
 class Rate(NamedTuple):
-    r"""A learning rate: what was set last, and the factor of its schedule then.
+    r"""A learning rate: what was set last, and the factor of its schedule then; None before the first step with it.
 
     .. math:: \text{value} \cdot \frac{\text{factor now}}{\text{factor}}
 
-    No rate is in proportion to a factor of 0: what was set at the end of a schedule stays.
+    No rate is in proportion to a factor below a thousandth: what was set at the end of a schedule stays.
 
-    >>> Rate(0.5).at(0.5), Rate(0.5, 0.25).at(0.5), Rate(0.5, 0.0).at(0.5)
-    (0.25, 1.0, 0.5)
+    >>> Rate(0.5).at(0.5), Rate(0.5, 0.25).at(0.5), Rate(0.5, 1e-4).at(0.5), Rate(0.5, None).at(0.25)
+    (0.25, 1.0, 0.5, 0.5)
     """
 
     value: float
-    factor: float = 1.0
+    factor: float | None = 1.0
 
     def at(self, factor: float) -> float:
         """The rate where the schedule has come to ``factor``."""
-        return self.value * (factor / self.factor) if self.factor else self.value
+        if self.factor is None or self.factor < _SMALLEST_FACTOR:
+            return self.value
+        return self.value * (factor / self.factor)
+
+
+_SMALLEST_FACTOR = 1e-3
 
 
 class _Seen(NamedTuple):
@@ -117,12 +122,29 @@ class Rates:
         Raises:
             ValueError: as :meth:`next`.
         """
-        set_last = self._read(name)
-        self._write(name, set_last.at(self._factor(name)) if rate is None else rate)
+        self.settle(name)
+        self._write(name, self._rates[name].at(self._factor(name)) if rate is None else rate)
+
+    def settle(self, name: str) -> None:
+        """Takes what was written into a network's group for the rate at the factor of the next step, for good.
+
+        Raises:
+            ValueError: as :meth:`next`.
+        """
+        self._rates[name] = self._read(name)
+
+    def now(self) -> dict[str, Rate]:
+        """What was set, and the factors then: that of the next step for what no step has met.
+
+        Raises:
+            ValueError: as :meth:`next`.
+        """
+        return {name: self._read(name) for name in self._rates}
 
     def state_dict(self) -> dict[str, Rate]:
         """What was set; what the groups have is in the optimisers' state."""
-        return {name: self._read(name) for name in self._rates}
+        self.now()
+        return dict(self._rates)
 
     def load_state_dict(self, state: Mapping[str, Rate]) -> None:
         """Restores :meth:`state_dict`, once the optimisers have loaded their state; else what is in a group is set."""
@@ -142,9 +164,11 @@ class Rates:
             rate, seen = self.group(name)["lr"], self._seen[name]
             if rate is not seen.rate or _version(rate) != seen.version:
                 value = float(rate)
-                self._rates[name] = Rate(_checked(value, f"in the {name}'s group "), self._factor(name))
+                self._rates[name] = Rate(_checked(value, f"in the {name}'s group "), None)
                 self._note(name, value)
-        return self._rates[name]
+        last = self._rates[name]
+        # Until a step has met it the schedule may move on, or start again: whoever looks does not change the result.
+        return last._replace(factor=self._factor(name)) if last.factor is None else last
 
     def _write(self, name: str, value: float) -> None:
         group, own = self.group(name), self._tensors.get(name)

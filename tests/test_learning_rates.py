@@ -304,6 +304,28 @@ def test_what_was_written_goes_on_after_loading_as_if_nothing_had_been(make: Cal
         assert all(map(torch.equal, tensors, weights[network])), network
 
 
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_rate_that_is_written_at_the_end_of_a_schedule_is_the_next_trainings_whoever_looked(
+    tmp_path: Path, network: str
+) -> None:
+    rates = []
+    for look in ("nobody", "learning_rate", "reload", "learn"):
+        adapter = SB3Adapter(False, tmp_path)
+        algorithm = adapter.algorithm
+        algorithm.actor_schedule = "constant"
+        algorithm.learning_rate = lambda left: RATE * left
+        algorithm.learn_offline(100, log_interval=None)
+        assert adapter.group(network)["lr"] == pytest.approx(RATE / 100)
+        adapter.group(network)["lr"] = RATE
+        if look == "learning_rate":
+            assert adapter.agent().learner.learning_rate(network) == RATE
+        elif look == "reload":
+            adapter.reload()
+        adapter.algorithm.learn_offline(1, log_interval=1 if look == "learn" else None)
+        rates.append(adapter.group(network)["lr"])
+    assert rates == [RATE] * 4
+
+
 def test_a_scheduler_of_torch_moves_what_is_shown(make: Callable[[], Adapter]) -> None:
     adapter = make()
     optimizer = adapter.shown()[0]

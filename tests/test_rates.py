@@ -122,6 +122,47 @@ def test_a_rate_that_is_written_at_the_end_of_the_schedule_stays(rate: float) ->
     assert learner.learning_rate("actor") == pytest.approx(0.5 * cosine_decay(4, 100))
 
 
+@pytest.mark.parametrize("factor", [1e-9, 0.01, 0.5])
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda learner: None,
+        lambda learner: learner.rates(),
+        lambda learner: learner.base_rates(),
+        lambda learner: learner.learning_rate("critic"),
+        lambda learner: learner.load_state_dict(copy.deepcopy(learner.state_dict())),
+    ],
+    ids=["nobody", "rates", "base_rates", "learning_rate", "state_dict"],
+)
+def test_what_is_written_before_a_schedule_starts_again_is_the_next_rate_whoever_looked(
+    factor: float, look: Callable[[Learner], Any]
+) -> None:
+    learner = make_learner()
+    learner.set_schedule("critic", factor)
+    step(learner)
+    write(learner, "critic", 1e-3)
+    look(learner)
+    learner.set_schedule("critic", 1.0)
+    step(learner)
+    assert group_of(learner, "critic")["lr"] == 1e-3
+    learner.set_schedule("critic", 0.5)
+    step(learner)
+    assert group_of(learner, "critic")["lr"] == 5e-4
+
+
+@pytest.mark.parametrize("look", [False, True])
+def test_a_rate_that_is_written_near_the_end_of_a_schedule_survives_a_longer_one(look: bool) -> None:
+    learner = make_learner(actor_schedule_steps=1000)
+    learner.step_count = 999
+    write(learner, "actor", 1e-3)
+    if look:
+        assert learner.learning_rate("actor") == 1e-3
+    step(learner)
+    learner.actor_schedule_steps = 100_000
+    step(learner)
+    assert group_of(learner, "actor")["lr"] == 1e-3
+
+
 def test_who_writes_the_very_rate_that_is_shown_keeps_it_for_the_next_step() -> None:
     learner = make_learner(actor_schedule_steps=8)
     step(learner, 3)
