@@ -89,8 +89,8 @@ class Learner:
     :meth:`set_schedule` tells. :meth:`set_learning_rate` sets what the factor multiplies. Who writes ``"lr"`` into an
     optimiser's group sets the rate of the next step, wherever the schedule is by then, and from there it follows the
     schedule in proportion; a rate that is first used where the schedule is below a thousandth stays. So 0 stops a
-    network, and any other rate lets it go on. All of this is saved. What else is written into a group (``weight_decay``, ``betas``, ``eps``) counts from the next
-    step, too.
+    network, and any other rate lets it go on. All of this is saved. What else is written into a group
+    (``weight_decay``, ``betas``, ``eps``) counts from the next step, too.
 
     Args:
         loss: what is trained. Its optimiser state belongs to the learner.
