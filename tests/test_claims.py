@@ -44,10 +44,11 @@ from iql_plugins.cli import main
 from iql_plugins.cli.policies import load_agent
 from iql_plugins.cli.settings import Settings
 from iql_plugins.cli.sources import load_source
+from iql_plugins.plugins import PluginError
 for name in ("d3rlpy", "torchrl", "sb3"):
     try:
         load(name)
-    except Exception:
+    except PluginError:
         pass
 try:
     import minari

@@ -518,7 +518,8 @@ def test_kill_9_leaves_no_process_and_a_run_that_goes_on_bit_for_bit(
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc, which Linux alone has")
 def test_ctrl_c_ends_all_processes_with_status_130(long_run: tuple[list[str], Path]) -> None:
     options, folder = long_run
-    process = start(*options, folder, "--json")
+    # It never comes to its end, however late the signal is.
+    process = start(*options, folder, "--json", "--n-steps", "1000000")
     wait_for(folder / "bc" / "checkpoint.safetensors", process)
     # As a terminal does: to all processes of the group.
     os.killpg(process.pid, signal.SIGINT)
@@ -1007,6 +1008,10 @@ def test_a_setting_that_is_no_count_is_refused(pair: Path, run: Run) -> None:
         status, _, err = run(*RESUME, pair)
         assert status == 2
         assert f"evaluate_every must be an integer >= 1, got {value!r}" in err
+    edit(pair, evaluate_every=2, threads=10**9)
+    status, _, err = run(*RESUME, pair)
+    assert status == 2
+    assert "threads must be at most 1024, got 1000000000" in err
 
 
 # What a kill leaves

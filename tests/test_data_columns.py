@@ -136,6 +136,16 @@ def test_trajectories_of_ogbench_without_next_observations(write: Callable[[Arra
     assert flags(data, "terminated") == [0, 1, 0]
 
 
+def test_masks_that_make_time_outs_of_all_terminals_are_refused(write: Callable[[Arrays], Path]) -> None:
+    """D4RL's terminals with a column of ones beside them would lose every terminal state without a word."""
+    with pytest.raises(DatasetError, match="none of the 2 'terminals' would be a terminal state: drop 'masks' if"):
+        load_dataset(write(arrays(masks=[1] * 5, terminals=[0, 1, 0, 1, 0])))
+    data = load_dataset(write(arrays(masks=[1] * 5, timeouts=[0, 1, 0, 1, 0])))
+    assert flags(data, "done") == [0, 1, 0, 1, 0]
+    assert flags(data, "terminated") == [0] * 5
+    assert flags(load_dataset(write(arrays(masks=[1] * 5, terminals=[0] * 5))), "terminated") == [0] * 5
+
+
 def test_dones_alone_are_refused(write: Callable[[Arrays], Path]) -> None:
     for name in ("dones", "done", "episode_terminals"):
         message = error(write(arrays(**{name: DONES})))

@@ -90,6 +90,15 @@ def test_it_can_be_written_to_be_mapped(root: Path) -> None:
     assert (data == load_dataset("walk-v0")).all()
 
 
+def test_a_dataset_that_is_not_stored_as_hdf5_is_refused(root: Path) -> None:
+    """Neither the names of its columns nor its sizes can be looked at before Minari has read them whole."""
+    make("walk-v0", [episode(3, "T")])
+    path = root / "walk-v0" / "data" / "metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data_format": "arrow"}))
+    with pytest.raises(DatasetError, match="stores its episodes as 'arrow': only 'hdf5' is read"):
+        load_dataset("walk-v0")
+
+
 def test_nothing_is_downloaded(root: Path) -> None:
     assert builtin("D4RL/door/human-v2") is None
     with pytest.raises(DatasetError, match="nothing is downloaded here, run 'minari download D4RL/door/human-v2'"):

@@ -25,7 +25,7 @@ __all__ = ["add_agent", "load_agent"]
 #: A common checkpoint whose document has the policy's class and arguments as well. Everything in it is also in the
 #: pickles of ``data`` and the ``.pth`` members, which the framework's own loaders need: the file is twice as large.
 MEMBER = "iql_plugins.safetensors"
-_POLICY = "policy"
+_POLICY, _BEHIND = "policy", "normalized_by_env"
 _POLICIES = {kind.__name__: kind for kind in (IQLPolicy, CnnPolicy, MultiInputPolicy, AgentPolicy)}
 #: Classes that a policy's arguments may name: none that was not written down here is ever looked up.
 _CLASSES: dict[str, type] = {
@@ -38,13 +38,15 @@ _CLASSES: dict[str, type] = {
 }
 
 
-def add_agent(archive: IO[bytes], agent: Agent, policy: IQLPolicy) -> None:
+def add_agent(archive: IO[bytes], agent: Agent, policy: IQLPolicy, *, normalized_by_env: bool) -> None:
     """Adds an agent to a saved model, if its networks can be described without Python.
 
     Args:
         archive: the zip, open for reading and writing.
         agent: the model's.
         policy: the model's.
+        normalized_by_env: whether the networks take what a ``VecNormalize`` makes of observations, which is in a file
+            of its own.
 
     Raises:
         TypeError, ValueError: if they cannot; the zip is as it was.
@@ -55,7 +57,7 @@ def add_agent(archive: IO[bytes], agent: Agent, policy: IQLPolicy) -> None:
         raise TypeError(f"{type(policy).__name__} is a policy class of the user's own")
     document, tensors = agent.state()
     described = json.loads(json.dumps(arguments, default=_class_name))
-    document[_POLICY] = {"class": type(policy).__name__, "arguments": described}
+    document[_POLICY] = {"class": type(policy).__name__, "arguments": described, _BEHIND: normalized_by_env}
     content = checkpoint.packed(document, tensors)
     with ZipFile(archive, "a") as file:
         file.writestr(MEMBER, content)
@@ -66,7 +68,8 @@ def load_agent(path: str | os.PathLike[str]) -> Agent:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is no such zip, damaged, or has nothing but pickles.
+        CheckpointError: if it is no such zip, damaged, has nothing but pickles, or was trained behind a
+            ``VecNormalize``.
     """
     name = os.fspath(path)
     content = _member(Path(path))
@@ -74,6 +77,11 @@ def load_agent(path: str | os.PathLike[str]) -> Agent:
     try:
         spaces, config = Spaces.from_json(document["spaces"]), IQLConfig.from_json(document["config"])
         described = document[_POLICY]
+        if described.get(_BEHIND):
+            raise CheckpointError(
+                f"{name!r} was trained behind a VecNormalize, whose statistics it does not hold: load it by IQL.load "
+                "with VecNormalize.load(path, env), or train with normalize_observations=True in its place"
+            )
         _check_counts(described["arguments"], spaces, tensors, len(content))
         limit = WeightLimit.of_file(sum(tensor.nbytes for tensor in tensors.values()))
         # Weights are loaded into it; the caller's random state is his own.

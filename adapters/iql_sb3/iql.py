@@ -808,7 +808,7 @@ class IQL(OffPolicyAlgorithm):
         super().save(content, exclude, include)
         # A model that cannot be described is saved all the same.
         with contextlib.suppress(TypeError, ValueError):
-            add_agent(content, self._as_agent(), self.policy)
+            add_agent(content, self._as_agent(), self.policy, normalized_by_env=bool(self._normalized_by_env))
         if not isinstance(path, str | pathlib.Path):
             path.write(content.getbuffer())
             return
@@ -924,7 +924,7 @@ class IQL(OffPolicyAlgorithm):
             TypeError: for spaces that agents do not have.
             ValueError: with a ``VecNormalize``, which no agent knows of.
         """
-        if self._vec_normalize_env is not None:
+        if self._vec_normalize_env is not None or self._normalized_by_env:
             raise ValueError(
                 "an agent takes the environment's observations, this policy those of a VecNormalize: use "
                 "normalize_observations=True in its place"

@@ -35,6 +35,8 @@ CHANGEABLE = (
 )
 #: Settings that are integers of at least 1.
 COUNTS = ("episodes", "evaluation_episodes", "evaluate_every", "log_every", "threads", "stack")
+#: No machine has more cores to use; a file that asks for millions asks for the memory of their stacks.
+MAX_THREADS = 1024
 #: Hidden layers up to this width run no faster on several threads.
 NARROW = 128
 _PACKAGES = ("iql-plugins", "torch", "tensordict", "numpy", "safetensors", "gymnasium")
@@ -114,6 +116,8 @@ class Settings:
             value: object = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if self.threads > MAX_THREADS:
+            raise ValueError(f"threads must be at most {MAX_THREADS}, got {self.threads}")
         if list(self.ends) != sorted(set(self.ends)):
             raise ValueError(f"earlier_ends and n_steps must increase, got {list(self.ends)}")
 

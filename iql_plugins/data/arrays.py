@@ -112,7 +112,8 @@ class Transitions:
     ``terminals`` are enough where no step was cut. ``masks`` can be in place of them, and ``dones`` in place of
     either of the two others, but not alone: they do not tell the two apart. What is said twice must agree, but for
     OGBench's ``masks``, with which ``terminals`` mark the last steps of trajectories, terminal states or not. That
-    is so where they are called ``terminals``, and there are neither ``timeouts`` nor ``dones``.
+    is so where they are called ``terminals``, and there are neither ``timeouts`` nor ``dones``; with ``masks`` of 1
+    alone, where the two readings differ in everything, it is refused.
 
     Attributes:
         name: of the source, for messages.
@@ -229,6 +230,12 @@ class Transitions:
         if "masks" in given:
             masks = given["masks"]
             if given.keys() == {"terminals", "masks"} and self._called("terminals") == "terminals":
+                if masks.all() and given["terminals"].any():
+                    raise DatasetError(
+                        f"{self.name}: 'masks' is 1 in every row, so that none of the {int(given['terminals'].sum())} "
+                        "'terminals' would be a terminal state: drop 'masks' if they are, rename 'terminals' to "
+                        "'timeouts' if they are not"
+                    )
                 return ~masks, given["terminals"] & masks
             agree(given.get("terminals", ~masks) == ~masks)
             ends["terminals"] = ~masks

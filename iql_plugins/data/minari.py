@@ -56,8 +56,8 @@ def load(path: Path, options: Options) -> Loaded:
 
     Raises:
         ImportError: without Minari; says how to install it.
-        DatasetError: if it is no such dataset, has spaces other than Box, Discrete and Dict of these, or a column
-            that is neither read nor metadata.
+        DatasetError: if it is no such dataset, is not stored as HDF5, has spaces other than Box, Discrete and Dict
+            of these, or a column that is neither read nor metadata.
     """
     name = str(path)
     with reading(name), ExitStack() as stack:
@@ -75,16 +75,17 @@ def load(path: Path, options: Options) -> Loaded:
             import minari  # type: ignore[import-untyped]
         except ImportError as error:
             raise ImportError("Minari datasets need minari: pip install 'iql-plugins[minari]'") from error
-        stored = None
-        if metadata.get("data_format") == "hdf5":
-            stored = stack.enter_context(hdf5.opened(path / _HDF5))
-        # Of its other formats, an episode is a folder.
-        count = len(list(path.iterdir()) if stored is None else stored)
-        if not 0 <= metadata.get("total_episodes", 0) <= count:
-            raise DatasetError(f"{name} has {count} episodes at most, {metadata['total_episodes']} were expected")
+        if metadata.get("data_format") != "hdf5":
+            # What its other formats claim, and which columns they have, is known once Minari has read them whole.
+            raise DatasetError(
+                f"{name} stores its episodes as {metadata.get('data_format')!r}: only 'hdf5' is read; write it again "
+                "with Minari's data_format='hdf5'"
+            )
+        stored = stack.enter_context(hdf5.opened(path / _HDF5))
+        if not 0 <= metadata.get("total_episodes", 0) <= len(stored):
+            raise DatasetError(f"{name} has {len(stored)} episodes at most, {metadata['total_episodes']} were expected")
         dataset = minari.MinariDataset(path)
-        if stored is not None:
-            _require_read(stored, path / _HDF5)
+        _require_read(stored, path / _HDF5)
         try:
             spaces = Spaces.from_gymnasium(dataset.observation_space, dataset.action_space)
         except (TypeError, ValueError) as error:
@@ -115,9 +116,8 @@ class _Episodes:
     def _indices(self) -> Iterator[int]:
         """The episodes, each after a look at what Minari is about to read."""
         for index in self._dataset.episode_indices:
-            if self._stored is not None:
-                size = hdf5.group_bytes(self._stored, f"episode_{index}", Path(self._stored.filename))
-                require_space(size, self._name, Options())
+            size = hdf5.group_bytes(self._stored, f"episode_{index}", Path(self._stored.filename))
+            require_space(size, self._name, Options())
             yield index
 
     def blocks(self) -> Iterator[Block]:

@@ -30,7 +30,8 @@ def unpickled(path: Path, options: Options) -> object:
     """
     if not options.trust_pickle:
         raise DatasetError(
-            f"{path} is a pickle, which can run any code when it is loaded: pass trust_pickle=True if you trust it"
+            f"{path} is a pickle, which can run any code when it is loaded: pass trust_pickle=True (--trust-pickle) if "
+            "you trust it"
         )
     with reading(str(path)):
         try:
