@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from iql_plugins import _compat
 from iql_plugins.gradients import MOST_GRAPHS
 
 __all__ = ["CapturedStep", "Compute", "CudaGraphs", "Graphs", "graphs_on"]
@@ -147,7 +148,7 @@ class CapturedStep:
             if len(self._graphs) == MOST_GRAPHS:
                 return self._compute(batch)
             graph = _Graph({name: torch.empty(t.shape, dtype=t.dtype, device=t.device) for name, t in batch.items()})
-        torch._foreach_copy_(list(graph.inputs.values()), list(batch.values()))
+        _compat.copy_all(list(graph.inputs.values()), list(batch.values()))
         if graph.steps < WARM_UP_STEPS:
             losses = self._graphs_on_device.aside(lambda: self._compute(graph.inputs))
             graph.steps += 1

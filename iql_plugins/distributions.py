@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical as _Categorical
 from torch.distributions import Distribution, constraints
-from torch.types import _size
 
 __all__ = ["Categorical", "TanhMeanNormal", "TanhNormal"]
+
+Shape = torch.Size | list[int] | tuple[int, ...]
 
 # The authors clip the dataset's actions to +-(1 - 1e-5): atanh(1) is infinite.
 BOUNDARY = 1e-5
@@ -60,7 +61,7 @@ class _BoxDistribution(Distribution):
     def _normal_log_prob(self, x: Tensor, mean: Tensor) -> Tensor:
         return (-0.5 * ((x - mean) / self.scale).square() - self.scale.log() - _HALF_LOG_2_PI).sum(-1)
 
-    def _noise(self, sample_shape: _size) -> Tensor:
+    def _noise(self, sample_shape: Shape) -> Tensor:
         shape = self._extended_shape(sample_shape)
         return self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
@@ -98,7 +99,7 @@ class TanhMeanNormal(_BoxDistribution):
         """``[*B]`` log-density (nats) of ``[*B, act]`` actions, at and outside the bounds as well."""
         return self._normal_log_prob(self._unit(value), self.loc.tanh()) - self._log_half_range()
 
-    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """``[*sample_shape, *B, act]`` reparametrised samples, not clipped to the bounds."""
         return self._scaled(self.loc.tanh() + self._noise(sample_shape))
 
@@ -132,7 +133,7 @@ class TanhNormal(_BoxDistribution):
         log_slope = torch.log1p(-unit.square()).sum(-1)
         return self._normal_log_prob(unit.atanh(), self.loc) - log_slope - self._log_half_range()
 
-    def rsample(self, sample_shape: _size = torch.Size()) -> Tensor:
+    def rsample(self, sample_shape: Shape = torch.Size()) -> Tensor:
         """``[*sample_shape, *B, act]`` reparametrised samples inside the bounds."""
         return self._scaled((self.loc + self._noise(sample_shape)).tanh())
 

@@ -12,6 +12,8 @@ from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDict
 from tensordict.utils import NestedKey
 from torch import Size, Tensor, nn
 
+from iql_plugins import _compat
+
 __all__ = ["distribution", "outputs"]
 
 Tensors = Mapping[NestedKey, Tensor]
@@ -19,14 +21,10 @@ Tensors = Mapping[NestedKey, Tensor]
 
 def plain_module(network: nn.Module) -> nn.Module | None:
     """The module inside a ``TensorDictModule`` that only passes tensors on; None for any other network."""
-    kind: Any = type(network)
     if (
         isinstance(network, TensorDictModule)
-        and kind.forward is TensorDictModule.forward
-        and kind._call_module is TensorDictModule._call_module
-        and kind._write_to_tensordict is TensorDictModule._write_to_tensordict
         and isinstance(network.module, nn.Module)
-        and not (network._kwargs or network.method or network.method_kwargs or network._get_kwargs)
+        and _compat.passes_tensors_on(network)
         and not _hooked(network)
     ):
         module: nn.Module = network.module

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._triton import has_triton
 
+from iql_plugins import _compat
 from iql_plugins.loss import IQLLoss
 
 __all__ = ["MOST_GRAPHS", "Graph", "LossGradients", "compiled", "compiler_available", "slots", "traced"]
@@ -26,10 +26,8 @@ MOST_GRAPHS = 8
 def compiler_available(device: torch.device) -> bool:
     """Whether ``torch.compile`` can make code for a device here: a C++ compiler for the CPU, Triton for a GPU."""
     if device.type == "cpu":
-        from torch._inductor import config
-
-        return any(name is not None and shutil.which(name) for name in (*config.cpp.cxx, "clang++"))
-    return device.type == "cuda" and has_triton()
+        return any(map(shutil.which, _compat.host_compilers()))
+    return device.type == "cuda" and _compat.has_triton()
 
 
 class LossGradients:
@@ -214,9 +212,7 @@ def compiled(
     """
     graph = traced(loss, state, trained, batch, stacked=stacked)
     examples: list[Any] = [tensor.detach() for tensor in (*state.values(), *batch.values())]
-    # Not torch.compile: nothing is left for Dynamo to do, and its guards take 0.1 ms a step.
-    function: Graph = torch._inductor.compile(graph, examples, options=_options(mode))
-    return function
+    return _compat.compile_graph(graph, examples, _options(mode))
 
 
 def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -230,7 +226,7 @@ def _options(mode: str | None) -> dict[str, Any]:
     """Of Inductor, for a mode."""
     if mode is None:
         return {}
-    modes = torch._inductor.list_mode_options()
+    modes = _compat.mode_options()
     if mode not in modes:
         raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
     return dict(modes[mode])

@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from iql_plugins import _compat
 from iql_plugins.captured import CapturedStep
 from iql_plugins.config import IQLConfig
 from iql_plugins.functional import Health
@@ -174,7 +175,7 @@ class Learner:
         if mode is not None and not compile:
             raise ValueError(f"mode={mode!r} is one of compiled code: pass compile=True, too, or no mode")
         self._gradients = LossGradients(loss, compile=compile, mode=mode)
-        mode_captures = mode is not None and "triton.cudagraphs" in torch._inductor.list_mode_options(mode)
+        mode_captures = mode is not None and "triton.cudagraphs" in _compat.mode_options()[mode]
         if capture and mode_captures:
             raise ValueError(f"mode={mode!r} captures a graph of its own: use it or capture=True, not both")
         #: Gradients in a graph's memory are the next step's to overwrite.

@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from iql_plugins import distributed, evaluation, functional, parameters
+from iql_plugins import _compat, distributed, evaluation, functional, parameters
 from iql_plugins.batch import Batch, BatchReader, dtype_kind, keyword_tensors, to_batch_shape
 from iql_plugins.distributions import at_least_float32
 from iql_plugins.functional import LossFunction, Reduction
@@ -858,11 +858,9 @@ def _check_values(valid: Tensor, action: Tensor, expected: str) -> None:
         return
     # A graph that is traced or captured cannot read a value on the host.
     if torch.compiler.is_compiling() or get_proxy_mode() is not None or valid.device.type != "cpu":
-        # torch.vmap has no rule for the assertion: what it maps over is asserted at once.
-        while torch._C._functorch.is_batchedtensor(valid):
-            valid = torch._C._functorch.get_unwrapped(valid)
-        torch._assert_async(valid.all(), expected)
-    elif torch._C._functorch.peek_interpreter_stack() is None and not valid.all():
+        # What torch.vmap maps over is asserted at once.
+        _compat.assert_on_device(_compat.unwrapped(valid).all(), expected)
+    elif not _compat.in_transform() and not valid.all():
         row = tuple(int(i) for i in (~valid).nonzero()[0])
         raise ValueError(f"{expected}, got {action[row].tolist()} in row {row[0] if row else 0}")
 

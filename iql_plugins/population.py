@@ -16,6 +16,7 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from iql_plugins import _compat
 from iql_plugins.agent import Agent
 from iql_plugins.gradients import Graph, compiled, slots, traced
 from iql_plugins.learner import STEPS_BETWEEN_CHECKS, schedule_factor
@@ -148,7 +149,7 @@ class _Population:
             self._bind_optimizers()
         if self._targets:
             targets, sources = zip(*self._targets, strict=True)
-            torch._foreach_lerp_(list(targets), list(sources), self._tau)
+            _compat.lerp_all(targets, sources, self._tau)
         for target, source in self._copied:
             target.copy_(source)
         losses = torch.stack(list(results[len(self._trained) :]), -1)

@@ -1,12 +1,14 @@
 """Learning rates: what is set, what schedules make of it, and what users write into an optimiser's groups."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from iql_plugins import _compat
 
 __all__ = ["Rate", "Rates"]
 
@@ -39,7 +41,7 @@ class _Seen(NamedTuple):
     """A group's ``"lr"``: who writes a number puts another object there, who writes into a tensor counts it up."""
 
     rate: Any
-    version: int
+    version: Hashable
     value: float
 
 
@@ -194,5 +196,5 @@ def _checked(rate: float, where: str = "") -> float:
     return rate
 
 
-def _version(rate: Any) -> int:
-    return rate._version if isinstance(rate, Tensor) else 0
+def _version(rate: Any) -> Hashable:
+    return _compat.writes(rate) if isinstance(rate, Tensor) else 0

@@ -5,6 +5,7 @@ from typing import Any, final
 
 import torch
 
+from iql_plugins import _compat
 from iql_plugins.loss import IQLLoss
 
 __all__ = ["HardUpdate", "SoftUpdate", "TargetUpdater"]
@@ -90,7 +91,7 @@ class SoftUpdate(TargetUpdater):
         parameters, buffers = self.loss_module.target_pairs()
         targets, sources = [target for target, _ in parameters], [source for _, source in parameters]
         if targets:
-            torch._foreach_lerp_(targets, sources, self.tau)
+            _compat.lerp_all(targets, sources, self.tau)
         for target, source in buffers:
             target.copy_(source)
 

@@ -405,7 +405,7 @@ def test_without_a_compiler_the_same_is_done_uncompiled(
     assert compiled.compiled
     compiled.save(tmp_path / "algorithm.d3")
     monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr("iql_plugins.gradients.has_triton", lambda: False)
+    monkeypatch.setattr("iql_plugins._compat.has_triton", lambda: False)
     assert not config(kind, compile_graph=True).create(place).compiled
     loaded = d3rlpy.load_learnable(str(tmp_path / "algorithm.d3"), device=place)
     assert not loaded.compiled

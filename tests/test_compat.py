@@ -1,0 +1,109 @@
+"""Private names of dependencies: in one place, and none whose loss breaks a training."""
+
+import ast
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import keywords, make_batch, make_loss
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+
+import iql_plugins
+from iql_plugins import _compat
+from iql_plugins.gradients import compiler_available
+from iql_plugins.learner import Learner
+
+PACKAGE = Path(iql_plugins.__file__).parent
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """What a module takes by a private name from torch, tensordict or torchrl."""
+    modules = {"torch", "tensordict", "torchrl", "numpy"}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in modules:
+            parts = [*str(node.module).split("."), *(alias.name for alias in node.names)]
+            yield from (f"{path.name}: {part}" for part in parts if part.startswith("_"))
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            owner = ast.unparse(node.value).partition(".")[0]
+            if owner in modules | {"Tensor", "TensorDictModule"}:
+                yield f"{path.name}: {ast.unparse(node)}"
+
+
+def test_private_names_of_dependencies_are_in_one_module() -> None:
+    found = [name for path in PACKAGE.rglob("*.py") if path.name != "_compat.py" for name in private_names(path)]
+    assert found == []
+    assert any("_foreach_lerp_" in name for name in private_names(PACKAGE / "_compat.py"))
+
+
+PRIVATE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "tensordict's _call_module": lambda patch: patch.setattr(_compat, "passes_tensors_on", lambda network: False),
+    "torch._foreach_lerp_": lambda patch: patch.delattr(torch, "_foreach_lerp_"),
+    "torch._foreach_copy_": lambda patch: patch.delattr(torch, "_foreach_copy_"),
+    "torch._assert_async": lambda patch: patch.delattr(torch, "_assert_async"),
+    "torch._C._functorch": lambda patch: patch.setattr(_compat, "_functorch", lambda name: None),
+}
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+@pytest.mark.parametrize("name", PRIVATE)
+def test_a_training_is_the_same_without_it(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (Learner(make_loss(kind), seed=0) for _ in range(2))
+    second.loss.load_state_dict(copy.deepcopy(first.loss.state_dict()))
+    batch = keywords(make_batch(kind))
+    for _ in range(3):
+        first.step(batch)
+    PRIVATE[name](monkeypatch)
+    for _ in range(3):
+        second.step(batch)
+    expected = first.loss.state_dict()
+    for key, tensor in second.loss.state_dict().items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6)
+
+
+def test_a_module_that_cannot_be_looked_into_is_called_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = TensorDictModule(nn.Linear(2, 1), in_keys=["a"], out_keys=["b"])
+    assert _compat.passes_tensors_on(network)
+    monkeypatch.delattr(type(network), "_call_module")
+    assert not _compat.passes_tensors_on(network)
+
+
+def test_a_graph_is_compiled_without_the_compiler_that_checks_nothing(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    if not compiler_available(device):
+        pytest.skip("there is no compiler")
+    graph = torch.fx.symbolic_trace(nn.Linear(2, 1, device=device))
+    monkeypatch.delattr(torch._inductor, "compile")
+    given = torch.ones(3, 2, device=device)
+    torch.testing.assert_close(_compat.compile_graph(graph, [given], {})(given), graph(given))
+
+
+def test_compilers_are_looked_for_without_inductors_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "g++" in _compat.host_compilers()
+    monkeypatch.setattr(torch._inductor, "config", object())
+    assert _compat.host_compilers() == ("g++", "clang++")
+
+
+def test_every_look_at_a_tensor_without_a_count_of_writes_sees_a_write() -> None:
+    tensor = torch.zeros(())
+    before = _compat.writes(tensor)
+    assert before == _compat.writes(tensor)
+    assert before != _compat.writes(tensor.fill_(1.0))
+
+    class Countless(Tensor):
+        @property
+        def _version(self) -> int:
+            raise AttributeError
+
+    uncounted = tensor.as_subclass(Countless)
+    assert _compat.writes(uncounted) != _compat.writes(uncounted)
+
+
+def test_an_assertion_without_torchs_own_still_fails(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.delattr(torch, "_assert_async")
+    _compat.assert_on_device(torch.tensor(True, device=device), "fine")
+    with pytest.raises(RuntimeError, match="an action of 7"):
+        _compat.assert_on_device(torch.tensor(False, device=device), "an action of 7")
