@@ -21,7 +21,7 @@ PACKAGE = Path(iql_plugins.__file__).parent
 
 def private_names(path: Path) -> Iterator[str]:
     """What a module takes by a private name from torch, tensordict or torchrl."""
-    modules = {"torch", "tensordict", "torchrl", "numpy"}
+    modules = {"torch", "tensordict", "torchrl", "d3rlpy", "stable_baselines3", "gymnasium", "numpy"}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in modules:
             parts = [*str(node.module).split("."), *(alias.name for alias in node.names)]
@@ -33,7 +33,8 @@ def private_names(path: Path) -> Iterator[str]:
 
 
 def test_private_names_of_dependencies_are_in_one_module() -> None:
-    found = [name for path in PACKAGE.rglob("*.py") if path.name != "_compat.py" for name in private_names(path)]
+    paths = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "adapters").rglob("*.py")]
+    found = [name for path in paths if path.name != "_compat.py" for name in private_names(path)]
     assert found == []
     assert any("_foreach_lerp_" in name for name in private_names(PACKAGE / "_compat.py"))
 

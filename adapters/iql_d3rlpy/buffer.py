@@ -20,6 +20,7 @@ from d3rlpy.dataset import (
 )
 from tensordict.utils import NestedKey
 
+from iql_d3rlpy._compat import picker_settings
 from iql_d3rlpy.batches import observation_keys
 from iql_plugins.data.dataset import REWARD, chunks
 from iql_plugins.data.intake import Part
@@ -231,10 +232,7 @@ class _Columns:
     def __init__(self, buffer: Any, picker: Any) -> None:
         self._buffer = buffer
         self._picker = picker
-        self._frames: int | None = picker._n_frames if isinstance(picker, FrameStackTransitionPicker) else None
-        multi_step = isinstance(picker, MultiStepTransitionPicker)
-        self._n_steps: int = picker._n_steps if multi_step else 1
-        self._gamma: float | None = picker._gamma if multi_step else None
+        self._frames, self._n_steps, self._gamma = picker_settings(picker)
         self._start_over()
 
     def _start_over(self) -> None:

@@ -8,6 +8,7 @@ from d3rlpy.dataset import Episode, InfiniteBuffer, ReplayBufferBase, Transition
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
+from iql_d3rlpy._compat import writer_preprocessor
 from iql_d3rlpy.buffer import Array, FastReplayBuffer
 from iql_plugins.data import load_dataset
 from iql_plugins.data.dataset import require_single_steps
@@ -52,9 +53,8 @@ def to_replay_buffer(
     parts: dict[str, Any] = {}
     if isinstance(source, ReplayBufferBase):
         parts = {"transition_picker": source.transition_picker, "trajectory_slicer": source.trajectory_slicer}
-        # A mixture has no writer.
-        if writer := getattr(source, "_writer", None):
-            parts["writer_preprocessor"] = writer._preprocessor
+        if (preprocessor := writer_preprocessor(source)) is not None:
+            parts["writer_preprocessor"] = preprocessor
         action_size = action_size or source.dataset_info.action_size
     if transition_picker is not None:
         parts["transition_picker"] = transition_picker

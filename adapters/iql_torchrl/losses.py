@@ -14,7 +14,6 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictParams, set_composite_lp_aggregate
 from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor, nn
-from torchrl._utils import rl_warnings
 from torchrl.objectives import LossModule, ValueEstimators
 from torchrl.objectives.utils import build_value_estimator, get_value_estimator_entry
 from torchrl.objectives.value import ValueEstimatorBase
@@ -25,6 +24,7 @@ from iql_plugins.batch import Batch, to_batch_shape
 from iql_plugins.distributions import at_least_float32
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key, shown
 from iql_plugins.value_estimators import ValueEstimator, supported_value_type
+from iql_torchrl import _compat
 
 __all__ = ["DiscreteIQLLoss", "IQLLoss"]
 
@@ -159,7 +159,7 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
         for network, tensors in self._updated().items():
             for name, tensor in tensors.items():
                 kept = before[network][name]
-                if tensor is not kept and torch._has_compatible_shallow_copy_type(kept, tensor):
+                if tensor is not kept and _compat.can_hold(kept, tensor):
                     kept.data = tensor.detach()
                     parameters.replace_leaf(self._network(network), name, kept)
 
@@ -200,7 +200,7 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
 
     def _warn_without_updater(self, stacklevel: int) -> None:
         updated = all(self._has_update_associated.values())
-        if not updated and not torch.compiler.is_compiling() and rl_warnings():
+        if not updated and not torch.compiler.is_compiling() and _compat.warnings_wanted():
             warnings.warn(self.TARGET_NET_WARNING, UserWarning, stacklevel=stacklevel)
 
     def _policy_action(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:

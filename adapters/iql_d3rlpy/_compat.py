@@ -1,0 +1,35 @@
+"""Private names of d3rlpy's objects: each with what happens if it is gone."""
+
+from typing import Any
+
+from d3rlpy.dataset import (
+    FrameStackTransitionPicker,
+    MultiStepTransitionPicker,
+    ReplayBufferBase,
+    TransitionPickerProtocol,
+)
+
+__all__ = ["picker_settings", "writer_preprocessor"]
+
+
+def picker_settings(picker: TransitionPickerProtocol) -> tuple[int | None, int, float | None]:
+    """Frames of a stack, None for none; steps of a transition; the discount of their sum, None for single steps.
+
+    Raises:
+        AttributeError: if d3rlpy does not keep them any more: other transitions would be made.
+    """
+    if isinstance(picker, FrameStackTransitionPicker):
+        return picker._n_frames, 1, None
+    if isinstance(picker, MultiStepTransitionPicker):
+        return None, picker._n_steps, picker._gamma
+    return None, 1, None
+
+
+def writer_preprocessor(buffer: ReplayBufferBase) -> Any:
+    """The preprocessor of what a buffer's writer writes, None for a buffer without a writer, as a mixture is.
+
+    Raises:
+        AttributeError: if d3rlpy does not keep it any more: a copy without it would write other rewards.
+    """
+    writer = getattr(buffer, "_writer", None)
+    return None if writer is None else writer._preprocessor
