@@ -25,7 +25,7 @@ def private_names(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in modules:
             parts = [*str(node.module).split("."), *(alias.name for alias in node.names)]
-            yield from (f"{path.name}: {part}" for part in parts if part.startswith("_"))
+            yield from (f"{path.name}: {part}" for part in parts if part.startswith("_") and part != "__version__")
         elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
             owner = ast.unparse(node.value).partition(".")[0]
             if owner in modules | {"Tensor", "TensorDictModule"}:
