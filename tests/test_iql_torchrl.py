@@ -709,7 +709,7 @@ def test_a_loss_without_an_updater_warns_where_torchrls_does() -> None:
 
 
 def test_the_warning_is_off_where_torchrls_warnings_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (torchrl.objectives.common, iql_torchrl.losses):
+    for module in (torchrl.objectives.common, torchrl._utils):
         monkeypatch.setattr(module, "rl_warnings", lambda: False)
     loss, _ = pair(updated=False)
     loss(batch_of("continuous"))

@@ -9,7 +9,7 @@ from d3rlpy.dataset import (
     TransitionPickerProtocol,
 )
 
-__all__ = ["picker_settings", "writer_preprocessor"]
+__all__ = ["device_name", "picker_settings", "writer_preprocessor"]
 
 
 def picker_settings(picker: TransitionPickerProtocol) -> tuple[int | None, int, float | None]:
@@ -33,3 +33,12 @@ def writer_preprocessor(buffer: ReplayBufferBase) -> Any:
     """
     writer = getattr(buffer, "_writer", None)
     return None if writer is None else writer._preprocessor
+
+
+def device_name(device: Any) -> str:
+    """What d3rlpy makes of its ``device``: True, an index or a name; False and None are the CPU."""
+    if isinstance(device, bool):
+        return "cuda:0" if device else "cpu"
+    if isinstance(device, int):
+        return f"cuda:{device}"
+    return str(device) if device else "cpu"

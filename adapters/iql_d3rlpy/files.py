@@ -8,8 +8,9 @@ from typing import Any, BinaryIO
 
 import torch
 from d3rlpy import __version__
-from d3rlpy.base import LearnableConfigWithShape, _process_device
+from d3rlpy.base import LearnableConfigWithShape
 
+from iql_d3rlpy._compat import device_name
 from iql_d3rlpy.algorithm import BaseIQL, BaseIQLConfig
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
@@ -74,7 +75,7 @@ def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
     # A device that is not there is no fault of the file.
-    torch.empty(0, device=_process_device(device))
+    torch.empty(0, device=device_name(device))
     try:
         with open(path, "rb") as file:
             _check_memo(file)
