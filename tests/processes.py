@@ -1,7 +1,22 @@
-"""Whether processes have ended."""
+"""Programs that run to their end, and whether processes have ended."""
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments: str | Path, folder: Path) -> str:
+    """The output of a Python program in a folder of its own."""
+    environment = os.environ | {"MPLBACKEND": "agg"}
+    finished = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env=environment, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
 def alive(session: int) -> list[int]:

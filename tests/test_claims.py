@@ -7,7 +7,6 @@ import pickle
 import struct
 import subprocess
 import sys
-import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -392,17 +391,10 @@ def nested(depth: int = 10**6) -> str:
 
 @pytest.fixture
 def minari_folder(tmp_path: Path) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pytest.importorskip("minari")
-        from test_data_minari import BOX, TORQUE, episode, minari
+    pytest.importorskip("minari")
+    from minari_helpers import walk
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-            minari.create_dataset_from_buffers(
-                "walk-v0", [episode(3, "T"), episode(2, "c")], observation_space=BOX, action_space=TORQUE
-            )
-    return tmp_path / "walk-v0" / "data"
+    return walk(tmp_path)
 
 
 METADATA: dict[str, tuple[str, Any]] = {

@@ -3,10 +3,8 @@
 import json
 import socket
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,28 +14,10 @@ from tensordict.memmap import MemoryMappedTensor
 from iql_plugins.data import DatasetError, builtin, load_dataset
 from iql_plugins.data.doctor import examine
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    minari = pytest.importorskip("minari")
-    pytest.importorskip("h5py")
-    from gymnasium import spaces
-    from minari.data_collector import EpisodeBuffer
+pytest.importorskip("minari")
 
-BOX = spaces.Box(-np.inf, np.inf, (2,), np.float64)
-TORQUE = spaces.Box(-2.0, 2.0, (1,), np.float32)
-
-
-def episode(length: int, end: str, *, discrete: bool = False, nested: bool = False, start: float = 0.0) -> Any:
-    """An episode that terminates (T), is truncated (c), both (b) or neither (-); observations count steps."""
-    place = np.arange(start, start + length + 1).repeat(2).reshape(-1, 2)
-    flag = np.arange(length) == length - 1
-    return EpisodeBuffer(
-        observations={"place": place, "goal": np.arange(length + 1) % 5} if nested else place,
-        actions=np.arange(length) % 3 if discrete else np.full((length, 1), 0.5, np.float32),
-        rewards=np.arange(length, dtype=np.float64),
-        terminations=flag & (end in "Tb"),
-        truncations=flag & (end in "cb"),
-    )
+from gymnasium import spaces
+from minari_helpers import BOX, episode, make
 
 
 @pytest.fixture
@@ -50,14 +30,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     return tmp_path
-
-
-def make(name: str, episodes: list[Any], observation_space: Any = BOX, action_space: Any = TORQUE) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        minari.create_dataset_from_buffers(
-            name, episodes, observation_space=observation_space, action_space=action_space
-        )
 
 
 def test_a_local_dataset_by_its_id_and_by_its_path(root: Path) -> None:

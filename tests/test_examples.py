@@ -1,26 +1,11 @@
 """The code of the READMEs and the examples run."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT, run
 from safetensors import safe_open
-
-ROOT = Path(__file__).parents[1]
-
-
-def run(*arguments: str | Path, folder: Path) -> str:
-    """The output of a Python program in a folder of its own."""
-    environment = os.environ | {"MPLBACKEND": "agg"}
-    finished = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env=environment, check=False
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
 
 READMES = {
     "README.md": "assert iql.agent.learner.step_count == 100 and action.shape == (5, 1) and model.num_timesteps == 100",

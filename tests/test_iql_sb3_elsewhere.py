@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from test_examples import ROOT, run
+from processes import ROOT, run
 
 pytest.importorskip("stable_baselines3")
 

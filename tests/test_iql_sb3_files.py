@@ -16,9 +16,9 @@ pytest.importorskip("stable_baselines3")
 
 from agents import SPACES, make_agent, make_dataset
 from gymnasium import spaces
+from sb3_helpers import NETWORKS, OBSERVATIONS, RandomEnv, SmallPolicy, Widened
 from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-from test_iql_sb3_spaces import NETWORKS, OBSERVATIONS, RandomEnv, SmallPolicy, Widened
 
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent

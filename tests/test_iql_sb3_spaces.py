@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("stable_baselines3")
 
 from gymnasium import spaces
+from sb3_helpers import NETWORKS, OBSERVATIONS, SMALL, RandomEnv, SmallPolicy, Widened
 from stable_baselines3.common.envs import BitFlippingEnv, IdentityEnv, IdentityEnvBox, SimpleMultiObsEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
@@ -20,31 +21,8 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.spaces import Box, Discrete, Spaces
-from iql_sb3 import IQL, IQLPolicy, MultiInputPolicy
+from iql_sb3 import IQL, MultiInputPolicy
 from iql_sb3.policies import layer_sizes
-
-SMALL: dict[str, Any] = {"batch_size": 8, "buffer_size": 100, "learning_starts": 10, "seed": 0}
-NETWORKS = {"net_arch": [8]}
-
-
-class RandomEnv(gym.Env[Any, Any]):
-    """Random observations of any space; episodes of 8 steps."""
-
-    def __init__(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any] | None = None) -> None:
-        self.observation_space = observation_space
-        self.action_space = action_space or spaces.Box(-1.0, 1.0, (2,))
-        self.steps = 0
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        super().reset(seed=seed)
-        self.observation_space.seed(seed)
-        self.steps = 0
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        assert self.action_space.contains(action), action
-        self.steps += 1
-        return self.observation_space.sample(), float(np.sum(action)), self.steps == 8, False, {}
 
 
 def learned(policy: Any, env: Any, steps: int = 14, **kwargs: Any) -> IQL:
@@ -66,18 +44,6 @@ def reloaded(model: IQL, path: Path) -> IQL:
     expected, _ = model.predict(observation, deterministic=True)
     np.testing.assert_array_equal(loaded.predict(observation, deterministic=True)[0], expected)
     return loaded
-
-
-OBSERVATIONS = {
-    "box": spaces.Box(-1.0, 1.0, (3,)),
-    "matrix": spaces.Box(-1.0, 1.0, (3, 2)),
-    "float64": spaces.Box(-1.0, 1.0, (3,), np.float64),
-    "integers": spaces.Box(0, 5, (3,), np.int64),
-    "bytes": spaces.Box(0, 3, (3,), np.uint8),
-    "discrete": spaces.Discrete(4),
-    "multi-discrete": spaces.MultiDiscrete([3, 2]),
-    "multi-binary": spaces.MultiBinary(5),
-}
 
 
 @pytest.mark.parametrize("name", OBSERVATIONS)
@@ -178,19 +144,6 @@ def test_a_shared_features_extractor_learns_from_the_actors_loss_alone() -> None
         assert (gradient is not None and bool(gradient.any())) == (name == "actor")
 
 
-class Widened(torch.nn.Module):
-    """A features extractor of the user's own."""
-
-    features_dim = 6
-
-    def __init__(self, observation_space: spaces.Box) -> None:
-        super().__init__()
-        self.linear = torch.nn.Linear(observation_space.shape[0], 6)
-
-    def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return self.linear(observations).relu()
-
-
 def test_a_features_extractor_of_the_users_own_is_one_for_each_network(tmp_path: Path) -> None:
     policy_kwargs = {"net_arch": [8], "features_extractor_class": Widened}
     model = learned("MlpPolicy", RandomEnv(spaces.Box(-1.0, 1.0, (3,))), policy_kwargs=policy_kwargs)
@@ -202,13 +155,6 @@ def test_a_features_extractor_of_the_users_own_is_one_for_each_network(tmp_path:
 
 def test_a_policy_class_of_the_users_own(tmp_path: Path) -> None:
     reloaded(learned(SmallPolicy, RandomEnv(spaces.Box(-1.0, 1.0, (3,))), policy_kwargs={}), tmp_path)
-
-
-class SmallPolicy(IQLPolicy):
-    """A policy of the user's own."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "net_arch": [4]})
 
 
 @pytest.mark.parametrize("discrete", [False, True])

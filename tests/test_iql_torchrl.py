@@ -27,20 +27,6 @@ from tensordict.nn import (
     composite_lp_aggregate,
     set_composite_lp_aggregate,
 )
-from test_torchrl_equivalence import (
-    ACTION,
-    ACTIONS,
-    KINDS,
-    NESTED,
-    OBSERVATION,
-    RENAMED,
-    JoinedSequential,
-    assert_equal_results,
-    batch_of,
-    multi_agent_batch,
-    multi_agent_networks,
-    torchrl_networks,
-)
 from torch import Tensor, nn
 from torchrl.data import (
     Categorical,
@@ -71,6 +57,20 @@ from torchrl.modules import (
 )
 from torchrl.objectives import HardUpdate, LossModule, SoftUpdate, ValueEstimators
 from torchrl.objectives.value import TD0Estimator, TD1Estimator, TDLambdaEstimator, ValueEstimatorBase
+from torchrl_helpers import (
+    ACTION,
+    ACTIONS,
+    KINDS,
+    NESTED,
+    OBSERVATION,
+    RENAMED,
+    JoinedSequential,
+    assert_equal_results,
+    batch_of,
+    multi_agent_batch,
+    multi_agent_networks,
+    torchrl_networks,
+)
 
 import iql_plugins
 import iql_torchrl

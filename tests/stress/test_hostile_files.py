@@ -31,8 +31,8 @@ pytest.importorskip("h5py")
 import d3rlpy
 import gymnasium
 import h5py
+from recorded import agent_for, minari_dataset, saved
 from tensordict import NonTensorData, NonTensorStack, TensorDict
-from test_recorded_environments import agent_for, minari_dataset, saved
 
 import iql_sb3
 from iql_plugins.cli import main

@@ -194,15 +194,9 @@ def of_d3rlpy(folder: Path) -> Path:
 
 def of_minari(folder: Path) -> Path:
     pytest.importorskip("minari")
-    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-        warnings.simplefilter("ignore")
-        from test_data_minari import BOX, TORQUE, episode, minari
+    from minari_helpers import walk
 
-        patch.setenv("MINARI_DATASETS_PATH", str(folder))
-        minari.create_dataset_from_buffers(
-            "d-v0", [episode(3, "T"), episode(2, "c")], observation_space=BOX, action_space=TORQUE
-        )
-    return folder / "d-v0" / "data"
+    return walk(folder, "d-v0")
 
 
 def of_tensordict(folder: Path) -> Path:
