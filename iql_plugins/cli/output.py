@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from iql_plugins.cli.errors import imported
+from iql_plugins.documents import finite_json
 
 __all__ = ["Result", "captured_stdout", "json_text", "note", "show", "table"]
 
@@ -54,15 +54,7 @@ def note(text: str) -> None:
 
 def json_text(document: Mapping[str, Any]) -> str:
     """A JSON document; numbers that are not finite are null."""
-    return json.dumps(_finite(document), indent=2, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(finite_json(document), indent=2, allow_nan=False)
 
 
 @contextlib.contextmanager

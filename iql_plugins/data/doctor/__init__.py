@@ -12,6 +12,7 @@ from iql_plugins.data import read, unknown_source
 from iql_plugins.data.dataset import DatasetError, Loaded, Options
 from iql_plugins.data.doctor import actions, borders, episodes, relations, values
 from iql_plugins.data.doctor.view import Finding, View
+from iql_plugins.documents import finite_json
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 __all__ = ["Finding", "Report", "Statistics", "examine"]
@@ -59,7 +60,7 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values; None in place of numbers that are not finite."""
-        document: dict[str, Any] = _json(asdict(self))
+        document: dict[str, Any] = finite_json(asdict(self))
         return document
 
 
@@ -182,14 +183,6 @@ def _bound(name: str, bound: Bound | None, action: Tensor) -> Tensor:
             f"action_{name} must be a number or of shape {list(action.shape[1:])}, got {list(values.shape)}"
         )
     return values.expand(action.shape[1:])
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _CHECKS = (*values.CHECKS, *episodes.CHECKS, *actions.CHECKS, *borders.CHECKS, *relations.CHECKS)
