@@ -1,6 +1,5 @@
 """What is in a dataset, and what is wrong with it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
