@@ -146,8 +146,12 @@ class BatchReader:
                 shapes[key] = tensor.shape if is_row else tensor.shape[:-1]
         if not shapes:
             return given
-        candidates = list(shapes.values())
-        common = max(candidates, key=candidates.count)
+        # Dynamo knows no max() with a key, nor count() of sizes that are symbols.
+        votes = [(sum(shape == other for other in shapes.values()), shape) for shape in shapes.values()]
+        most, common = votes[0]
+        for count, shape in votes[1:]:
+            if count > most:
+                most, common = count, shape
         for key, shape in shapes.items():
             if shape != common:
                 raise ValueError(

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from tensordict import TensorDict
 
 pytest.importorskip("stable_baselines3")
 
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
     CheckpointCallback,
     EvalCallback,
+    ProgressBarCallback,
     StopTrainingOnMaxEpisodes,
     StopTrainingOnNoModelImprovement,
     StopTrainingOnRewardThreshold,
@@ -369,10 +373,7 @@ def test_evaluations_change_nothing_of_what_is_learned(dataset: TensorDict) -> N
 def test_checkpoints_are_written(dataset: TensorDict, tmp_path: Path) -> None:
     model = model_of(dataset=dataset)
     model.learn_offline(4, callback=CheckpointCallback(2, str(tmp_path), save_replay_buffer=True))
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {
-        f"rl_model_{part}{n}_steps.{end}" for n in (2, 4) for part, end in (("", "zip"), ("replay_buffer_", "pkl"))
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {f"rl_model_{n}_steps.zip" for n in (2, 4)}
     assert IQL.load(tmp_path / "rl_model_4_steps").learner.step_count == 4
 
 
@@ -435,6 +436,88 @@ def test_the_logger_has_losses_entropy_and_health(dataset: TensorDict, tmp_path:
         )
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"gradient_steps": -1}, ValueError, "gradient_steps must be at least 0, got -1"),
+        ({"gradient_steps": 1.5}, TypeError, "gradient_steps must be an integer, got 1.5"),
+        ({"gradient_steps": "10"}, TypeError, "gradient_steps must be an integer, got '10'"),
+        ({"gradient_steps": True}, ValueError, "gradient_steps must be at least 0, got True"),
+        ({"gradient_steps": 2, "log_interval": 0}, ValueError, "log_interval must be at least 1, got 0"),
+        ({"gradient_steps": 2, "log_interval": 0.5}, TypeError, "log_interval must be an integer, got 0.5"),
+    ],
+)
+def test_what_is_no_count_is_refused_by_name(
+    arguments: dict[str, Any], error: type[Exception], message: str, dataset: TensorDict
+) -> None:
+    model = model_of(dataset=dataset)
+    with pytest.raises(error, match=re.escape(message)):
+        model.learn_offline(**arguments)
+    assert model.learner.step_count == 0
+    assert model.learn_offline(np.int64(2)).learner.step_count == 2
+
+
+@pytest.mark.parametrize("bar", ["callback", "list"])
+def test_a_progress_bar_of_the_frameworks_counts_gradient_steps(
+    bar: str, dataset: TensorDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    class Bar:
+        def __init__(self, total: int) -> None:
+            assert total == 20
+
+        def update(self, steps: int) -> None:
+            counted.append(steps)
+
+        def refresh(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("stable_baselines3.common.callbacks.tqdm", Bar)
+    model = model_of(make_vec_env("Pendulum-v1", n_envs=4), dataset=dataset)
+    given: dict[str, Any] = {
+        "callback": {"callback": ProgressBarCallback()},
+        "list": {"callback": [ProgressBarCallback()]},
+    }[bar]
+    model.learn_offline(20, **given)
+    assert sum(counted) == 20
+
+
+def test_a_purely_offline_model_has_no_replay_buffer_until_an_environment_comes(
+    dataset: TensorDict, tmp_path: Path
+) -> None:
+    image = spaces.Box(0, 255, (3, 84, 84), np.uint8)
+    model = IQL("CnnPolicy", observation_space=image, action_space=spaces.Discrete(2), device="cpu")
+    assert model.replay_buffer is None
+    offline = model_of(None, dataset=dataset)
+    checkpoints = CheckpointCallback(2, str(tmp_path), save_replay_buffer=True)
+    offline.learn_offline(4, checkpoints)
+    assert {path.suffix for path in tmp_path.iterdir()} == {".zip"}
+    loaded = IQL.load(tmp_path / "rl_model_4_steps")
+    assert loaded.replay_buffer is None
+
+
+def test_an_empty_replay_buffer_is_not_written(dataset: TensorDict, tmp_path: Path) -> None:
+    model = model_of(gym.make("Pendulum-v1"), dataset=dataset, buffer_size=100)
+    model.learn_offline(4, CheckpointCallback(2, str(tmp_path), save_replay_buffer=True))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".zip"}
+    model.learn(5, CheckpointCallback(5, str(tmp_path), save_replay_buffer=True))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".zip", ".pkl"}
+
+
+def test_an_environment_brings_the_replay_buffer() -> None:
+    pendulum = make_vec_env("Pendulum-v1", n_envs=2)
+    spaces_of = {"observation_space": pendulum.observation_space, "action_space": pendulum.action_space}
+    model = model_of(None, n_steps=3, **spaces_of)
+    assert model.replay_buffer is None
+    model.set_env(pendulum)
+    assert isinstance(model.replay_buffer, NStepReplayBuffer)
+    assert model.replay_buffer.n_envs == 2
+    model.learn(20)
+    assert model.replay_buffer.size() == 10
+
+
 def test_looking_at_the_logger_changes_nothing_of_what_is_learned(dataset: TensorDict) -> None:
     kwargs = {"dataset": dataset, "policy_kwargs": {"net_arch": [8], "features_extractor_class": Normalizing}}
     looked, unseen = model_of(**kwargs), model_of(**kwargs)
@@ -447,13 +530,19 @@ def test_tensorboard_reads_the_log(dataset: TensorDict, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    model = model_of(gym.make("Pendulum-v1", max_episode_steps=5), dataset=dataset, tensorboard_log=str(tmp_path))
+    model = model_of(
+        gym.make("Pendulum-v1", max_episode_steps=5), dataset=dataset, tensorboard_log=str(tmp_path), learning_starts=0
+    )
     model.learn_offline(4, log_interval=2)
-    model.learn(20)
-    assert {path.name for path in tmp_path.iterdir()} == {"IQL_offline_1", "IQL_1"}
-    events = EventAccumulator(str(tmp_path / "IQL_offline_1"))
+    model.learn(20, log_interval=1, reset_num_timesteps=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"IQL_1"}
+    events = EventAccumulator(str(tmp_path / "IQL_1"))
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss_qvalue")] == [2, 4]
+    steps = [event.step for event in events.Scalars("train/loss_qvalue")]
+    assert steps[:2] == [2, 4]
+    assert 4 < steps[2] <= 24
+    model.learn(5)
+    assert {path.name for path in tmp_path.iterdir()} == {"IQL_1", "IQL_2"}
 
 
 def test_tensorboard_gets_the_log(dataset: TensorDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

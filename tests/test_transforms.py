@@ -377,3 +377,17 @@ def test_an_infinite_advantage_is_clipped_like_any_other(kind: str, dtype: torch
     torch.testing.assert_close(outputs["loss_actor"], -100.0 * batch["_log_prob"].mean())
     grads = torch.autograd.grad(outputs["loss_actor"], list(loss.actor_network.parameters()))
     assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_a_compiled_loss_takes_batches_of_every_size_without_a_graph_break(
+    kind: str, dynamic: bool | None, device: torch.device
+) -> None:
+    """The last batch of an epoch is short."""
+    torch._dynamo.reset()
+    loss = make_loss(kind).to(device)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="eager")
+    for size in (8, 5, 3):
+        batch = make_batch(kind, (size,), device)
+        torch.testing.assert_close(dict(compiled(batch.copy()).items()), dict(loss(batch.copy()).items()))

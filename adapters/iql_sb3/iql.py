@@ -3,12 +3,13 @@
 import contextlib
 import copy
 import io
+import operator
 import os
 import pathlib
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -285,10 +286,16 @@ class IQL(OffPolicyAlgorithm):
         if agent is not None:
             extra = {"loss": agent.loss, "normalizers": agent.normalizers}
         self.policy_kwargs = {**given, **extra}
+        # Without an environment there is no experience to hold: the buffer is made when one comes.
+        purely_offline = is_stand_in(self.env) and self.replay_buffer is None
+        if purely_offline:
+            self.replay_buffer = cast(Any, False)
         try:
             super()._setup_model()
         finally:
             self.policy_kwargs = given
+            if purely_offline:
+                self.replay_buffer = None
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
         if agent is None:
             self._set_reward_units(self.policy.normalizers)
@@ -411,7 +418,7 @@ class IQL(OffPolicyAlgorithm):
             self.policy.inputs,
             scaled=buffer is not None,
             raw=normalize is not None,
-            n_steps=_steps_of(self.replay_buffer),
+            n_steps=self._steps(),
             device=self.device,
         )
         self._clipped_actions = clipped
@@ -484,6 +491,12 @@ class IQL(OffPolicyAlgorithm):
         finally:
             self.policy.set_training_mode(training)
 
+    def _steps(self) -> int:
+        """Of a transition of the replay buffer that there is, or will be with an environment."""
+        if self.replay_buffer is None and self.replay_buffer_class is NStepReplayBuffer:
+            return self.n_steps
+        return _steps_of(self.replay_buffer)
+
     def _update_learning_rate(self, optimizers: Any = None) -> None:
         self._apply_learning_rates()
         self._logger.record("train/learning_rate", self.learner.learning_rate("critic"))
@@ -539,10 +552,10 @@ class IQL(OffPolicyAlgorithm):
             )
         if self._offline is not None and self._offline.raw != normalized:
             raise ValueError("the environment's VecNormalize came or went: load_dataset(source) again")
-        if self._offline is not None and self._offline.n_steps != _steps_of(self.replay_buffer):
+        if self._offline is not None and self._offline.n_steps != self._steps():
             raise ValueError(
                 f"transitions of the dataset have {self._offline.n_steps} steps, those of the replay buffer "
-                f"{_steps_of(self.replay_buffer)}: load_dataset(source) after load_replay_buffer(path)"
+                f"{self._steps()}: load_dataset(source) after load_replay_buffer(path)"
             )
         self._apply_hyperparameters()
         if self._clipped_actions:
@@ -578,19 +591,21 @@ class IQL(OffPolicyAlgorithm):
         gradient_steps: int,
         callback: MaybeCallback = None,
         log_interval: int | None = 1000,
-        tb_log_name: str = "IQL_offline",
+        tb_log_name: str = "IQL",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> "IQL":
         """Learns from the dataset, or without one from what is in the replay buffer; the environment is not stepped.
 
-        To callbacks, the logger, the progress bar and the schedules a gradient step is a step.
+        To callbacks, the logger, the progress bar and the schedules a gradient step is a step. There is no rollout:
+        ``on_rollout_start`` and ``on_rollout_end`` are not called.
 
         Args:
-            gradient_steps: how many.
+            gradient_steps: how many, at least 0.
             callback: called after each of them.
             log_interval: gradient steps from one line of the log to the next; None writes none.
-            tb_log_name: name of the run for TensorBoard.
+            tb_log_name: name of the run for TensorBoard; :meth:`learn` has the same, and goes on in it with
+                ``reset_num_timesteps=False``.
             reset_num_timesteps: whether to count, and schedule, from the beginning.
             progress_bar: whether to show one.
 
@@ -598,10 +613,14 @@ class IQL(OffPolicyAlgorithm):
             The model.
 
         Raises:
-            ValueError: if there is nothing to learn from, or the replay buffer has values that are not finite, or
-                actions that no clipping explains.
+            TypeError: if ``gradient_steps`` or ``log_interval`` is no integer.
+            ValueError: if one of them is too small, there is nothing to learn from, or the replay buffer has values
+                that are not finite, or actions that no clipping explains.
             DivergenceError: if losses or weights are no longer finite.
         """
+        gradient_steps = _count("gradient_steps", gradient_steps, least=0)
+        if log_interval is not None:
+            log_interval = _count("log_interval", log_interval, least=1)
         total_timesteps, callback = self._setup_learn_offline(
             gradient_steps, callback, tb_log_name, reset_num_timesteps, progress_bar
         )
@@ -655,7 +674,7 @@ class IQL(OffPolicyAlgorithm):
             elif not isinstance(callback, BaseCallback):
                 callback = ConvertCallback(callback)
             callback = CallbackList([callback, _GradientStepBar()])
-        return self._total_timesteps, self._init_callback(callback)
+        return self._total_timesteps, _counting_gradient_steps(self._init_callback(callback))
 
     def _compile(self, gradient_steps: int) -> None:
         """Goes on with compiled losses and gradients where a training is long enough, and the networks are plain."""
@@ -746,11 +765,13 @@ class IQL(OffPolicyAlgorithm):
             holder.observation_space, holder.action_space = env.observation_space, env.action_space
         self._spaces_from_dataset = False
         self.n_envs = env.num_envs
-        hindsight: dict[str, Any] = {"env": env} if isinstance(buffer, HerReplayBuffer) else {}
+        kind = self.replay_buffer_class if buffer is None else type(buffer)
+        assert kind is not None
+        hindsight: dict[str, Any] = {"env": env} if issubclass(kind, HerReplayBuffer) else {}
         if isinstance(buffer, HerReplayBuffer) and filled:
             buffer.env = env
-        elif buffer is not None and not filled:
-            self.replay_buffer = type(buffer)(
+        elif not filled:
+            self.replay_buffer = kind(
                 self.buffer_size,
                 self.observation_space,
                 self.action_space,
@@ -762,6 +783,11 @@ class IQL(OffPolicyAlgorithm):
             )
 
     # Saving, loading and moving
+
+    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
+        """As in any algorithm, but a buffer without a transition is not written: its file would hold 0s alone."""
+        if self.replay_buffer is None or self.replay_buffer.size():
+            super().save_replay_buffer(path)
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "learner", "generator", "_offline", "_rates", "_agent", "_applied"]
@@ -986,6 +1012,27 @@ class _GradientStepBar(ProgressBarCallback):
     def _on_step(self) -> bool:
         self.pbar.update(1)
         return True
+
+
+def _counting_gradient_steps(callback: BaseCallback) -> BaseCallback:
+    """The callback with bars of the framework's replaced: they count a step for each environment."""
+    if isinstance(callback, CallbackList):
+        callback.callbacks = [_counting_gradient_steps(each) for each in callback.callbacks]
+    elif type(callback) is ProgressBarCallback:
+        bar = _GradientStepBar()
+        bar.init_callback(callback.model)
+        return bar
+    return callback
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from error
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    return count
 
 
 def _loaded(source: object, trust_pickle: bool) -> tuple[TensorDictBase, Spaces | None, ReplayBuffer | None]:
