@@ -586,7 +586,7 @@ def test_copies_from_other_algorithms_and_other_networks_are_refused(kind: str, 
     if kind == CONTINUOUS:
         cloned = BCConfig().create(place)
         cloned.create_impl(VECTOR, ACTION)
-        with pytest.raises(ValueError, match="must be an IQL of iql_d3rlpy, got a BCImpl"):
+        with pytest.raises(ValueError, match="must be an IQL of iql_d3rlpy, got a BCImpl of d3rlpy"):
             algorithm.copy_policy_from(cloned)
     assert_same_weights(before, weights(algorithm))
 

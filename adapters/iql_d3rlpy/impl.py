@@ -306,5 +306,8 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
 
 def _of_ours(impl: Any) -> Agent:
     if not isinstance(impl, IQLImpl):
-        raise ValueError(f"the other algorithm must be an IQL of iql_d3rlpy, got a {type(impl).__name__}")
+        kind = type(impl)
+        raise ValueError(
+            f"the other algorithm must be an IQL of iql_d3rlpy, got a {kind.__name__} of {kind.__module__}"
+        )
     return impl.agent
