@@ -67,7 +67,12 @@ def install(monkeypatch: pytest.MonkeyPatch, *entries: Entry | EntryPoint) -> No
 
 
 def test_the_version_and_the_help_are_printed(run: Run) -> None:
-    assert run("--version") == (0, f"iql-plugins {version('iql-plugins')}\n", "")
+    status, out, err = run("--version")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == f"iql-plugins {version('iql-plugins')}"
+    for name in ("torch", "stable-baselines3", "d3rlpy", "torchrl"):
+        assert f"{name} {version(name)}" in out.splitlines()
+    assert json.loads(run("--version", "--json")[1])["packages"]["torch"] == version("torch")
     for command in ((), ("train",), ("evaluate",), ("export",), ("convert",), ("inspect",), ("adapters",)):
         status, out, err = run(*command, "--help")
         assert (status, err) == (0, "")
@@ -87,7 +92,33 @@ def test_the_help_has_no_markup_and_all_hyper_parameters(run: Run) -> None:
 def test_the_version_is_there_without_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; from iql_plugins.cli import main; sys.exit(main(['--version']))"
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert finished.stdout == f"iql-plugins {version('iql-plugins')}\n"
+    assert finished.stdout.startswith(f"iql-plugins {version('iql-plugins')}\n")
+
+
+@pytest.mark.parametrize(
+    ("env", "advice"),
+    [
+        ("Hopper-v4", ": pip install 'iql-plugins[mujoco]'"),
+        ("LunarLander-v3", ": pip install 'gymnasium[box2d]'"),
+        ("CartPole-v1", ": pip install 'gymnasium[classic-control]'"),
+        ("Unknown-v0", ""),
+    ],
+)
+def test_an_environment_whose_package_is_missing_says_what_installs_it(
+    env: str, advice: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gymnasium
+
+    def make(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'imageio'")
+
+    monkeypatch.setattr(gymnasium, "make", make)
+    _, _, err = run("train", "--env", env)
+    assert err.splitlines()[-1].endswith(f"the environment {env!r} cannot be made: No module named 'imageio'{advice}")
+
+
+def test_an_unknown_environment_gets_the_nearest_name(run: Run) -> None:
+    assert "Did you mean: `Pendulum`?" in run("train", "--env", "Pendulm-v1")[2]
 
 
 def test_a_reader_that_goes_away_is_no_error_of_ours() -> None:

@@ -1,10 +1,12 @@
 """The command line. Importing it imports no framework."""
 
+import contextlib
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,6 +18,8 @@ __all__ = ["main"]
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
 COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "adapters")
+#: What `--version` names beside the program and Python.
+VERSIONS = ("torch", "tensordict", "gymnasium", "stable-baselines3", "d3rlpy", "torchrl")
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -91,7 +95,9 @@ def _run(given: Sequence[str]) -> "Result":
     from iql_plugins.cli.output import Result
 
     if "--version" in given:
-        return Result({"version": version(PROGRAM)}, [f"{PROGRAM} {version(PROGRAM)}"])
+        packages = _installed()
+        lines = [f"{name} {number}" for name, number in {PROGRAM: version(PROGRAM), **packages}.items()]
+        return Result({"version": version(PROGRAM), "packages": packages}, ["\n".join(lines)])
     # These take seconds to import.
     from iql_plugins.cli import arguments as options
     from iql_plugins.cli import listings, policies, train
@@ -115,6 +121,15 @@ def _run(given: Sequence[str]) -> "Result":
             return listings.inspect(arguments)
         case options.Adapters():
             return listings.adapters(arguments)
+
+
+def _installed() -> dict[str, str]:
+    """Versions that a report of a bug needs, of what is installed."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _failed(text: str, status: int, write: Write | None) -> int:

@@ -1,6 +1,7 @@
 """Episodes of gymnasium's environments under a policy."""
 
 import contextlib
+import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,7 +125,22 @@ def _make(env: str) -> Any:
         try:
             return gymnasium.make(env, disable_env_checker=True)
         except (gymnasium.error.Error, ImportError) as error:
-            raise UserError(f"the environment {env!r} cannot be made: {' '.join(str(error).split())}") from error
+            # gymnasium's own errors say what to do.
+            hint = _missing(env) if isinstance(error, ImportError) else ""
+            raise UserError(f"the environment {env!r} cannot be made: {' '.join(str(error).split())}{hint}") from error
+
+
+def _missing(env: str) -> str:
+    """What installs the packages of an environment, if it is one of gymnasium's own."""
+    gymnasium = imported("gymnasium")
+    registered = gymnasium.registry.get(env)
+    entry_point = getattr(registered, "entry_point", None)
+    family = re.match(r"gymnasium\.envs\.(\w+)\.", entry_point if isinstance(entry_point, str) else "")
+    if family is None:
+        return ""
+    extra = family[1].replace("_", "-")
+    package = "iql-plugins[mujoco]" if extra == "mujoco" else f"gymnasium[{extra}]"
+    return f": pip install '{package}'"
 
 
 @contextlib.contextmanager

@@ -60,6 +60,22 @@ def learn(change: str) -> dict[str, Any]:
     }
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """The results in Markdown, as ``examples/choosing_hyperparameters.md`` shows them."""
+    names = ("effective_sample_size", "share_at_max_weight", "share_value_above_q", "entropy")
+    lines = [
+        "| change | final return of each seed | effective sample size | at max weight | V above Q | entropy | mean V |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in results:
+        change = f"`{entry['change']}`" if entry["change"] else "none"
+        returns = ", ".join(f"{value:.0f}" for value in entry["final_mean_return"])
+        means = {name: statistics.mean(values) for name, values in entry["health"].items()}
+        cells = [change, returns, *(f"{means[name]:.3f}" for name in names), f"{means['mean_value']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     done = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
     known = {entry["change"] for entry in done}
@@ -67,6 +83,7 @@ def main() -> None:
         done.append(learn(change))
         RESULTS.write_text(json.dumps(done, indent=1) + "\n")
         sys.stdout.write(f"{done[-1]['change'] or 'no change'}: {done[-1]['final_mean_return']}\n")
+    sys.stdout.write(f"{table(done)}\n")
 
 
 if __name__ == "__main__":
