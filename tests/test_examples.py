@@ -1,6 +1,8 @@
 """The code of the READMEs and the examples run."""
 
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,17 @@ def test_every_example_is_run_by_a_test() -> None:
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     for example in (ROOT / "examples").glob("*.py"):
         assert f'"{example.name}"' in tests, example.name
+
+
+def test_the_page_on_hyper_parameters_shows_what_was_measured() -> None:
+    sys.path.insert(0, str(ROOT / "tests" / "learning"))
+    try:
+        from vary import CHANGES, RESULTS, table
+    finally:
+        sys.path.pop(0)
+    results = json.loads(RESULTS.read_text())
+    assert [entry["change"] for entry in results] == CHANGES
+    assert table(results) in (ROOT / "examples" / "choosing_hyperparameters.md").read_text(encoding="utf-8")
 
 
 def test_the_benchmark_of_the_loss_runs(tmp_path: Path) -> None:
