@@ -1,5 +1,6 @@
 """What leaves a model of Stable-Baselines3: exported policies, the command line's contract, RL Zoo3, programs."""
 
+import csv
 import re
 import subprocess
 import sys
@@ -203,6 +204,22 @@ def test_the_zoo_trains_and_enjoys(tmp_path: Path) -> None:
     assert (tmp_path / "logs" / "iql" / "Pendulum-v1_1" / "Pendulum-v1.zip").exists()
     output = run(*common, "enjoy", *options, "-n", "200", "--no-render", folder=tmp_path)
     assert "Mean reward: -" in output
+
+
+@pytest.mark.slow
+def test_the_zoo_searches_hyper_parameters(tmp_path: Path) -> None:
+    pytest.importorskip("rl_zoo3")
+    options = ["--algo", "iql", "--env", "Pendulum-v1", "-f", "logs", "-n", "240", "--seed", "1"]
+    search = ["-optimize", "--n-trials", "10", "--n-evaluations", "1", "--no-optim-plots", "--eval-episodes", "1"]
+    parameters = ["-params", "learning_starts:100", "train_freq:50", "gradient_steps:1"]
+    run("-m", "iql_sb3.zoo", "train", *options, *search, *parameters, folder=tmp_path)
+    report = next((tmp_path / "logs" / "iql").glob("report_Pendulum-v1_10-trials-*.csv"))
+    with report.open() as file:
+        trials = list(csv.DictReader(file))
+    assert len(trials) == 10
+    assert len({trial["params_temperature"] for trial in trials}) == 10
+    assert {trial["state"] for trial in trials} <= {"COMPLETE", "PRUNED"}
+    assert any(trial["state"] == "COMPLETE" for trial in trials)
 
 
 # Programs

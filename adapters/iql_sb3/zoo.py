@@ -1,6 +1,7 @@
 """RL Zoo3 with IQL among its algorithms: ``python -m iql_sb3.zoo train --algo iql --env Pendulum-v1``, and ``enjoy``.
 
-Everything else is the Zoo's: ``--help`` after ``train`` or ``enjoy`` shows it.
+Everything else is the Zoo's: ``--help`` after ``train`` or ``enjoy`` shows it. ``train -optimize`` searches
+hyper-parameters. The scripts that plot read the logs of any algorithm: ``python -m rl_zoo3.cli plot_train -a iql``.
 """
 
 import importlib
@@ -8,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from iql_sb3.iql import IQL
 
-__all__ = ["HYPERPARAMETERS", "main", "register"]
+__all__ = ["HYPERPARAMETERS", "main", "register", "sample"]
 
 NAME = "iql"
 SCRIPTS = ("train", "enjoy")
@@ -20,12 +22,35 @@ HYPERPARAMETERS = Path(__file__).parent / "hyperparams" / f"{NAME}.yml"
 
 
 def register() -> None:
-    """Adds IQL to the Zoo's algorithms.
+    """Adds IQL to the Zoo's algorithms, and to those whose hyper-parameters it searches.
 
     Raises:
         ImportError: if the Zoo, or what it needs, is missing; says how to install it.
     """
     _zoo("rl_zoo3").ALGOS[NAME] = IQL
+    search = _zoo("rl_zoo3.hyperparams_opt")
+    search.HYPERPARAMS_CONVERTER[NAME] = search.convert_offpolicy_params
+    search.HYPERPARAMS_SAMPLER[NAME] = lambda trial, *_: search.convert_offpolicy_params(sample(trial))
+
+
+def sample(trial: Any) -> dict[str, Any]:
+    """Hyper-parameters of a trial, as ``rl_zoo3.hyperparams_opt.convert_offpolicy_params`` takes them.
+
+    Discount, batch size, rate, target update and widths have the Zoo's ranges for SAC; expectile and temperature reach
+    from the mean, and almost behaviour cloning, to beyond what the papers use.
+
+    Args:
+        trial: of Optuna.
+    """
+    return {
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.03, log=True),
+        "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 10),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
+        "tau": trial.suggest_float("tau", 1e-3, 0.08, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
+        "expectile": trial.suggest_float("expectile", 0.5, 0.95),
+        "temperature": trial.suggest_float("temperature", 0.1, 30.0, log=True),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
