@@ -4,12 +4,13 @@ What is public and does as well is used in place of them. Modules' registries (`
 ``_modules``, hooks) are not here: ``torch.nn.Module`` saves and copies by them, and they are read as attributes.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 __all__ = [
     "assert_on_device",
@@ -21,7 +22,6 @@ __all__ = [
     "lerp_all",
     "mode_options",
     "passes_tensors_on",
-    "unwrapped",
     "writes",
 ]
 
@@ -53,30 +53,27 @@ def in_transform() -> bool:
     return peek is not None and peek() is not None
 
 
-def unwrapped(tensor: Tensor) -> Tensor:
-    """A tensor without the levels of ``torch.vmap``, which has no rule for an assertion."""
-    is_batched, unwrap = _functorch("is_batchedtensor"), _functorch("get_unwrapped")
-    while is_batched is not None and unwrap is not None and is_batched(tensor):
-        tensor = unwrap(tensor)
-    return tensor
-
-
-def _functorch(name: str) -> Callable[..., Any] | None:
-    return getattr(getattr(torch._C, "_functorch", None), name, None)
-
-
 def assert_on_device(condition: Tensor, message: str) -> None:
-    """Asserts where the tensor is, without a wait for it.
+    """Asserts that all of a tensor is True, where it is, without a wait for it.
 
-    ``torch._assert_async`` has no public name. Without it a graph cannot check, and anything else waits.
+    ``torch._assert_async`` has no public name, and no rule for what ``torch.vmap`` maps over, which is asserted at
+    once. Without the names that this takes a graph, or what is mapped, is not checked, and anything else waits.
 
     Raises:
         RuntimeError: at once on a CPU, at the next synchronisation on a GPU.
     """
-    if hasattr(torch, "_assert_async"):
-        torch._assert_async(condition, message)
-    elif not torch.compiler.is_compiling() and not condition:
+    is_batched, unwrap = _functorch("is_batchedtensor"), _functorch("get_unwrapped")
+    while is_batched is not None and unwrap is not None and is_batched(condition):
+        condition = unwrap(condition)
+    recorded = torch.compiler.is_compiling() or get_proxy_mode() is not None
+    if hasattr(torch, "_assert_async") and (is_batched is not None or not recorded):
+        torch._assert_async(condition.all(), message)
+    elif not recorded and not in_transform() and not condition.all():
         raise RuntimeError(message)
+
+
+def _functorch(name: str) -> Callable[..., Any] | None:
+    return getattr(getattr(torch._C, "_functorch", None), name, None)
 
 
 def lerp_all(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
@@ -100,14 +97,14 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
             target.copy_(source)
 
 
-def writes(tensor: Tensor) -> Hashable:
-    """Another value after each write into the tensor; without torch's count of them, another one each time."""
-    return getattr(tensor, "_version", object())
+def writes(tensor: Tensor) -> int | None:
+    """How often the tensor was written into; None where torch does not count it."""
+    return getattr(tensor, "_version", None)
 
 
 def mode_options() -> Mapping[str, Mapping[str, Any]]:
     """Inductor's options for each ``mode`` of :func:`torch.compile`, whose documentation names this function."""
-    return torch._inductor.list_mode_options()
+    return getattr(torch._inductor, "list_mode_options", dict)()
 
 
 def compile_graph(graph: nn.Module, examples: Sequence[Tensor], options: Mapping[str, Any]) -> Callable[..., Any]:

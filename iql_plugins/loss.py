@@ -858,8 +858,7 @@ def _check_values(valid: Tensor, action: Tensor, expected: str) -> None:
         return
     # A graph that is traced or captured cannot read a value on the host.
     if torch.compiler.is_compiling() or get_proxy_mode() is not None or valid.device.type != "cpu":
-        # What torch.vmap maps over is asserted at once.
-        _compat.assert_on_device(_compat.unwrapped(valid).all(), expected)
+        _compat.assert_on_device(valid, expected)
     elif not _compat.in_transform() and not valid.all():
         row = tuple(int(i) for i in (~valid).nonzero()[0])
         raise ValueError(f"{expected}, got {action[row].tolist()} in row {row[0] if row else 0}")

@@ -93,13 +93,12 @@ class _Population:
         # Last: nothing above changes an agent.
         self._each(lambda index, tensor, stack: stack.detach()[index])
         self._bound = False
-        for learner in self.learners:
-            learner.settle_rates()
         first = self.learners[0]
         self._actor_rate, self._horizon = first.rates()["actor"], first.actor_schedule_steps
         self._max_grad_norm, self._tau = first.max_grad_norm, first.target_updater.tau
         self._step_count = first.step_count
         self._shown: float | None = None
+        self._stepped = False
         self._sums = torch.zeros(len(agents), 4, device=agents[0].device)
         self._counts = [0] * len(agents)
         self._batch: dict[str, Tensor] = {}
@@ -130,6 +129,10 @@ class _Population:
     def step(self, batch: dict[str, Tensor]) -> None:
         """One gradient step of every agent, on a batch like the one of :meth:`prepare`."""
         self._check_steps()
+        if not self._stepped:
+            self._stepped = True
+            for learner in self.learners:
+                learner.settle_rates()
         for tensor in self._tensors.values():
             tensor.grad = None
         with torch.no_grad():

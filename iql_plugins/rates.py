@@ -1,7 +1,7 @@
 """Learning rates: what is set, what schedules make of it, and what users write into an optimiser's groups."""
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class _Seen(NamedTuple):
     """A group's ``"lr"``: who writes a number puts another object there, who writes into a tensor counts it up."""
 
     rate: Any
-    version: Hashable
+    version: int | None
     value: float
 
 
@@ -164,7 +164,7 @@ class Rates:
         """The rate that was set last, in the group or by :meth:`set`."""
         if name in self._places:
             rate, seen = self.group(name)["lr"], self._seen[name]
-            if rate is not seen.rate or _version(rate) != seen.version:
+            if rate is not seen.rate or _written(rate, seen):
                 value = float(rate)
                 self._rates[name] = Rate(_checked(value, f"in the {name}'s group "), None)
                 self._note(name, value)
@@ -196,5 +196,12 @@ def _checked(rate: float, where: str = "") -> float:
     return rate
 
 
-def _version(rate: Any) -> Hashable:
+def _written(rate: Any, seen: _Seen) -> bool:
+    """Whether somebody wrote into the tensor of a rate. Where writes are not counted, its value tells."""
+    version = _version(rate)
+    given = torch.tensor(seen.value, dtype=rate.dtype).item() if version is None else None
+    return version != seen.version or (version is None and float(rate) != given)
+
+
+def _version(rate: Any) -> int | None:
     return _compat.writes(rate) if isinstance(rate, Tensor) else 0

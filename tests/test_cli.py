@@ -101,6 +101,7 @@ def test_the_version_is_there_without_torch() -> None:
         ("Hopper-v4", ": pip install 'iql-plugins[mujoco]'"),
         ("LunarLander-v3", ": pip install 'gymnasium[box2d]'"),
         ("CartPole-v1", ": pip install 'gymnasium[classic-control]'"),
+        ("phys2d/CartPole-v1", ""),
         ("Unknown-v0", ""),
     ],
 )

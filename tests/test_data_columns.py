@@ -138,7 +138,7 @@ def test_trajectories_of_ogbench_without_next_observations(write: Callable[[Arra
 
 def test_masks_that_make_time_outs_of_all_terminals_are_refused(write: Callable[[Arrays], Path]) -> None:
     """D4RL's terminals with a column of ones beside them would lose every terminal state without a word."""
-    with pytest.raises(DatasetError, match="none of the 2 'terminals' would be a terminal state: drop 'masks' if"):
+    with pytest.raises(DatasetError, match="'terminals', 2 of them, would be no terminal states: drop 'masks' if"):
         load_dataset(write(arrays(masks=[1] * 5, terminals=[0, 1, 0, 1, 0])))
     data = load_dataset(write(arrays(masks=[1] * 5, timeouts=[0, 1, 0, 1, 0])))
     assert flags(data, "done") == [0, 1, 0, 1, 0]

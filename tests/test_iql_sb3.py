@@ -478,10 +478,13 @@ def test_a_progress_bar_of_the_frameworks_counts_gradient_steps(
     model = model_of(make_vec_env("Pendulum-v1", n_envs=4), dataset=dataset)
     given: dict[str, Any] = {
         "callback": {"callback": ProgressBarCallback()},
-        "list": {"callback": [ProgressBarCallback()]},
+        "list": {"callback": CallbackList([ProgressBarCallback()])},
     }[bar]
     model.learn_offline(20, **given)
     assert sum(counted) == 20
+    # The user's own, online, counts as the framework's does.
+    model.learn(20, **given)
+    assert sum(counted) == 40
 
 
 def test_a_purely_offline_model_has_no_replay_buffer_until_an_environment_comes(
@@ -496,6 +499,48 @@ def test_a_purely_offline_model_has_no_replay_buffer_until_an_environment_comes(
     assert {path.suffix for path in tmp_path.iterdir()} == {".zip"}
     loaded = IQL.load(tmp_path / "rl_model_4_steps")
     assert loaded.replay_buffer is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"n_steps": 3},
+        {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.99}},
+        {"replay_buffer_class": NStepReplayBuffer},
+    ],
+)
+def test_a_dataset_has_the_steps_of_the_buffer_that_an_environment_will_bring(
+    arguments: dict[str, Any], dataset: TensorDict
+) -> None:
+    env = make_vec_env("Pendulum-v1")
+    spaces_of = {"observation_space": env.observation_space, "action_space": env.action_space}
+    model = model_of(None, dataset=dataset, learning_starts=0, **spaces_of, **arguments)
+    model.learn_offline(2)
+    model.set_env(env)
+    assert isinstance(model.replay_buffer, NStepReplayBuffer)
+    assert model._offline is not None
+    assert model._offline.n_steps == model.replay_buffer.n_steps == 3
+    model.learn(10)
+
+
+def test_what_is_saved_by_hand_is_written_though_it_is_empty(dataset: TensorDict, tmp_path: Path) -> None:
+    model = model_of(dataset=dataset)
+    (tmp_path / "buffer.pkl").write_bytes(b"of another run")
+    model.learn_offline(2)
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert model.replay_buffer is not None
+    assert model.replay_buffer.size() == 0
+
+
+def test_a_rate_that_was_written_after_a_schedule_is_that_of_a_model_from_the_agent(dataset: TensorDict) -> None:
+    model = model_of(dataset=dataset, learning_rate=lambda left: 3e-4 * left, gradient_steps=1)
+    model.learn_offline(2000, log_interval=None)
+    for group in model.policy.optimizer.param_groups:
+        group["lr"] = 1e-3
+    other = IQL.from_agent(model.to_agent())
+    for network in ("critic", "value"):
+        assert other.learner.learning_rate(network) == pytest.approx(1e-3)
 
 
 def test_an_empty_replay_buffer_is_not_written(dataset: TensorDict, tmp_path: Path) -> None:

@@ -302,6 +302,30 @@ def test_agents_that_train_together_keep_what_was_written() -> None:
         fit_together(together, dataset, 1)
 
 
+def test_a_training_together_of_no_step_takes_nothing_for_written() -> None:
+    dataset = make_dataset(SPACES["continuous"])
+    agents = [make_agent("continuous", actor_schedule="cosine", n_steps=20) for _ in range(2)]
+    for agent in agents:
+        agent.fit(dataset, 19)
+        write(agent.learner, "actor", 1e-3)
+    fit_together(agents, dataset, 0)
+    for agent in agents:
+        agent.learner.actor_schedule_steps = 1000
+        assert agent.learner.learning_rate("actor") == 1e-3
+
+
+@pytest.mark.parametrize("rate", [0.25, None])
+def test_rates_are_seen_where_writes_are_not_counted(rate: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iql_plugins._compat.writes", lambda tensor: None)
+    learner = make_learner(actor_schedule_steps=10, make_optimizers=tensor_rates)
+    for taken in range(9):
+        if rate is not None and taken == 4:
+            fill(learner, "actor", rate)
+        step(learner)
+    expected = 1e-2 * cosine_decay(8, 10) if rate is None else rate * cosine_decay(8, 10) / cosine_decay(4, 10)
+    assert float(group_of(learner, "actor")["lr"]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_what_is_written_while_agents_train_together_counts_from_the_next_call() -> None:
     dataset = make_dataset(SPACES["continuous"])
     agents = [make_agent("continuous") for _ in range(2)]

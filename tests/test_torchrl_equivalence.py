@@ -35,6 +35,7 @@ from torchrl_helpers import (
 )
 
 import iql_plugins
+import iql_torchrl
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
 
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater has been associated:UserWarning")
@@ -489,3 +490,13 @@ def test_targets_of_agents_along_trajectories_equal_torchrls(name: str, hyperpar
     if hyperparams.get("time_dim", 0) >= 0 and (hyperparams or name == "TD0"):
         of_ours, of_theirs = (loss(**keywords(batch)) for loss in losses)
         torch.testing.assert_close(of_ours, of_theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_actions_that_are_not_one_hot_are_weights_in_the_adapter_as_in_torchrl_and_refused_by_the_core() -> None:
+    ours, theirs = pair("one-hot", lambda: torchrl_networks("one-hot"))
+    batch = batch_of("one-hot")
+    batch["action"] = torch.tensor([[1, 1, 0], [0, 0, 1], [0, 1, 1], [1, 0, 0]])[:, : batch["action"].shape[-1]]
+    adapter = iql_torchrl.DiscreteIQLLoss.from_core(ours)
+    assert_equal_results((adapter, theirs), batch)
+    with pytest.raises(ValueError, match="must be one-hot"):
+        ours(batch)

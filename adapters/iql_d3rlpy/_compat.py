@@ -1,15 +1,18 @@
 """Private names of d3rlpy's objects: each with what happens if it is gone."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from d3rlpy.dataset import (
+    BufferProtocol,
     FrameStackTransitionPicker,
+    MixedReplayBuffer,
     MultiStepTransitionPicker,
     ReplayBufferBase,
     TransitionPickerProtocol,
 )
 
-__all__ = ["device_name", "picker_settings", "writer_preprocessor"]
+__all__ = ["device_name", "picker_settings", "transitions", "writer_preprocessor"]
 
 
 def picker_settings(picker: TransitionPickerProtocol) -> tuple[int | None, int, float | None]:
@@ -31,8 +34,7 @@ def writer_preprocessor(buffer: ReplayBufferBase) -> Any:
     Raises:
         AttributeError: if d3rlpy does not keep it any more: a copy without it would write other rewards.
     """
-    writer = getattr(buffer, "_writer", None)
-    return None if writer is None else writer._preprocessor
+    return None if isinstance(buffer, MixedReplayBuffer) else buffer._writer._preprocessor
 
 
 def device_name(device: Any) -> str:
@@ -42,3 +44,9 @@ def device_name(device: Any) -> str:
     if isinstance(device, int):
         return f"cuda:{device}"
     return str(device) if device else "cpu"
+
+
+def transitions(buffer: BufferProtocol) -> Sequence[tuple[Any, int]]:
+    """An episode and a step for each transition, in the order of their coming: to index them takes a queue's time."""
+    held: Sequence[tuple[Any, int]] = buffer._transitions
+    return held

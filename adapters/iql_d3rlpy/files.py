@@ -75,7 +75,8 @@ def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file {os.fspath(path)!r}")
     # A device that is not there is no fault of the file.
-    torch.empty(0, device=device_name(device))
+    device = device_name(device)
+    torch.empty(0, device=device)
     try:
         with open(path, "rb") as file:
             _check_memo(file)

@@ -2,13 +2,15 @@
 
 import contextlib
 import copy
+import inspect
 import io
 import operator
 import os
 import pathlib
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
@@ -237,6 +239,7 @@ class IQL(OffPolicyAlgorithm):
         self._generator_state: tuple[str, Any] | None = None
         self._agent: Agent | None = None
         self._offline: datasets.OfflineData | None = None
+        self._learns_offline = False
         # Of the data that were taken last, until the logger has been told.
         self._clipped_actions = 0
         self._applied: tuple[Any, ...] | None = None
@@ -322,11 +325,11 @@ class IQL(OffPolicyAlgorithm):
         if agent is not None:
             self._starts = {name: _start(schedule) for name, schedule in self._rates.items()}
             # A schedule that brought it there is not this model's: the rate is.
-            rates = self.learner.base_rates()
             for group in self.policy.optimizer.param_groups:
-                if (factor := group.get("schedule", 1.0)) != 1.0:
+                if group.get("schedule", 1.0) != 1.0:
+                    rate = self.learner.learning_rate(group["name"])
                     self.learner.set_schedule(group["name"], 1.0)
-                    self.learner.set_learning_rate(group["name"], factor * rates[group["name"]])
+                    group["lr"] = rate
         elif not loaded:
             self._apply_learning_rates()
 
@@ -493,9 +496,11 @@ class IQL(OffPolicyAlgorithm):
 
     def _steps(self) -> int:
         """Of a transition of the replay buffer that there is, or will be with an environment."""
-        if self.replay_buffer is None and self.replay_buffer_class is NStepReplayBuffer:
-            return self.n_steps
-        return _steps_of(self.replay_buffer)
+        kind = self.replay_buffer_class
+        if self.replay_buffer is not None or kind is None or not issubclass(kind, NStepReplayBuffer):
+            return _steps_of(self.replay_buffer)
+        default = inspect.signature(kind.__init__).parameters.get("n_steps")
+        return int(self.replay_buffer_kwargs.get("n_steps", 1 if default is None else default.default))
 
     def _update_learning_rate(self, optimizers: Any = None) -> None:
         self._apply_learning_rates()
@@ -628,15 +633,20 @@ class IQL(OffPolicyAlgorithm):
         # Callbacks that count episodes read it.
         dones = np.zeros(self.n_envs, dtype=bool)
         callback.on_training_start(locals(), globals())
-        while self.num_timesteps < total_timesteps:
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-            self._train(1, self.batch_size, offline_ratio)
-            self.num_timesteps += 1
-            callback.update_locals(locals())
-            if not callback.on_step():
-                break
-            if log_interval is not None and self.num_timesteps % log_interval == 0:
-                self.dump_logs()
+        self._learns_offline = True
+        try:
+            with _bars_count_gradient_steps(callback):
+                while self.num_timesteps < total_timesteps:
+                    self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
+                    self._train(1, self.batch_size, offline_ratio)
+                    self.num_timesteps += 1
+                    callback.update_locals(locals())
+                    if not callback.on_step():
+                        break
+                    if log_interval is not None and self.num_timesteps % log_interval == 0:
+                        self.dump_logs()
+        finally:
+            self._learns_offline = False
         if self.num_timesteps:
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
         self.learner.check_finite()
@@ -673,8 +683,8 @@ class IQL(OffPolicyAlgorithm):
                 callback = CallbackList(callback)
             elif not isinstance(callback, BaseCallback):
                 callback = ConvertCallback(callback)
-            callback = CallbackList([callback, _GradientStepBar()])
-        return self._total_timesteps, _counting_gradient_steps(self._init_callback(callback))
+            callback = CallbackList([callback, ProgressBarCallback()])
+        return self._total_timesteps, self._init_callback(callback)
 
     def _compile(self, gradient_steps: int) -> None:
         """Goes on with compiled losses and gradients where a training is long enough, and the networks are plain."""
@@ -785,13 +795,14 @@ class IQL(OffPolicyAlgorithm):
     # Saving, loading and moving
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        """As in any algorithm, but a buffer without a transition is not written: its file would hold 0s alone."""
-        if self.replay_buffer is None or self.replay_buffer.size():
-            super().save_replay_buffer(path)
+        """As in any algorithm, but that callbacks of :meth:`learn_offline` do not write a buffer that holds nothing."""
+        if self._learns_offline and self.replay_buffer is not None and not self.replay_buffer.size():
+            return
+        super().save_replay_buffer(path)
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "learner", "generator", "_offline", "_rates", "_agent", "_applied"]
-        own += ["_clipped_actions"]
+        own += ["_clipped_actions", "_learns_offline"]
         return super()._excluded_save_params() + own
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
@@ -832,9 +843,10 @@ class IQL(OffPolicyAlgorithm):
         self._generator_state = (self.generator.device.type, self.generator.get_state().numpy())
         content = io.BytesIO()
         super().save(content, exclude, include)
+        behind = bool(self._normalized_by_env) or self._vec_normalize_env is not None
         # A model that cannot be described is saved all the same.
         with contextlib.suppress(TypeError, ValueError):
-            add_agent(content, self._as_agent(), self.policy, normalized_by_env=bool(self._normalized_by_env))
+            add_agent(content, self._as_agent(), self.policy, normalized_by_env=behind)
         if not isinstance(path, str | pathlib.Path):
             path.write(content.getbuffer())
             return
@@ -1006,23 +1018,28 @@ class _LearnerState:
         self._learner.load_state_dict(state if strict else {**self._learner.state_dict(), **state})
 
 
-class _GradientStepBar(ProgressBarCallback):
-    """A gradient step is one step, however many environments there are."""
-
-    def _on_step(self) -> bool:
-        self.pbar.update(1)
-        return True
+def _count_one(bar: ProgressBarCallback) -> bool:
+    bar.pbar.update(1)
+    return True
 
 
-def _counting_gradient_steps(callback: BaseCallback) -> BaseCallback:
-    """The callback with bars of the framework's replaced: they count a step for each environment."""
-    if isinstance(callback, CallbackList):
-        callback.callbacks = [_counting_gradient_steps(each) for each in callback.callbacks]
-    elif type(callback) is ProgressBarCallback:
-        bar = _GradientStepBar()
-        bar.init_callback(callback.model)
-        return bar
-    return callback
+@contextlib.contextmanager
+def _bars_count_gradient_steps(callback: BaseCallback) -> Iterator[None]:
+    """Inside, progress bars of the framework's count one for each step, and not one for each environment."""
+    found, bars = [callback], []
+    while found:
+        each = found.pop()
+        if isinstance(each, CallbackList):
+            found += each.callbacks
+        elif type(each) is ProgressBarCallback:
+            bars.append(each)
+    for bar in bars:
+        vars(bar)["_on_step"] = partial(_count_one, bar)
+    try:
+        yield
+    finally:
+        for bar in bars:
+            vars(bar).pop("_on_step", None)
 
 
 def _count(name: str, value: Any, least: int) -> int:

@@ -373,4 +373,24 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
 
 
 class DiscreteIQLLoss(iql_plugins.DiscreteIQLLoss, IQLLoss):
-    """:class:`iql_plugins.DiscreteIQLLoss` as TorchRL's ``LossModule``: see :class:`IQLLoss`."""
+    """:class:`iql_plugins.DiscreteIQLLoss` as TorchRL's ``LossModule``: see :class:`IQLLoss`.
+
+    Actions of the space ``"one-hot"`` are weights of the critics' values, as in TorchRL, and are not checked to be
+    one-hot.
+    """
+
+    def _chosen(self, values: Tensor, batch: Batch, shape: Size) -> Tensor:
+        if self.action_space == "categorical":
+            return super()._chosen(values, batch, shape)
+        key = self.tensor_keys.action
+        action = batch.tensors[key]
+        if values.shape[1:-1] != shape or action.shape != values.shape[1:]:
+            # Whatever is wrong, the core says it.
+            return super()._chosen(values, batch, shape)
+        batch.action_index = action.long().argmax(-1)
+        return (values * action.to(values.dtype)).sum(-1)
+
+    def _policy_action(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
+        action = super()._policy_action(batch, distribution, shape)
+        given = batch.tensors[self.tensor_keys.action]
+        return given.to(action.dtype) if self.action_space == "one-hot" and action.shape == given.shape else action

@@ -5,6 +5,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import metadata
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,6 +140,8 @@ def _missing(env: str) -> str:
     if family is None:
         return ""
     extra = family[1].replace("_", "-")
+    if extra not in (metadata("gymnasium").get_all("Provides-Extra") or ()):
+        return ""
     package = "iql-plugins[mujoco]" if extra == "mujoco" else f"gymnasium[{extra}]"
     return f": pip install '{package}'"
 

@@ -232,9 +232,9 @@ class Transitions:
             if given.keys() == {"terminals", "masks"} and self._called("terminals") == "terminals":
                 if masks.all() and given["terminals"].any():
                     raise DatasetError(
-                        f"{self.name}: 'masks' is 1 in every row, so that none of the {int(given['terminals'].sum())} "
-                        "'terminals' would be a terminal state: drop 'masks' if they are, rename 'terminals' to "
-                        "'timeouts' if they are not"
+                        f"{self.name}: 'masks' is 1 in every row, so that 'terminals', {int(given['terminals'].sum())} "
+                        "of them, would be no terminal states: drop 'masks' if they are, as in D4RL's files; rename "
+                        "'terminals' to 'timeouts' if they are not, as in a task of OGBench's that no row solves"
                     )
                 return ~masks, given["terminals"] & masks
             agree(given.get("terminals", ~masks) == ~masks)
