@@ -481,7 +481,14 @@ def environment() -> dict[str, str]:
 def start(*arguments: str | Path) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "iql_plugins.cli", "train", *map(str, arguments)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+        # Who runs the tests in a shell's background ignores Ctrl-C, and so would all that they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

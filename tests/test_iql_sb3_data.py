@@ -293,7 +293,7 @@ def test_normalisation_comes_from_the_dataset_and_is_needed() -> None:
 def test_a_dataset_has_transitions_of_several_steps_as_the_replay_buffer_has(shift: float) -> None:
     options = {"n_steps": 3, "gamma": 0.5, "reward_scale": 0.1, "reward_shift": shift}
     model = model_of(filled_buffer(), **options)
-    assert isinstance(model.replay_buffer, NStepReplayBuffer)
+    assert model.replay_buffer_class is NStepReplayBuffer
     model.replay_buffer = filled_buffer(buffer_class=NStepReplayBuffer, n_steps=3, gamma=0.5)
     index = torch.tensor([0, 5, 7, 8, 9, 18, 19, 27, 28, 29])
     normalization = model._normalization()

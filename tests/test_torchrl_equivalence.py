@@ -495,7 +495,7 @@ def test_targets_of_agents_along_trajectories_equal_torchrls(name: str, hyperpar
 def test_actions_that_are_not_one_hot_are_weights_in_the_adapter_as_in_torchrl_and_refused_by_the_core() -> None:
     ours, theirs = pair("one-hot", lambda: torchrl_networks("one-hot"))
     batch = batch_of("one-hot")
-    batch["action"] = torch.tensor([[1, 1, 0], [0, 0, 1], [0, 1, 1], [1, 0, 0]])[:, : batch["action"].shape[-1]]
+    batch["action"] = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1], [1, 0, 0, 0]])
     adapter = iql_torchrl.DiscreteIQLLoss.from_core(ours)
     assert_equal_results((adapter, theirs), batch)
     with pytest.raises(ValueError, match="must be one-hot"):

@@ -22,6 +22,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, check_for_correct_spaces, configure_logger
 from stable_baselines3.common.vec_env import VecEnv
@@ -294,6 +295,10 @@ class IQL(OffPolicyAlgorithm):
         if purely_offline:
             self.replay_buffer = cast(Any, False)
         try:
+            if purely_offline:
+                # A buffer would refuse spaces that it cannot hold; these are the framework's own errors.
+                get_obs_shape(self.observation_space)
+                get_action_dim(self.action_space)
             super()._setup_model()
         finally:
             self.policy_kwargs = given
