@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from agents import SPACES, make_agent, make_dataset, same, weights
+from requirements import needs_proc
 from tensordict import TensorDict
 
 import iql_plugins
@@ -110,7 +111,7 @@ print((max(seen) - before) / sum(tensor.nbytes for tensor in data.values(True, T
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="reads its resident memory from /proc, which Linux alone has")
+@needs_proc
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_a_million_transitions_take_their_packed_size_once(name: str) -> None:
     # In a process of its own, where nothing has left memory to take from.

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from requirements import needs_proc
 
 from iql_plugins import checkpoint, limits
 from iql_plugins.data import load_dataset
@@ -25,7 +26,7 @@ gymnasium = pytest.importorskip("gymnasium")
 
 from agents import make_agent  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures by /proc, which Linux has")
+pytestmark = needs_proc
 
 #: Address space beyond that of the process with all packages imported; half of what the smallest claim takes.
 MOST_BYTES = 2**30

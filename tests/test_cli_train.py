@@ -19,6 +19,7 @@ import pytest
 import short_pendulum  # noqa: F401
 import torch
 from processes import alive, assert_all_end
+from requirements import data_of_others, needs_compiler, needs_proc
 
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
@@ -28,7 +29,6 @@ from iql_plugins.cli.output import Result
 from iql_plugins.cli.settings import CHANGEABLE, Settings, Unit, available_cores
 from iql_plugins.cli.training import SELECTION_SEED, adapter_training, metrics_rows
 from iql_plugins.config import IQLConfig
-from iql_plugins.gradients import compiler_available
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 ENV = "short_pendulum:ShortPendulum-v0"
@@ -505,7 +505,7 @@ def long_run(tmp_path: Path) -> tuple[list[str], Path]:
     return options, tmp_path / "run"
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc, which Linux alone has")
+@needs_proc
 def test_kill_9_leaves_no_process_and_a_run_that_goes_on_bit_for_bit(
     run: Run, long_run: tuple[list[str], Path], tmp_path: Path
 ) -> None:
@@ -522,7 +522,7 @@ def test_kill_9_leaves_no_process_and_a_run_that_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "whole", folder, "bc")
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc, which Linux alone has")
+@needs_proc
 def test_ctrl_c_ends_all_processes_with_status_130(long_run: tuple[list[str], Path]) -> None:
     options, folder = long_run
     # It never comes to its end, however late the signal is.
@@ -691,9 +691,7 @@ def test_each_process_trains_a_stack_of_one_method(run: Run, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not compiler_available(torch.device("cpu")), reason="compiles, and there is no C++ compiler on the path"
-)
+@needs_compiler
 def test_the_time_for_compiling_is_reported(run: Run) -> None:
     status, out, _ = run("train", *SEEDS, "--seeds", "2", "--stack", "2", "--baseline", "none", "--compile", "yes")
     assert status == 0
@@ -721,14 +719,12 @@ def test_iql_is_above_behaviour_cloning_and_the_data(run: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("reagent_pendulum_mixed.npz", ["--env", "Pendulum-v1", "--n-steps", "3000"]),
-        ("reagent_cartpole_mixed.npz", ["--env", "CartPole-v0", "--n-steps", "2000"]),
+        ("reagent_pendulum_mixed", ["--env", "Pendulum-v1", "--n-steps", "3000"]),
+        ("reagent_cartpole_mixed", ["--env", "CartPole-v0", "--n-steps", "2000"]),
     ],
 )
 def test_iql_is_above_the_data_of_others(name: str, options: list[str], run: Run) -> None:
-    path = Path(__file__).parents[2] / "shared" / "data" / name
-    if not path.exists():
-        pytest.skip(f"the dataset of others is no part of the repository, and not at {path}")
+    path = data_of_others(name)
     assert gymnasium.spec(options[1]) is not None
     status, out, _ = run("train", "--dataset", path, "--preset", "pendulum", *options, "--json")
     assert status == 0
@@ -1140,7 +1136,7 @@ def test_leftovers_of_killed_writes_are_removed_and_nothing_else(pair: Path, run
     assert list(pair.rglob("*.tmp")) == [mine]
 
 
-@pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc, which Linux alone has")
+@needs_proc
 def test_a_run_whose_processes_outlive_it_is_not_gone_on_with_meanwhile(long_run: tuple[list[str], Path]) -> None:
     options, folder = long_run
     process = start(*options, folder)

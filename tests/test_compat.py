@@ -9,12 +9,12 @@ import pytest
 import torch
 from agents import SPACES, make_agent, make_dataset
 from conftest import keywords, make_batch, make_loss
+from requirements import needs_compiler
 from tensordict.nn import TensorDictModule
 from torch import nn
 
 import iql_plugins
 from iql_plugins import _compat
-from iql_plugins.gradients import compiler_available
 from iql_plugins.learner import Learner
 from iql_plugins.population import fit_together
 
@@ -93,11 +93,10 @@ def test_a_module_that_cannot_be_looked_into_is_called_as_it_is(monkeypatch: pyt
     assert not _compat.passes_tensors_on(network)
 
 
+@needs_compiler
 def test_a_graph_is_compiled_without_the_compiler_that_checks_nothing(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    if not compiler_available(device):
-        pytest.skip("there is no compiler")
     graph = torch.fx.symbolic_trace(nn.Linear(2, 1, device=device))
     monkeypatch.delattr(torch._inductor, "compile")
     given = torch.ones(3, 2, device=device)

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from requirements import data_of_others
 from tensordict import TensorDict
 
 from iql_plugins.data import DatasetError, dataset, load_dataset
 from iql_plugins.data.doctor import Finding, examine
 from iql_plugins.data.episodes import episode_ends, episode_lengths, episode_numbers, episode_returns
 from iql_plugins.spaces import Box, Discrete, Spaces
-
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
 def healthy(lengths: tuple[int, ...] = (5, 9, 20, 20), ends: str = "TTcc", seed: int = 0) -> TensorDict:
@@ -331,10 +330,7 @@ def test_unknown_sources_are_named() -> None:
     ],
 )
 def test_what_is_known_to_be_wrong_with_real_datasets(name: str, options: Any, expected: set[str]) -> None:
-    path = SHARED / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"the dataset of others is no part of the repository, and not at {path}")
-    found = findings(path, **options)
+    found = findings(data_of_others(name), **options)
     assert set(found) == expected
     if name == "reagent_pendulum_mixed":
         assert found["actions-outside-bounds"].count == 5933

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from requirements import data_of_others, needs_proc
 from tensordict import TensorDict
 from tensordict.memmap import MemoryMappedTensor
 
@@ -24,7 +25,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     h5py = pytest.importorskip("h5py")
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 Arrays = dict[str, Any]
 
@@ -334,6 +334,7 @@ def test_memory_is_looked_at_before_it_is_taken(tmp_path: Path, monkeypatch: pyt
     assert len(load_dataset(path, memmap_dir=tmp_path / "mapped")) == 7
 
 
+@needs_proc
 def test_loading_takes_no_more_memory_than_a_chunk(tmp_path: Path) -> None:
     """The peak of a process that maps 400 MB stays far below that."""
     path = tmp_path / "d.h5"
@@ -360,8 +361,6 @@ data = load_dataset({str(path)!r}, memmap_dir={str(tmp_path / "m")!r})
 stop.set(); thread.join()
 print(len(data), peak - before)
 """
-    if not Path("/proc/self/status").exists():
-        pytest.skip("reads its peak memory from /proc, which Linux alone has")
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     length, megabytes = finished.stdout.split()
     assert int(length) == rows
@@ -512,10 +511,7 @@ def test_a_file_of_d3rlpy_1(tmp_path: Path) -> None:
     ],
 )
 def test_real_datasets(name: str, rows: int, ends: int, terminals: int, discrete: bool) -> None:
-    path = SHARED / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"the dataset of others is no part of the repository, and not at {path}")
-    data = load_dataset(path)
+    data = load_dataset(data_of_others(name))
     assert len(data) == rows
     assert int(data["next", "done"].sum()) == ends
     assert int(data["next", "terminated"].sum()) == terminals

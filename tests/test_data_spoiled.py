@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from requirements import data_of_others
 from spoiled import SPOILINGS, Columns
 
 from iql_plugins.data import shipped
 from iql_plugins.data.doctor import Finding, examine
 from iql_plugins.spaces import Box, Discrete, Spaces
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 FOLDERS = {"pendulum-v1-sac": Path(shipped.__file__).parent / "datasets"}
 
 PENDULUM = Spaces(Box((3,), low=(-1.0, -1.0, -8.0), high=(1.0, 1.0, 8.0)), Box((1,), low=(-2.0,), high=(2.0,)))
@@ -64,9 +64,7 @@ MISSED: dict[str, dict[str, str]] = {
 
 
 def original(name: str) -> Columns:
-    path = FOLDERS.get(name, SHARED) / f"{name}.npz"
-    if not path.exists():
-        pytest.skip(f"the dataset of others is no part of the repository, and not at {path}")
+    path = FOLDERS[name] / f"{name}.npz" if name in FOLDERS else data_of_others(name)
     return {key: column.astype(np.float32) for key, column in np.load(path).items()}
 
 

@@ -15,7 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from iql_plugins import HardUpdate, IQLLoss, SoftUpdate
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo, by which CPUs talk"),
+]
 
 PROCESSES, STEPS = 2, 3
 State = dict[str, Tensor]

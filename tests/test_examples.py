@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from processes import ROOT, run
+from requirements import data_of_others
 from safetensors import safe_open
 
 READMES = {
@@ -26,10 +27,7 @@ def test_the_code_in_a_readme_runs(readme: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("data", ["shipped", "others"])
 def test_the_main_example_trains_evaluates_and_saves(data: str, tmp_path: Path) -> None:
-    path = ROOT.parent / "shared" / "data" / "reagent_pendulum_mixed.npz"
-    if data == "others" and not path.exists():
-        pytest.skip(f"the dataset of others is no part of the repository, and not at {path}")
-    options = ["--data", str(path)] if data == "others" else []
+    options = ["--data", str(data_of_others("reagent_pendulum_mixed"))] if data == "others" else []
     output = run(ROOT / "examples" / "train_pendulum.py", "--steps", "20", *options, folder=tmp_path)
     returns = dict(re.findall(r"^(data|behaviour cloning|IQL) +(-[\d.]+)$", output, re.MULTILINE))
     assert set(returns) == {"data", "behaviour cloning", "IQL"}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from agents import SPACES, make_agent, make_dataset
 from conftest import ACTIONS, OBSERVATION, keywords, make_batch, make_loss
+from requirements import needs_compiler
 from tensordict.nn import TensorDictModule
 from torch import nn
 
@@ -17,10 +18,6 @@ from iql_plugins import IQLLoss, gradients
 from iql_plugins.data.packed import transitions
 from iql_plugins.gradients import MOST_GRAPHS, LossGradients, compiler_available
 from iql_plugins.value_estimators import ValueEstimators
-
-needs_compiler = pytest.mark.skipif(
-    not compiler_available(torch.device("cpu")), reason="compiles, and there is no C++ compiler on the path"
-)
 
 
 @pytest.fixture

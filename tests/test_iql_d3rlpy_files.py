@@ -37,6 +37,18 @@ def test_a_file_of_another_algorithm_is_refused(name: str, tmp_path: Path, place
         iql_d3rlpy.load(tmp_path / "theirs.d3", device=place)
 
 
+@pytest.mark.parametrize("device", [None, False, "cpu", "cpu:0", torch.device("cpu")])
+def test_a_device_is_given_in_every_form(device: Any, kind: str, tmp_path: Path) -> None:
+    saved(kind, "cpu:0", tmp_path / "algorithm.d3")
+    assert torch.device(iql_d3rlpy.load(tmp_path / "algorithm.d3", device).impl.device).type == "cpu"
+
+
+def test_what_is_no_device_is_no_fault_of_the_file(tmp_path: Path, place: str) -> None:
+    saved("continuous", place, tmp_path / "algorithm.d3")
+    with pytest.raises(RuntimeError, match="3.5"):
+        iql_d3rlpy.load(tmp_path / "algorithm.d3", 3.5)
+
+
 def test_a_flip_in_a_checksum_is_an_error(kind: str, tmp_path: Path, place: str) -> None:
     path = tmp_path / "algorithm.d3"
     saved(kind, place, path)

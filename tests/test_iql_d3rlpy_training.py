@@ -44,6 +44,7 @@ from d3rlpy_helpers import (
     pixel_config,
     weights,
 )
+from requirements import data_of_others
 from tensordict import TensorDict
 from torch import nn
 
@@ -530,9 +531,7 @@ def test_it_learns_more_than_the_data_show(place: str) -> None:
 
 @pytest.mark.slow
 def test_discrete_actions_learn_more_than_the_data_show(place: str) -> None:
-    path = Path(__file__).parents[2] / "shared" / "data" / "reagent_cartpole_mixed.npz"
-    if not path.exists():
-        pytest.skip("needs the dataset of others beside the repository")
+    path = data_of_others("reagent_cartpole_mixed")
     d3rlpy.seed(0)
     data = to_replay_buffer(path)
     algorithm = DiscreteIQLConfig(**learning()).create(place)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from requirements import needs_compiler
 from tensordict import TensorDict
 
 pytest.importorskip("stable_baselines3")
@@ -501,12 +502,25 @@ def test_a_purely_offline_model_has_no_replay_buffer_until_an_environment_comes(
     assert loaded.replay_buffer is None
 
 
+class OwnBuffer(NStepReplayBuffer):
+    """Its signature tells nothing of its steps."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"n_steps": 3, **options})
+
+
+def test_a_buffer_that_cannot_be_made_is_refused_before_an_environment_comes(dataset: TensorDict) -> None:
+    with pytest.raises(TypeError, match="unknown"):
+        model_of(None, dataset=dataset, replay_buffer_kwargs={"unknown": 1})
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         {"n_steps": 3},
         {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.99}},
         {"replay_buffer_class": NStepReplayBuffer},
+        {"replay_buffer_class": OwnBuffer},
     ],
 )
 def test_a_dataset_has_the_steps_of_the_buffer_that_an_environment_will_bring(
@@ -1166,14 +1180,12 @@ def test_an_agent_that_does_not_fit_is_refused(dataset: TensorDict) -> None:
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_a_long_offline_training_of_perceptrons_is_compiled(
     dataset: TensorDict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from iql_plugins import learner
-    from iql_plugins.gradients import compiler_available
 
-    if not compiler_available(torch.device("cpu")):
-        pytest.skip("needs a compiler")
     eager, model = model_of(dataset=dataset, compile="no"), model_of(dataset=dataset)
     eager.learn_offline(8)
     model.learn_offline(2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from agents import SPACES, make_agent, make_dataset
+from requirements import needs_compiler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -19,7 +20,6 @@ import iql_d3rlpy
 import iql_sb3
 import iql_tensor
 import iql_torchrl
-from iql_plugins.gradients import compiler_available
 from iql_plugins.learner import NETWORKS
 from iql_sb3.spaces import gymnasium_spaces
 
@@ -333,9 +333,8 @@ def test_a_scheduler_of_torch_moves_what_is_shown(make: Callable[[], Adapter]) -
     assert "actor" not in adapter.moving()
 
 
-def test_what_is_written_counts_where_losses_are_compiled(tmp_path: Path, device: torch.device) -> None:
-    if not compiler_available(device):
-        pytest.skip("there is no compiler")
+@needs_compiler
+def test_what_is_written_counts_where_losses_are_compiled(tmp_path: Path) -> None:
     adapter = CompiledAdapter(True, tmp_path)
     adapter.train(2)
     for network in NETWORKS:

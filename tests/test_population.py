@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from agents import SPACES, make_dataset
+from requirements import needs_compiler
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
@@ -16,17 +17,12 @@ from iql_plugins import population
 from iql_plugins.agent import Agent, assemble_loss
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.gradients import compiler_available
 from iql_plugins.learner import DivergenceError, Learner
 from iql_plugins.networks import critic, gaussian_actor
 from iql_plugins.population import fit_together
 
 STEPS = 20
 VECTORS = ["continuous", "discrete", "dict"]
-
-needs_compiler = pytest.mark.skipif(
-    not compiler_available(torch.device("cpu")), reason="compiles, and there is no C++ compiler on the path"
-)
 
 
 def make(kind: str, seed: int, **hyperparameters: Any) -> Agent:

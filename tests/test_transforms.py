@@ -287,7 +287,7 @@ def test_a_step_reads_nothing_on_the_host_but_checks_discrete_actions(
     assert step_of(loss, batch) == checks
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="counts the waits for a GPU, and there is none")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_step_on_a_gpu_does_not_synchronise(kind: str, estimator: str) -> None:
     loss = make_loss(kind).to("cuda")

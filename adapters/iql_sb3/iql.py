@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import inspect
 import io
 import operator
 import os
@@ -11,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,7 +21,6 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim, get_obs_shape
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, check_for_correct_spaces, configure_logger
 from stable_baselines3.common.vec_env import VecEnv
@@ -290,20 +288,18 @@ class IQL(OffPolicyAlgorithm):
         if agent is not None:
             extra = {"loss": agent.loss, "normalizers": agent.normalizers}
         self.policy_kwargs = {**given, **extra}
-        # Without an environment there is no experience to hold: the buffer is made when one comes.
-        purely_offline = is_stand_in(self.env) and self.replay_buffer is None
+        # Without an environment there is no experience to hold. The buffer is made when one comes; a row of it says
+        # already what it refuses, and of how many steps its transitions are.
+        purely_offline, size = is_stand_in(self.env) and self.replay_buffer is None, self.buffer_size
         if purely_offline:
-            self.replay_buffer = cast(Any, False)
+            self.buffer_size = 1
         try:
-            if purely_offline:
-                # A buffer would refuse spaces that it cannot hold; these are the framework's own errors.
-                get_obs_shape(self.observation_space)
-                get_action_dim(self.action_space)
             super()._setup_model()
         finally:
-            self.policy_kwargs = given
-            if purely_offline:
-                self.replay_buffer = None
+            self.policy_kwargs, self.buffer_size = given, size
+        self._steps = _steps_of(self.replay_buffer)
+        if purely_offline:
+            self.replay_buffer = None
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
         if agent is None:
             self._set_reward_units(self.policy.normalizers)
@@ -426,7 +422,7 @@ class IQL(OffPolicyAlgorithm):
             self.policy.inputs,
             scaled=buffer is not None,
             raw=normalize is not None,
-            n_steps=self._steps(),
+            n_steps=self._n_steps(),
             device=self.device,
         )
         self._clipped_actions = clipped
@@ -499,13 +495,9 @@ class IQL(OffPolicyAlgorithm):
         finally:
             self.policy.set_training_mode(training)
 
-    def _steps(self) -> int:
+    def _n_steps(self) -> int:
         """Of a transition of the replay buffer that there is, or will be with an environment."""
-        kind = self.replay_buffer_class
-        if self.replay_buffer is not None or kind is None or not issubclass(kind, NStepReplayBuffer):
-            return _steps_of(self.replay_buffer)
-        default = inspect.signature(kind.__init__).parameters.get("n_steps")
-        return int(self.replay_buffer_kwargs.get("n_steps", 1 if default is None else default.default))
+        return self._steps if self.replay_buffer is None else _steps_of(self.replay_buffer)
 
     def _update_learning_rate(self, optimizers: Any = None) -> None:
         self._apply_learning_rates()
@@ -562,10 +554,10 @@ class IQL(OffPolicyAlgorithm):
             )
         if self._offline is not None and self._offline.raw != normalized:
             raise ValueError("the environment's VecNormalize came or went: load_dataset(source) again")
-        if self._offline is not None and self._offline.n_steps != self._steps():
+        if self._offline is not None and self._offline.n_steps != self._n_steps():
             raise ValueError(
                 f"transitions of the dataset have {self._offline.n_steps} steps, those of the replay buffer "
-                f"{self._steps()}: load_dataset(source) after load_replay_buffer(path)"
+                f"{self._n_steps()}: load_dataset(source) after load_replay_buffer(path)"
             )
         self._apply_hyperparameters()
         if self._clipped_actions:

@@ -6,7 +6,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ __all__ = ["main"]
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
 COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "adapters")
-#: What `--version` names beside the program and Python.
-VERSIONS = ("torch", "tensordict", "gymnasium", "stable-baselines3", "d3rlpy", "torchrl")
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -124,11 +122,18 @@ def _run(given: Sequence[str]) -> "Result":
 
 
 def _installed() -> dict[str, str]:
-    """Versions that a report of a bug needs, of what is installed."""
+    """Versions that a report of a bug needs: what the installed adapters, and their frameworks, are built on."""
+    from packaging.requirements import Requirement
+
+    from iql_plugins.hookspecs import PROJECT
+
     found = {"python": platform.python_version()}
-    for name in VERSIONS:
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
+    for plugin in entry_points(group=PROJECT):
+        requirements = [Requirement(line) for line in (plugin.dist.requires if plugin.dist else None) or ()]
+        for needed in requirements:
+            if needed.marker is None or needed.marker.evaluate({"extra": plugin.name}):
+                with contextlib.suppress(PackageNotFoundError):
+                    found[needed.name] = version(needed.name)
     return found
 
 

@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import short_pendulum  # noqa: F401
 from processes import assert_all_end
+from requirements import needs_proc
 
-pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="reads processes from /proc, which Linux alone has")
+pytestmark = needs_proc
 
 #: Checkpoints after steps 2 and 3, and rows of metrics.csv after each step.
 RUN = [

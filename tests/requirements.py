@@ -1,0 +1,31 @@
+"""What some tests need of the machine beside the packages, and what is said where it is missing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from iql_plugins.gradients import compiler_available
+
+#: Memory and processes are measured by files that Linux alone has: macOS and Windows skip these.
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads memory or processes from /proc, which Linux alone has"
+)
+
+#: The package itself trains without one, uncompiled.
+needs_compiler = pytest.mark.skipif(
+    not compiler_available(torch.device("cpu")), reason="compiles, and there is no C++ compiler on the path"
+)
+
+OTHERS = Path(__file__).parents[2] / "shared" / "data"
+
+
+def data_of_others(name: str) -> Path:
+    """A dataset that another project made; who has only the repository skips what reads it.
+
+    The project trains on data of its own (``pendulum-v1-sac``) for the same questions.
+    """
+    path = OTHERS / f"{name}.npz"
+    if not path.exists():
+        pytest.skip(f"{name}.npz is another project's, and kept beside the repository, in ../shared/data, not in it")
+    return path
