@@ -260,6 +260,12 @@ def test_a_model_from_behind_a_vecnormalize_is_not_evaluated_on_raw_observations
             assert "VecNormalize" in capfd.readouterr().err
     with pytest.raises(ValueError, match="VecNormalize"):
         IQL.load(path).to_agent()
+    # Weights that came from such a model are behind the new one's VecNormalize, too.
+    other = IQL("MlpPolicy", model.get_env(), policy_kwargs=NETWORKS, **SMALL)
+    other.set_parameters(path)
+    other.save(tmp_path / "other.zip")
+    with pytest.raises(CheckpointError, match="VecNormalize"):
+        load_agent(tmp_path / "other.zip")
     assert IQL.load(path, model.get_env()).predict(model.observation_space.sample())[0].shape == (1,)
 
 

@@ -326,6 +326,20 @@ def test_rates_are_seen_where_writes_are_not_counted(rate: float | None, monkeyp
     assert float(group_of(learner, "actor")["lr"]) == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_rate_that_is_written_while_agents_train_together_is_that_of_the_next_calls_first_step() -> None:
+    dataset = make_dataset(SPACES["continuous"])
+    agents = [make_agent("continuous", actor_schedule="cosine", n_steps=20) for _ in range(2)]
+
+    def change(taken: int) -> None:
+        if taken == 4:
+            for agent in agents:
+                write(agent.learner, "actor", 0.25)
+
+    fit_together(agents, dataset, 12, change)
+    for agent in agents:
+        assert agent.learner.learning_rate("actor") == pytest.approx(0.25)
+
+
 def test_what_is_written_while_agents_train_together_counts_from_the_next_call() -> None:
     dataset = make_dataset(SPACES["continuous"])
     agents = [make_agent("continuous") for _ in range(2)]

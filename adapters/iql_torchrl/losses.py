@@ -389,8 +389,3 @@ class DiscreteIQLLoss(iql_plugins.DiscreteIQLLoss, IQLLoss):
             return super()._chosen(values, batch, shape)
         batch.action_index = action.long().argmax(-1)
         return (values * action.to(values.dtype)).sum(-1)
-
-    def _policy_action(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
-        action = super()._policy_action(batch, distribution, shape)
-        given = batch.tensors[self.tensor_keys.action]
-        return given.to(action.dtype) if self.action_space == "one-hot" and action.shape == given.shape else action
