@@ -45,7 +45,7 @@ def test_a_device_is_given_in_every_form(device: Any, kind: str, tmp_path: Path)
 
 def test_what_is_no_device_is_no_fault_of_the_file(tmp_path: Path, place: str) -> None:
     saved("continuous", place, tmp_path / "algorithm.d3")
-    with pytest.raises(RuntimeError, match="3.5"):
+    with pytest.raises(RuntimeError, match=r"3\.5"):
         iql_d3rlpy.load(tmp_path / "algorithm.d3", 3.5)
 
 
