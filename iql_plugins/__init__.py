@@ -3,9 +3,10 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from iql_plugins.data import load_dataset, read_dataset
     from iql_plugins.keys import AcceptedKeys
     from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
-    from iql_plugins.plugins import available, load, load_dataset, map_batch
+    from iql_plugins.plugins import available, load, map_batch
     from iql_plugins.targets import HardUpdate, SoftUpdate
     from iql_plugins.value_estimators import ValueEstimators, default_value_kwargs
 else:
@@ -20,8 +21,9 @@ else:
         "available": "plugins",
         "default_value_kwargs": "value_estimators",
         "load": "plugins",
-        "load_dataset": "plugins",
+        "load_dataset": "data",
         "map_batch": "plugins",
+        "read_dataset": "data",
     }
 
     #: Modules that come with an attribute above, for who writes iql_plugins.functional without importing it.
@@ -55,6 +57,7 @@ __all__ = [
     "load",
     "load_dataset",
     "map_batch",
+    "read_dataset",
 ]
 
 __version__ = "0.1.0"

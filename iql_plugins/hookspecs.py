@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
     from iql_plugins.agent import Agent
+    from iql_plugins.data import Dataset, Options
 
 __all__ = ["PROJECT", "Adapter", "Command", "Training", "hookimpl", "hookspec"]
 
@@ -107,11 +108,17 @@ def iql_map_batch(batch: object) -> "TensorDictBase | None":
 
 
 @hookspec(firstresult=True)
-def iql_load_dataset(source: object) -> "TensorDictBase | None":
-    """A dataset in the key layout, transitions along its one batch dimension; None when it is not yours.
+def iql_read_dataset(source: object, options: "Options") -> "Dataset | None":
+    """A dataset in the key layout, and what its source says of the environment; None when it is not yours.
+
+    Called for every reader until one knows the source: first for the built-in ones, then for those of plugins.
+    Recognise a foreign object without importing anything. A :class:`~iql_plugins.data.DatasetError` and an
+    ``ImportError`` are final: the source is yours, and this is what is wrong with it. An
+    :class:`~iql_plugins.data.UnknownSourceError` says why a source that looks like yours is not; others are asked.
 
     Args:
         source: a path, a name or an object.
+        options: how it is to be read.
     """
 
 

@@ -2,11 +2,11 @@
 
 Listing reads metadata and imports nothing. A plugin that is broken, misspelt or there twice is
 reported with the distribution it came from, and all others work. :func:`available`, :func:`load`, :func:`map_batch` and
-:func:`load_dataset` ask one host, made when it is first needed.
+:func:`iql_plugins.data.load_dataset` ask one host, made when it is first needed.
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from iql_plugins.hookspecs import PROJECT, Adapter, Command
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
+    from iql_plugins.data import Dataset, Options
+
 __all__ = [
     "AdapterNotFoundError",
     "Host",
@@ -35,7 +37,6 @@ __all__ = [
     "framework_later",
     "host",
     "load",
-    "load_dataset",
     "map_batch",
 ]
 
@@ -50,7 +51,7 @@ class PluginError(RuntimeError):
 
 
 class NotRecognizedError(TypeError):
-    """A batch or the source of a dataset that no plugin knows."""
+    """A batch that no plugin knows."""
 
 
 class AdapterNotFoundError(LookupError):
@@ -103,6 +104,7 @@ class Host:
         self._manager.add_hookspecs(hookspecs)
         self._failed: dict[str, PluginError] = {}
         self._adapters: dict[str, Adapter] = {}
+        self._built_in: Mapping[str, object] = {}
 
     def available(self) -> dict[str, PluginInfo]:
         """The plugins that may be used, by name and sorted; from metadata alone.
@@ -175,16 +177,83 @@ class Host:
             NotRecognizedError: if none does.
             PluginError: in strict mode, if a plugin is broken.
         """
-        return self._answered(self._all().iql_map_batch(batch=batch), "batch", batch)
+        self.check()
+        mapped: TensorDictBase | None = self._manager.hook.iql_map_batch(batch=batch)
+        if mapped is None:
+            kind = type(batch).__qualname__
+            raise NotRecognizedError(f"no adapter knows this batch, {kind}; {self._installed()}")
+        return mapped
 
-    def load_dataset(self, source: object) -> "TensorDictBase":
-        """A dataset in the key layout, by the first plugin that knows its source.
+    def read_dataset(self, source: object, options: "Options") -> "Dataset":
+        """A dataset by the first reader that knows its source: the built-in ones are asked first, then plugins.
+
+        What a plugin reads is checked here. If a plugin fails by anything but an error of the data, the others are
+        asked, and it is named if none of them knows the source.
 
         Raises:
-            NotRecognizedError: if none does.
-            PluginError: in strict mode, if a plugin is broken.
+            UnknownSourceError: if none does; lists the readers, and what it would take.
+            DatasetError: if the source, or what a plugin read, is no dataset.
+            ImportError: for a package that is missing.
+            PluginError: for a plugin that returns anything else; in strict mode, for any that is broken or fails.
         """
-        return self._answered(self._all().iql_load_dataset(source=source), "dataset", source)
+        from iql_plugins.data.dataset import UnknownSourceError
+        from iql_plugins.data.readers import built_in, unknown
+
+        if not self._built_in:
+            self._built_in = built_in(self.read_dataset)
+            for name, reader in self._built_in.items():
+                self._manager.register(reader, f"built-in {name}")
+        reasons: list[str] = []
+        for reader in self._built_in.values():
+            try:
+                dataset: Dataset | None = self._hook_of("iql_read_dataset", reader)(source=source, options=options)
+            except UnknownSourceError as error:
+                reasons.append(str(error))
+                continue
+            if dataset is not None:
+                return dataset
+        failures: list[PluginError] = []
+        for name in self.check():
+            if (plugin := self._manager.get_plugin(name)) is None:
+                continue
+            try:
+                dataset = self._read_by(name, plugin, source, options)
+            except UnknownSourceError as error:
+                reasons.append(str(error))
+            except PluginError as error:
+                if self.strict:
+                    raise
+                failures.append(error)
+            else:
+                if dataset is not None:
+                    return dataset
+        reason = "; ".join(reasons) or unknown(source)
+        failed = "".join(f"; {failure}" for failure in failures)
+        readers = ", ".join(self._built_in)
+        message = f"{reason}; readers are built in for {readers}; {self._installed()}{failed}"
+        raise UnknownSourceError(message) from (failures[0] if failures else None)
+
+    def _read_by(self, name: str, plugin: object, source: object, options: "Options") -> "Dataset | None":
+        from iql_plugins.data.dataset import Dataset, DatasetError, check_dataset
+
+        try:
+            dataset = self._hook_of("iql_read_dataset", plugin)(source=source, options=options)
+        except (DatasetError, ImportError):
+            raise
+        # As in _plugin(): a stranger's code.
+        except (Exception, SystemExit) as error:
+            raise self._error(name, f"failed in iql_read_dataset(): {type(error).__name__}: {error}") from error
+        if dataset is None:
+            return None
+        if not isinstance(dataset, Dataset):
+            kind = type(dataset).__name__
+            raise self._error(name, f"must return a Dataset or None from iql_read_dataset(), got {kind}")
+        check_dataset(dataset.tensors, dataset.source, finite=options.finite)
+        action = dataset.tensors.get("action")
+        if options.discrete is not None and action.is_floating_point() == options.discrete:
+            asked = "discrete" if options.discrete else "continuous"
+            raise DatasetError(f"{dataset.source} must have {asked} actions, plugin {name!r} read {action.dtype}")
+        return dataset
 
     def commands(self, taken: Collection[str] = ()) -> dict[str, Command]:
         """The subcommands of all plugins by name; a plugin whose commands cannot be had is left out, and reported.
@@ -216,10 +285,6 @@ class Host:
     def _hook_of(self, hook: str, plugin: object) -> pluggy.HookCaller:
         """A hook as that plugin alone implements it."""
         return self._manager.subset_hook_caller(hook, [p for p in self._manager.get_plugins() if p is not plugin])
-
-    def _all(self) -> pluggy.HookRelay:
-        self.check()
-        return self._manager.hook
 
     def _plugin(self, name: str) -> object:
         if (plugin := self._manager.get_plugin(name)) is not None:
@@ -264,10 +329,12 @@ class Host:
             raise self._broken(name, f"does not fit the hooks: {error}") from error
 
     def _broken(self, name: str, what: str) -> PluginError:
+        self._failed[name] = self._error(name, what)
+        return self._failed[name]
+
+    def _error(self, name: str, what: str) -> PluginError:
         info = self.available()[name]
-        error = PluginError(f"plugin {name!r} of {info.distribution} {info.version} ({info.value}) {what}")
-        self._failed[name] = error
-        return error
+        return PluginError(f"plugin {name!r} of {info.distribution} {info.version} ({info.value}) {what}")
 
     def _missing(self, name: str, error: ImportError | None) -> PluginError:
         info = self.available()[name]
@@ -276,14 +343,13 @@ class Host:
             f"adapter {name!r} needs a package that is not installed{reason}: pip install '{info.distribution}[{name}]'"
         )
 
-    def _answered(self, answer: "TensorDictBase | None", what: str, thing: object) -> "TensorDictBase":
-        if answer is not None:
-            return answer
-        broken = [info.error for info in self.available().values() if info.error]
+    def _installed(self) -> str:
+        """The plugins that were asked, and why others were not."""
+        infos = self.available()
+        broken = [info.error for info in infos.values() if info.error]
+        allowed = "" if self.allow is None else f" ({ALLOW_VARIABLE} allows no others)"
         hint = f"; not asked were: {'; '.join(broken)}" if broken else ""
-        shown = repr(thing) if isinstance(thing, str | os.PathLike) else type(thing).__qualname__
-        installed = ", ".join(self.available()) or "none"
-        raise NotRecognizedError(f"no adapter knows this {what}, {shown}; installed are {installed}{hint}")
+        return f"installed plugins are {', '.join(infos) or 'none'}{allowed}{hint}"
 
 
 _later = ContextVar("_later", default=False)
@@ -346,39 +412,3 @@ def map_batch(batch: object) -> "TensorDictBase":
         PluginError: in strict mode, if a plugin is broken.
     """
     return host().map_batch(batch)
-
-
-def load_dataset(
-    source: object,
-    *,
-    trust_pickle: bool = False,
-    discrete: bool | None = None,
-    memmap_dir: str | os.PathLike[str] | None = None,
-) -> "TensorDictBase":
-    """A dataset in the key layout: by the formats of :func:`iql_plugins.data.load_dataset`, else by an adapter.
-
-    >>> load_dataset("pendulum-v1-sac").batch_size
-    torch.Size([20000])
-
-    Args:
-        source: a path, a name or an object.
-        trust_pickle: whether a ``.pkl`` may be loaded, which can run any code.
-        discrete: see :func:`iql_plugins.data.load_dataset`; as ``memmap_dir``, for the formats that are built in.
-        memmap_dir: likewise.
-
-    Raises:
-        DatasetError: one line, if nobody knows the source, or what it holds is no dataset.
-        ImportError: for a package that is missing; says how to install it.
-        PluginError: in strict mode, if a plugin is broken.
-    """
-    from iql_plugins import data
-
-    built_in = data.builtin(source, trust_pickle=trust_pickle, discrete=discrete, memmap_dir=memmap_dir)
-    if built_in is not None:
-        return built_in
-    try:
-        dataset = host().load_dataset(source)
-    except NotRecognizedError as error:
-        raise data.DatasetError(f"{data.unknown_source(source)}; {error}") from None
-    data.check_dataset(dataset, str(source) if isinstance(source, str | os.PathLike) else type(source).__qualname__)
-    return dataset

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
-from iql_plugins.data.dataset import check_dataset
+from iql_plugins.data.dataset import Options, UnknownSourceError, check_dataset
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.gradients import OUTPUTS
 from iql_plugins.hookspecs import Adapter, Training
@@ -116,7 +116,7 @@ def _check_hooks(name: str) -> None:
     alone = Host(strict=True, allow=[name])
     hooks: dict[str, Callable[[object], object]] = {
         "iql_map_batch": alone.map_batch,
-        "iql_load_dataset": alone.load_dataset,
+        "iql_read_dataset": lambda source: alone.read_dataset(source, Options()),
     }
     for hook, call in hooks.items():
         for stranger in (object(), 3, "no such thing", Path("no such thing")):
@@ -124,7 +124,7 @@ def _check_hooks(name: str) -> None:
             with _expected(expected):
                 try:
                     answer = call(stranger)
-                except NotRecognizedError:
+                except (NotRecognizedError, UnknownSourceError):
                     continue
             raise AdapterContractError(f"expected: {expected}; got {answer!r}")
 

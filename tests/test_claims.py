@@ -42,8 +42,7 @@ import h5py, torch
 from iql_plugins import load, load_dataset
 from iql_plugins.cli import main
 from iql_plugins.cli.policies import load_agent
-from iql_plugins.cli.settings import Settings
-from iql_plugins.cli.sources import load_source
+from iql_plugins.cli.settings import Settings, load_source
 from iql_plugins.plugins import PluginError
 for name in ("d3rlpy", "torchrl", "sb3"):
     try:

@@ -17,14 +17,13 @@ import pytest
 import torch
 from strangers import Entry, plugin
 
-from iql_plugins import plugins
+from iql_plugins import data, plugins
 from iql_plugins.agent import Agent
 from iql_plugins.cli import main, output
 from iql_plugins.cli.reference_scores import normalized_score, reference
 from iql_plugins.cli.rollouts import LONGEST_EPISODE, environment_spaces, rollouts
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.config import IQLConfig
-from iql_plugins.data import shipped
 from iql_plugins.hookspecs import Adapter, Command, Training
 from iql_plugins.spaces import Box, Discrete, Spaces
 
@@ -382,7 +381,7 @@ def test_actions_are_held_against_the_environments_bounds(run: Run, tmp_path: Pa
 
 def test_observations_are_held_against_the_environments_bounds(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "degrees.npz"
-    columns = dict(np.load(Path(shipped.__file__).parent / "datasets" / "pendulum-v1-sac.npz"))
+    columns = dict(np.load(Path(data.__file__).parent / "datasets" / "pendulum-v1-sac.npz"))
     np.savez(path, **{key: 57.3 * column if "obs" in key else column for key, column in columns.items()})
     codes = {}
     for env in ((), ("--env", "Pendulum-v1")):
@@ -407,12 +406,14 @@ def test_a_column_that_is_not_read_is_refused_in_one_line(command: str, run: Run
 
 
 def test_a_plugins_dataset_is_found(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from iql_plugins.data import load_dataset
+    from iql_plugins.data import Dataset, load_dataset
 
-    def load(source: object) -> object:
-        return load_dataset("pendulum-v1-sac")[:400] if source == "stranger://data" else None
+    tensors = load_dataset("pendulum-v1-sac")[:400]
 
-    install(monkeypatch, stranger("stranger", lambda: plugin("stranger", iql_load_dataset=load)))
+    def read(source: object) -> Dataset | None:
+        return Dataset(tensors, "a stranger's") if source == "stranger://data" else None
+
+    install(monkeypatch, stranger("stranger", lambda: plugin("stranger", iql_read_dataset=read)))
     assert json.loads(run("inspect", "stranger://data", "--json")[1])["transitions"] == 400
     status, _, err = run("inspect", "stranger://other")
     assert status == 2

@@ -18,8 +18,9 @@ from requirements import data_of_others, needs_proc
 from tensordict import TensorDict
 from tensordict.memmap import MemoryMappedTensor
 
-from iql_plugins.data import DatasetError, builtin, dataset, load_dataset, shipped
+from iql_plugins.data import DatasetError, UnknownSourceError, dataset, load_dataset
 from iql_plugins.data.arrays import Concatenated
+from iql_plugins.data.readers import shipped
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -386,8 +387,8 @@ def test_the_datasets_that_ship() -> None:
 def test_other_sources_are_not_ours(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     for source in (tmp_path, tmp_path / "notes.txt", "nothing", 3, None, [], {"observations": 1}):
-        assert builtin(source) is None
-        assert error(source)
+        with pytest.raises(UnknownSourceError):
+            load_dataset(source)
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

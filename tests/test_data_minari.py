@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensordict.memmap import MemoryMappedTensor
 
-from iql_plugins.data import DatasetError, builtin, load_dataset
+from iql_plugins.data import DatasetError, UnknownSourceError, load_dataset
 from iql_plugins.data.doctor import examine
 
 pytest.importorskip("minari")
@@ -72,8 +72,9 @@ def test_a_dataset_that_is_not_stored_as_hdf5_is_refused(root: Path) -> None:
 
 
 def test_nothing_is_downloaded(root: Path) -> None:
-    assert builtin("D4RL/door/human-v2") is None
-    with pytest.raises(DatasetError, match="nothing is downloaded here, run 'minari download D4RL/door/human-v2'"):
+    with pytest.raises(
+        UnknownSourceError, match="nothing is downloaded here, run 'minari download D4RL/door/human-v2'"
+    ):
         load_dataset("D4RL/door/human-v2")
     assert list(root.iterdir()) == []
 

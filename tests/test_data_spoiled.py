@@ -8,11 +8,11 @@ import pytest
 from requirements import data_of_others
 from spoiled import SPOILINGS, Columns
 
-from iql_plugins.data import shipped
+from iql_plugins import data
 from iql_plugins.data.doctor import Finding, examine
 from iql_plugins.spaces import Box, Discrete, Spaces
 
-FOLDERS = {"pendulum-v1-sac": Path(shipped.__file__).parent / "datasets"}
+FOLDERS = {"pendulum-v1-sac": Path(data.__file__).parent / "datasets"}
 
 PENDULUM = Spaces(Box((3,), low=(-1.0, -1.0, -8.0), high=(1.0, 1.0, 8.0)), Box((1,), low=(-2.0,), high=(2.0,)))
 CARTPOLE = Spaces(Box((4,)), Discrete(2))

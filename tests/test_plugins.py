@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import types
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 from agents import SPACES, make_dataset
@@ -17,7 +19,7 @@ from tensordict import TensorDict
 
 import iql_plugins
 from iql_plugins import plugins
-from iql_plugins.data import DatasetError
+from iql_plugins.data import Dataset, DatasetError, Options, UnknownSourceError
 from iql_plugins.hookspecs import Adapter
 from iql_plugins.plugins import AdapterNotFoundError, Host, PluginError
 
@@ -35,7 +37,7 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "exit": (raising(SystemExit(3)), "cannot be imported: SystemExit: 3"),
     "misspelt": (
         lambda: plugin("bad", iql_map_bacth=lambda batch: None),
-        "implements iql_map_bacth; the hooks are iql_adapter, iql_commands, iql_load_dataset, iql_map_batch",
+        "implements iql_map_bacth; the hooks are iql_adapter, iql_commands, iql_map_batch, iql_read_dataset",
     ),
     "unmarked": (
         lambda: types.SimpleNamespace(iql_adapter=lambda: Adapter("bad", None)),
@@ -135,19 +137,72 @@ def test_an_adapter_that_describes_itself_wrongly_is_refused(describe: Callable[
 
 
 def test_the_first_plugin_that_knows_a_source_loads_it() -> None:
-    def load(source: object) -> TensorDict | None:
-        return TensorDict({"x": torch.ones(1)}) if source == "mine" else None
+    mine = Dataset(make_dataset(SPACES["continuous"], 4).cpu(), "mine")
 
-    host = host_of(good("a"), good("b", iql_load_dataset=load), good("c", iql_load_dataset=lambda source: None))
-    assert host.load_dataset("mine")["x"] == 1
-    with pytest.raises(TypeError, match="no adapter knows this dataset, 'yours'; installed are a, b, c"):
-        host.load_dataset("yours")
+    def read(source: object, options: Options) -> Dataset | None:
+        return mine if source == "mine" else None
+
+    host = host_of(good("a"), good("b", iql_read_dataset=read), good("c", iql_read_dataset=lambda source: None))
+    assert host.read_dataset("mine", Options()) is mine
+    with pytest.raises(DatasetError, match=r"no dataset, file or folder 'yours'.*npz.*installed plugins are a, b, c"):
+        host.read_dataset("yours", Options())
 
 
-def test_an_error_of_the_plugin_that_knows_the_source_reaches_the_user() -> None:
-    entry = good(iql_load_dataset=lambda source: raising(ValueError("row 3 is not finite"))())
-    with pytest.raises(ValueError, match="row 3 is not finite"):
-        host_of(entry).load_dataset("mine")
+@pytest.mark.parametrize("error", [DatasetError("row 3 is not finite"), ImportError("needs zarr")])
+def test_an_error_of_the_plugin_that_knows_the_source_reaches_the_user(error: Exception) -> None:
+    others = good("b", iql_read_dataset=lambda source: raising(AssertionError("asked"))())
+    host = host_of(good("a", iql_read_dataset=lambda source: raising(error)()), others)
+    with pytest.raises(type(error), match=str(error)):
+        host.read_dataset("mine", Options())
+
+
+def test_a_reader_that_fails_leaves_the_source_to_the_others() -> None:
+    mine = Dataset(make_dataset(SPACES["continuous"], 4).cpu(), "mine")
+
+    def read(source: object, options: Options) -> Dataset | None:
+        return mine if source == "mine" else None
+
+    failing = good("a", iql_read_dataset=lambda source: raising(KeyError("x"))())
+    exiting = good("b", iql_read_dataset=lambda source: raising(SystemExit(3))())
+    host = host_of(failing, exiting, good("c", iql_read_dataset=read))
+    assert host.read_dataset("mine", Options()) is mine
+    with pytest.raises(UnknownSourceError, match=r"'yours'.*plugin 'a' of .* failed.*KeyError.*'b'.*SystemExit: 3"):
+        host.read_dataset("yours", Options())
+    with pytest.raises(PluginError, match=r"plugin 'a' of .* failed in iql_read_dataset\(\): KeyError"):
+        host_of(failing, strict=True).read_dataset("mine", Options())
+
+
+def test_what_a_reader_returns_is_checked() -> None:
+    tensors = make_dataset(SPACES["continuous"], 4).cpu()
+    bare = host_of(good(iql_read_dataset=lambda source: tensors), strict=True)
+    with pytest.raises(PluginError, match=r"must return a Dataset or None from iql_read_dataset\(\), got TensorDict"):
+        bare.read_dataset("mine", Options())
+    host = host_of(good(iql_read_dataset=lambda source: Dataset(tensors, "mine")))
+    with pytest.raises(DatasetError, match=r"mine must have discrete actions, plugin 'good' read torch.float32"):
+        host.read_dataset("mine", Options(discrete=True))
+    tensors["next", "reward"][2] = torch.nan
+    assert host.read_dataset("mine", Options(discrete=False, finite=False)).tensors is tensors
+
+
+def test_a_source_that_looks_like_a_readers_says_why_it_is_not(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "d.h5", "w") as file:
+        file["observation_s"] = [1.0]
+    with pytest.raises(UnknownSourceError, match=r"'observation_s' is not a column that is read; did you mean"):
+        host_of(good()).read_dataset(tmp_path / "d.h5", Options())
+    mine = Dataset(make_dataset(SPACES["continuous"], 4).cpu(), "mine")
+    host = host_of(good(iql_read_dataset=lambda source: mine if isinstance(source, Path) else None))
+    assert host.read_dataset(tmp_path / "d.h5", Options()) is mine
+
+
+def test_the_error_says_which_plugin_it_takes(tmp_path: Path) -> None:
+    (tmp_path / "d.parquet").touch()
+    for source, needed in (
+        (tmp_path / "d.parquet", "it takes a plugin for .parquet"),
+        (Namespace(), "it takes a plugin for argparse"),
+        (torch.nn.Identity(), "it takes a plugin for torch"),
+    ):
+        with pytest.raises(UnknownSourceError, match=f"{needed}.*installed plugins are tensor"):
+            Host(allow=["tensor"]).read_dataset(source, Options())
 
 
 def test_a_plugin_is_imported_once() -> None:
@@ -247,10 +302,8 @@ def test_adapters_are_loaded_and_batches_mapped() -> None:
 
 
 def test_a_dataset_is_looked_for_among_the_formats_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(source: object) -> None:
-        raise AssertionError(source)
-
-    monkeypatch.setattr(plugins, "host", lambda: host_of(good(iql_load_dataset=never)))
+    never = good(iql_read_dataset=lambda source: raising(AssertionError(source))())
+    monkeypatch.setattr(plugins, "host", lambda: host_of(never))
     assert len(iql_plugins.load_dataset("pendulum-v1-sac")) == 20_000
 
 
@@ -259,10 +312,11 @@ def test_a_dataset_of_an_adapter_is_loaded_and_checked(monkeypatch: pytest.Monke
     unsound = sound.clone()
     unsound["next", "reward"][2] = torch.nan
 
-    def load(source: object) -> TensorDict | None:
-        return {"sound": sound, "unsound": unsound}.get(str(source))
+    def read(source: object, options: Options) -> Dataset | None:
+        tensors = {"sound": sound, "unsound": unsound}.get(str(source))
+        return None if tensors is None else Dataset(tensors, str(source))
 
-    monkeypatch.setattr(plugins, "host", lambda: host_of(good(iql_load_dataset=load)))
+    monkeypatch.setattr(plugins, "host", lambda: host_of(good(iql_read_dataset=read)))
     assert iql_plugins.load_dataset("sound") is sound
     with pytest.raises(DatasetError, match=r"unsound: \('next', 'reward'\) is not finite in row 2"):
         iql_plugins.load_dataset("unsound")
@@ -270,7 +324,7 @@ def test_a_dataset_of_an_adapter_is_loaded_and_checked(monkeypatch: pytest.Monke
 
 def test_a_source_that_nobody_knows_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
-        DatasetError, match=r"did you mean 'pendulum-v1-sac'\?.*no adapter knows this dataset"
+        DatasetError, match=r"did you mean 'pendulum-v1-sac'\?.*readers are built in for .*installed plugins are"
     ) as caught:
         iql_plugins.load_dataset("pendulum-v1-sacc")
     assert "\n" not in str(caught.value)
@@ -279,9 +333,8 @@ def test_a_source_that_nobody_knows_is_one_line(tmp_path: Path) -> None:
 
 
 def test_a_type_error_of_an_adapter_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(source: object) -> None:
-        raise TypeError("a mistake of the adapter")
-
-    monkeypatch.setattr(plugins, "host", lambda: host_of(good(iql_load_dataset=load)))
-    with pytest.raises(TypeError, match="a mistake of the adapter"):
+    entry = good(iql_read_dataset=lambda source: raising(TypeError("a mistake of the adapter"))())
+    monkeypatch.setattr(plugins, "host", lambda: host_of(entry))
+    with pytest.raises(DatasetError, match="TypeError: a mistake of the adapter") as caught:
         iql_plugins.load_dataset(object())
+    assert isinstance(caught.value.__cause__.__cause__, TypeError)

@@ -10,9 +10,10 @@ from tensordict.utils import NestedKey
 
 from iql_d3rlpy._compat import writer_preprocessor
 from iql_d3rlpy.buffer import Array, FastReplayBuffer
-from iql_plugins.data import load_dataset
+from iql_plugins.data import read_dataset
 from iql_plugins.data.dataset import require_single_steps
 from iql_plugins.keys import AcceptedKeys, next_key
+from iql_plugins.spaces import Discrete
 
 __all__ = ["to_replay_buffer"]
 
@@ -36,7 +37,8 @@ def to_replay_buffer(
 
     Args:
         source: whatever :func:`iql_plugins.data.load_dataset` loads: a path, a name, a buffer, a TensorDict.
-        action_size: number of discrete actions; None takes that of a d3rlpy dataset, else the largest one plus 1.
+        action_size: number of discrete actions; None takes that of a d3rlpy dataset or of the environment, where the
+            source tells, else the largest one plus 1.
         transition_picker: what a mini-batch is made of: n steps, stacked frames; None takes that of a d3rlpy dataset,
             else single steps. A d3rlpy dataset's trajectory slicer and writer preprocessor are kept, too.
         **options: of :func:`iql_plugins.data.load_dataset`.
@@ -48,7 +50,8 @@ def to_replay_buffer(
         DatasetError: for what cannot be loaded, and n-step transitions, which d3rlpy makes itself when it samples.
         UnsupportedBufferError: for a transition picker that is not one of d3rlpy's.
     """
-    dataset = load_dataset(source, **options)
+    read = read_dataset(source, **options)
+    dataset = read.tensors
     require_single_steps(dataset, "of which d3rlpy makes more with transition_picker=MultiStepTransitionPicker(...)")
     parts: dict[str, Any] = {}
     if isinstance(source, ReplayBufferBase):
@@ -74,6 +77,8 @@ def to_replay_buffer(
         for start, stop, end in zip(np.roll(np.append(stops, 0), 1), stops, terminated, strict=False)
     ]
     discrete = actions.dtype.kind == "i"
+    if action_size is None and read.spaces is not None and isinstance(read.spaces.action, Discrete):
+        action_size = read.spaces.action.start + read.spaces.action.n
     if action_size is None or not discrete:
         action_size = int(actions.max()) + 1 if discrete else actions.shape[1]
     return FastReplayBuffer(

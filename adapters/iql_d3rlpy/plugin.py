@@ -3,6 +3,8 @@
 from tensordict import TensorDictBase
 
 from iql_d3rlpy.batches import map_batch
+from iql_d3rlpy.reader import read_dataset
+from iql_plugins.data import Dataset, Options
 from iql_plugins.hookspecs import Adapter, hookimpl
 
 
@@ -20,3 +22,9 @@ def iql_adapter() -> Adapter:
 def iql_map_batch(batch: object) -> TensorDictBase | None:
     """Takes d3rlpy's ``TransitionMiniBatch`` and ``TorchMiniBatch``."""
     return map_batch(batch)
+
+
+@hookimpl
+def iql_read_dataset(source: object, options: Options) -> Dataset | None:
+    """Takes d3rlpy's ``ReplayBuffer`` and ``MDPDataset``, and the ``.h5`` files that they dump."""
+    return read_dataset(source, options)

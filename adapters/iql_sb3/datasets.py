@@ -11,18 +11,17 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-import iql_plugins
-from iql_plugins.data import read
-from iql_plugins.data.dataset import REWARD, DatasetError, Options, require_single_steps
+from iql_plugins.data import read_dataset
+from iql_plugins.data.dataset import REWARD, DatasetError, require_single_steps
 from iql_plugins.data.episodes import episode_ends
 from iql_plugins.data.intake import ActionExcess, check_columns
 from iql_plugins.data.normalizers import CHUNK, Normalizers
 from iql_plugins.data.packed import transitions
-from iql_plugins.data.replay_buffers import check_stable_baselines3
 from iql_plugins.keys import flat_name, next_key, shown
 from iql_plugins.spaces import Box, Space, Spaces
 from iql_sb3.batches import entries
 from iql_sb3.policies import Inputs
+from iql_sb3.reader import check_buffer as check_arrays
 
 __all__ = [
     "Normalization",
@@ -46,14 +45,9 @@ def load(source: object, trust_pickle: bool = False) -> tuple[TensorDictBase, Sp
     Raises:
         DatasetError: one line that names the source and what is wrong; also for n-step transitions.
     """
-    loaded = read(source, Options(trust_pickle))
-    if loaded is None:
-        # A plugin may know it, or the error says what there is.
-        dataset, spaces = iql_plugins.load_dataset(source, trust_pickle=trust_pickle), None
-    else:
-        dataset, spaces = loaded.dataset, loaded.spaces
-    require_single_steps(dataset, "of which n_steps=... makes more")
-    return dataset, spaces
+    dataset = read_dataset(source, trust_pickle=trust_pickle)
+    require_single_steps(dataset.tensors, "of which n_steps=... makes more")
+    return dataset.tensors, dataset.spaces
 
 
 def check_spaces(dataset: TensorDictBase, spaces: Spaces) -> None:
@@ -271,11 +265,10 @@ def buffer_dataset(buffer: ReplayBuffer) -> TensorDictBase:
     not full share the buffer's memory. Goals that hindsight replay makes when it samples are no part of it.
 
     Raises:
-        DatasetError: if the buffer is empty, or :func:`~iql_plugins.data.replay_buffers.check_stable_baselines3`
-            objects.
+        DatasetError: if the buffer is empty, or :func:`iql_sb3.reader.check_buffer` objects.
     """
     name = f"the {type(buffer).__name__}"
-    check_stable_baselines3(buffer, name)
+    check_arrays(buffer, name)
     size, shared = buffer.buffer_size, buffer.optimize_memory_usage
     # The slot at pos holds the newest observation where observations are shared, and so no transition.
     start, length = ((buffer.pos + shared) % size, size - shared) if buffer.full else (0, buffer.pos)

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from tensordict import TensorDictBase
 
+from iql_plugins.data import Dataset, Options
 from iql_plugins.hookspecs import Adapter, Training, hookimpl
 from iql_sb3.batches import map_batch
+from iql_sb3.reader import read_dataset
 
 if TYPE_CHECKING:
     from iql_sb3.iql import IQL
@@ -35,6 +37,12 @@ def iql_adapter() -> Adapter:
 def iql_map_batch(batch: object) -> TensorDictBase | None:
     """Takes what the replay buffers of Stable-Baselines3 sample."""
     return map_batch(batch)
+
+
+@hookimpl
+def iql_read_dataset(source: object, options: Options) -> Dataset | None:
+    """Takes the replay buffers of Stable-Baselines3."""
+    return read_dataset(source, options)
 
 
 def _fit(model: "IQL", dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None]) -> None:

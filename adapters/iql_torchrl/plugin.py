@@ -2,8 +2,10 @@
 
 from tensordict import TensorDictBase
 
+from iql_plugins.data import Dataset, Options
 from iql_plugins.hookspecs import Adapter, Training, hookimpl
 from iql_torchrl.batches import map_batch
+from iql_torchrl.reader import read_dataset
 
 
 @hookimpl
@@ -23,3 +25,9 @@ def iql_adapter() -> Adapter:
 def iql_map_batch(batch: object) -> TensorDictBase | None:
     """Takes what TorchRL's replay buffers and collectors return."""
     return map_batch(batch)
+
+
+@hookimpl
+def iql_read_dataset(source: object, options: Options) -> Dataset | None:
+    """Takes TorchRL's replay buffers."""
+    return read_dataset(source, options)

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.settings import CHANGEABLE
-from iql_plugins.cli.sources import SHIPPED
 from iql_plugins.config import PRESETS, IQLConfig, preset
 from iql_plugins.plugins import PluginError, host
 
@@ -30,6 +29,8 @@ __all__ = [
 
 PROGRAM = "iql-plugins"
 DEFAULT_DATASET = "pendulum-v1-sac"
+#: The presets of datasets that ship.
+_PRESETS_OF = {"pendulum-v1-sac": "pendulum"}
 
 Flag: TypeAlias = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Automatic: TypeAlias = int | Literal["auto"]
@@ -252,7 +253,7 @@ def _starting_point(arguments: Sequence[str]) -> IQLConfig:
 
 def starting_preset(given: str | None, dataset: str | None) -> str | None:
     """The preset that hyper-parameters start from; None for the defaults."""
-    return SHIPPED[dataset].preset if given is None and dataset in SHIPPED else given
+    return _PRESETS_OF.get(dataset or "") if given is None else given
 
 
 def _one_line(message: str) -> str:

@@ -9,8 +9,6 @@ from iql_plugins.cli.arguments import Adapters, Inspect
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.output import Result, table
 from iql_plugins.cli.rollouts import environment_spaces
-from iql_plugins.cli.sources import plugin_dataset
-from iql_plugins.data import DatasetError, unknown_source
 from iql_plugins.data.doctor import Report, Statistics, examine
 from iql_plugins.plugins import PluginError, PluginInfo, host
 
@@ -113,19 +111,9 @@ def inspect(arguments: Inspect) -> Result:
     if arguments.env is not None:
         spaces = environment_spaces(arguments.env)
         options |= {"discrete": spaces.discrete, "spaces": spaces}
-    report = _examined(arguments.dataset, options)
+    with mistakes(ValueError, ImportError, PluginError):
+        report = examine(arguments.dataset, **options)
     return Result(report.as_dict(), _report_parts(report))
-
-
-def _examined(source: str, options: dict[str, Any]) -> Report:
-    with mistakes(ValueError, ImportError):
-        try:
-            return examine(source, **options)
-        except DatasetError as error:
-            dataset = plugin_dataset(source) if str(error) == unknown_source(source) else None
-            if dataset is None:
-                raise UserError(str(error)) from error
-            return examine(dataset, **options)
 
 
 def _report_parts(report: Report) -> list[Any]:

@@ -13,14 +13,25 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.cli.errors import UserError, mistakes
-from iql_plugins.cli.sources import Source, digest, load_source
 from iql_plugins.config import IQLConfig
+from iql_plugins.data import Dataset, DatasetError, read_dataset
 from iql_plugins.data.dataset import one_line, row_bytes
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.limits import available_memory, read_json
+from iql_plugins.plugins import PluginError
 from iql_plugins.spaces import Spaces
 
-__all__ = ["CHANGEABLE", "COUNTS", "METHODS", "Method", "Settings", "Unit", "available_cores", "versions"]
+__all__ = [
+    "CHANGEABLE",
+    "COUNTS",
+    "METHODS",
+    "Method",
+    "Settings",
+    "Unit",
+    "available_cores",
+    "load_source",
+    "versions",
+]
 
 Method = Literal["iql", "bc"]
 METHODS: Mapping[str, str] = {"iql": "IQL", "bc": "behaviour cloning"}
@@ -187,7 +198,7 @@ class Settings:
         """The hyper-parameters of a method: behaviour cloning weighs all actions alike."""
         return self.hyperparameters if method == "iql" else self.hyperparameters.replace(temperature=0.0)
 
-    def load(self, *, trust_pickle: bool = False) -> Source:
+    def load(self, *, trust_pickle: bool = False) -> Dataset:
         """The dataset.
 
         Raises:
@@ -201,26 +212,26 @@ class Settings:
             discrete=self.spaces.discrete,
             memmap_dir=None if mapped else self.memmap_dir,
         )
-        if digest(source.dataset) != self.dataset_sha256:
+        if source.sha256 != self.dataset_sha256:
             name = self.memmap_dir if mapped else self.dataset
             raise UserError(f"{name} is not the dataset that the run was made with: its content has changed")
         return source
 
-    def agent(self, source: Source, unit: Unit) -> Agent:
+    def agent(self, source: Dataset, unit: Unit) -> Agent:
         """An untrained agent.
 
         Raises:
             UserError: if dataset, spaces, hyper-parameters and device do not fit together.
         """
         config = self.config(unit.method)
-        size = config.batch_size * sum(map(row_bytes, source.dataset.values(True, True)))
+        size = config.batch_size * sum(map(row_bytes, source.tensors.values(True, True)))
         if size > available_memory():
             raise UserError(
                 f"batch_size {config.batch_size} makes batches of {size:,} bytes, which memory does not hold"
             )
         with mistakes(ValueError, RuntimeError):
-            self.spaces.check(source.dataset)
-            normalizers = Normalizers.fit(source.dataset, self.spaces, config)
+            self.spaces.check(source.tensors)
+            normalizers = Normalizers.fit(source.tensors, self.spaces, config)
             return Agent(self.spaces, config, normalizers=normalizers, seed=unit.seed, device=self.device)
 
     def to_json(self) -> dict[str, Any]:
@@ -281,6 +292,16 @@ class Settings:
             raise UserError(
                 f"{path} is no configuration of a run: {type(error).__name__}: {one_line(error)}"
             ) from error
+
+
+def load_source(source: str, **options: Any) -> Dataset:
+    """A dataset, as :func:`iql_plugins.data.read_dataset` reads it.
+
+    Raises:
+        UserError: if it cannot be read; one line.
+    """
+    with mistakes(DatasetError, ImportError, PluginError):
+        return read_dataset(source, **options)
 
 
 def _fits(value: Any, hint: Any) -> bool:

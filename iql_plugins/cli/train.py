@@ -22,15 +22,25 @@ from iql_plugins.cli.figures import learning_curve
 from iql_plugins.cli.output import Result, json_text, note, table
 from iql_plugins.cli.progress import reporter
 from iql_plugins.cli.rollouts import environment_spaces, recorded_environment
-from iql_plugins.cli.settings import CHANGEABLE, CONFIG, COUNTS, METHODS, NARROW, Settings, available_cores, versions
-from iql_plugins.cli.sources import SHIPPED, Source, digest, load_source
+from iql_plugins.cli.settings import (
+    CHANGEABLE,
+    CONFIG,
+    COUNTS,
+    METHODS,
+    NARROW,
+    Settings,
+    available_cores,
+    load_source,
+    versions,
+)
 from iql_plugins.cli.statistics import Estimate, estimate
 from iql_plugins.cli.training import POLICY, Outcome, adapter_training, resumed
 from iql_plugins.cli.workers import LOCK, locked, train_all
 from iql_plugins.config import IQLConfig
-from iql_plugins.data import DatasetError
+from iql_plugins.data import Dataset, DatasetError
 from iql_plugins.data.episodes import episode_returns
 from iql_plugins.data.intake import check_numbers
+from iql_plugins.data.readers.shipped import NAMES
 from iql_plugins.learner import resolve_compile
 from iql_plugins.spaces import Box, Spaces
 
@@ -100,7 +110,7 @@ def check_libraries(arguments: Train) -> None:
         imported("torch.utils.tensorboard", "tensorboard")
 
 
-def _settings(arguments: Train) -> tuple[Settings, Source]:
+def _settings(arguments: Train) -> tuple[Settings, Dataset]:
     _check_counts(arguments)
     if not 0 <= arguments.seed <= LARGEST_SEED - arguments.seeds:
         raise UserError(f"--seed must be at least 0, and the last one below 2**63, got {arguments.seed}")
@@ -116,7 +126,7 @@ def _settings(arguments: Train) -> tuple[Settings, Source]:
         env, spaces = _environment_of(source, arguments.dataset)
     if spaces is None:
         with mistakes(ValueError):
-            spaces = Spaces.from_dataset(source.dataset) if source.spaces is None else source.spaces
+            spaces = Spaces.from_dataset(source.tensors) if source.spaces is None else source.spaces
     config = arguments.hyperparameters
     device = device_name(arguments.device)
     n_steps = config.n_steps
@@ -126,8 +136,8 @@ def _settings(arguments: Train) -> tuple[Settings, Source]:
     workers = worker_count(arguments.workers, methods * math.ceil(arguments.seeds / stack), device)
     settings = Settings(
         adapter=arguments.adapter,
-        dataset_sha256=digest(source.dataset),
-        transitions=len(source.dataset),
+        dataset_sha256=source.sha256,
+        transitions=len(source.tensors),
         env=env,
         spaces=spaces,
         preset=starting_preset(arguments.preset, arguments.dataset),
@@ -182,10 +192,10 @@ def _check_counts(arguments: Train) -> None:
 
 def _wherever(dataset: str) -> str:
     """A dataset's path or name, from whatever folder the run goes on in. A name that ships wins over a path."""
-    return os.path.abspath(dataset) if dataset not in SHIPPED and os.path.exists(dataset) else dataset
+    return os.path.abspath(dataset) if dataset not in NAMES and os.path.exists(dataset) else dataset
 
 
-def _environment_of(source: Source, dataset: str) -> tuple[str | None, Spaces | None]:
+def _environment_of(source: Dataset, dataset: str) -> tuple[str | None, Spaces | None]:
     """The environment that a dataset names, if it can be made here."""
     env = recorded_environment(source.env, dataset)
     if env is None:
@@ -264,7 +274,7 @@ def _every(wanted: int | str, n_steps: int, *, parts: int, most: int) -> int:
     return wanted if isinstance(wanted, int) else max(1, min(n_steps // parts, most))
 
 
-def _check(settings: Settings, source: Source) -> None:
+def _check(settings: Settings, source: Dataset) -> None:
     """Raises :class:`UserError` for what would fail at the first step, before there is a run directory."""
     training = adapter_training(settings.adapter)
     if settings.env is not None:
@@ -273,7 +283,7 @@ def _check(settings: Settings, source: Source) -> None:
     agent = settings.agent(source, settings.units[0])
     with mistakes(DatasetError):
         clip_all = settings.hyperparameters.clip_all_actions
-        excess = check_numbers(source.dataset, settings.spaces, clip_all_actions=clip_all)
+        excess = check_numbers(source.tensors, settings.spaces, clip_all_actions=clip_all)
     if excess.count:
         note(f"{settings.dataset}: {excess}: they are clipped, as the environment clips them")
     # Not every framework takes every space.
@@ -353,13 +363,13 @@ def _to_be_resumed(folder: Path, env: str | None) -> Iterator[None]:
         raise UserError(f"{error}; when that is over, go on with {PROGRAM} train --resume {again}") from error
 
 
-def _train(settings: Settings, source: Source, folder: Path, arguments: Train) -> Result:
+def _train(settings: Settings, source: Dataset, folder: Path, arguments: Train) -> Result:
     workers = worker_count(arguments.workers, len(settings.groups), settings.device)
     start = time.monotonic()
     with reporter(settings) as report:
         outcomes = train_all(settings, folder, workers, report, trust_pickle=arguments.trust_pickle)
     seconds = time.monotonic() - start
-    data = estimate([episode_returns(source.dataset).tolist()])
+    data = estimate([episode_returns(source.tensors).tolist()])
     estimates = _estimates(settings, outcomes, data)
     learning_curve(settings, folder, outcomes, data, folder / PICTURE)
     document: dict[str, Any] = {

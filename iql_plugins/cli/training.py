@@ -23,8 +23,8 @@ from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.output import note
 from iql_plugins.cli.rollouts import rollouts
 from iql_plugins.cli.settings import CONFIG, METHODS, Settings, Unit
-from iql_plugins.cli.sources import Source
 from iql_plugins.config import IQLConfig
+from iql_plugins.data import Dataset
 from iql_plugins.data.dataset import one_line
 from iql_plugins.hookspecs import Training
 from iql_plugins.learner import DivergenceError
@@ -223,7 +223,7 @@ def _save(trainers: "Sequence[_Trainer]") -> None:
         trainer.write_policies()
 
 
-def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Source) -> None:
+def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Dataset) -> None:
     """Takes the steps that are left, which are as many for all."""
     first = trainers[0]
     saved = time.monotonic()
@@ -244,10 +244,10 @@ def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Source) -> 
         if steps == 0:
             return
         if len(trainers) == 1:
-            training.fit(first.algorithm, source.dataset, steps, after_step)
+            training.fit(first.algorithm, source.tensors, steps, after_step)
         else:
             assert training.fit_together is not None
-            training.fit_together([trainer.algorithm for trainer in trainers], source.dataset, steps, after_step)
+            training.fit_together([trainer.algorithm for trainer in trainers], source.tensors, steps, after_step)
 
 
 class _Trainer:
@@ -258,7 +258,7 @@ class _Trainer:
         run: Path,
         report: Callable[[Progress], None],
         training: Training,
-        source: Source,
+        source: Dataset,
     ) -> None:
         self.unit, self.report, self.training = unit, report, training
         self.folder = settings.folder(run, unit)

@@ -19,8 +19,8 @@ from iql_plugins.data.dataset import (
     DONE,
     REWARD,
     TERMINATED,
+    Dataset,
     DatasetError,
-    Loaded,
     Options,
     check_dataset,
     chunks,
@@ -163,7 +163,7 @@ class Transitions:
             raise DatasetError(f"{name} has no 'observations'; {has}")
         return cls(name, observations, found["actions"], found["rewards"], ends, following or None, names=names)
 
-    def load(self, options: Options, unpacked: int = 0) -> Loaded:
+    def load(self, options: Options, unpacked: int = 0) -> Dataset:
         """The dataset.
 
         Args:
@@ -195,9 +195,9 @@ class Transitions:
         cut = timeouts.copy()
         cut[:-1] |= lost[1:] & timeouts[1:]
         discrete = self._discrete(options)
-        dataset = assemble(self._blocks(kept, terminals, cut & ~terminals, discrete), len(kept), self.name, options)
-        return Loaded(
-            dataset,
+        tensors = assemble(self._blocks(kept, terminals, cut & ~terminals, discrete), len(kept), self.name, options)
+        return Dataset(
+            tensors,
             self.name,
             dropped=int(lost.sum()),
             both=len(both),

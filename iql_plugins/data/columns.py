@@ -27,11 +27,10 @@ from iql_plugins.data.dataset import DatasetError, one_line
 from iql_plugins.keys import shown
 
 __all__ = [
-    "D3RLPY_METADATA",
     "METADATA",
-    "SB3_METADATA",
     "SYNONYMS",
     "TORCHRL_METADATA",
+    "any_known",
     "readable",
     "require_read",
     "unread",
@@ -61,12 +60,6 @@ METADATA = frozenset({
     "discrete_action", "version",
 })  # fmt: skip
 
-#: Files of d3rlpy 2.
-D3RLPY_METADATA = frozenset({"columns", "num_episodes", "version"})
-
-#: Arrays of Stable-Baselines3's buffers: hindsight's, and those of prioritised replay.
-SB3_METADATA = frozenset({"infos", "ep_start", "ep_length", "priorities"})
-
 #: TensorDicts: entries at the root or under "next" that TorchRL writes beside a transition, with all below them.
 TORCHRL_METADATA = frozenset({
     # what the step before left at the root, and the environment's own switches
@@ -86,6 +79,11 @@ TORCHRL_METADATA = frozenset({
     # its datasets of others
     "info", "infos", "metadata", "episode", "seed", "frame", "language_instruction",
 })  # fmt: skip
+
+
+def any_known(given: Iterable[str]) -> bool:
+    """Whether one of a source's columns is read at all."""
+    return any(key.split("/")[0] in _COLUMNS for key in given)
 
 
 def readable(name: str, given: Iterable[str]) -> dict[str, str]:

@@ -1,15 +1,17 @@
-"""What every loader returns, and the one check that every dataset passes."""
+"""What every reader returns, and the one check that every dataset passes."""
 
+import hashlib
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, shown
 from iql_plugins.limits import available_memory
 from iql_plugins.spaces import Spaces
 
-__all__ = ["DatasetError", "Loaded", "Options", "check_dataset"]
+__all__ = ["Dataset", "DatasetError", "Options", "UnknownSourceError", "check_dataset"]
 
 #: Bytes that are read at a time from a dataset that may be larger than memory.
 CHUNK_BYTES = 2**26
@@ -31,44 +33,64 @@ class DatasetError(ValueError):
     """A dataset that cannot be used; one line that names the file or object, and the key."""
 
 
+class UnknownSourceError(DatasetError):
+    """A source of data that no reader knows; the message lists those that are installed."""
+
+
 @dataclass(frozen=True)
 class Options:
-    """How a dataset is to be loaded; see :func:`iql_plugins.data.load_dataset`.
+    """How a dataset is to be read; see :func:`iql_plugins.data.load_dataset`.
 
     Attributes:
         trust_pickle: whether pickles may be loaded, which can run any code.
         discrete: whether actions are discrete; None finds out.
         memmap_dir: the folder that the dataset is written to, to stay there; None keeps it in memory.
         finite: whether values that are not finite are an error.
+        name: what errors call the source; None leaves that to its reader.
     """
 
     trust_pickle: bool = False
     discrete: bool | None = None
     memmap_dir: str | os.PathLike[str] | None = None
     finite: bool = True
+    name: str | None = None
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A dataset, and what its source said that the key layout cannot say.
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Transitions, and what their source said that the key layout cannot say.
 
     Attributes:
-        dataset: batch size ``[N]``, by the key layout.
-        name: of the source, for messages.
+        tensors: batch size ``[N]``, by the key layout, transitions in time order, episode after episode.
+        source: where they come from, for messages.
+        spaces: the environment's, where the source has them.
+        env: Gymnasium's id of the environment, where the source has it. It is a stranger's word.
         dropped: transitions left out because their episode was cut and its final observation is missing.
         both: steps that the source marks as terminal and as time-out.
         both_row: the first of them, as a row of the source.
         timeouts_recorded: whether the source keeps time-outs apart from terminals at all.
-        spaces: the environment's, where the source has them.
     """
 
-    dataset: TensorDict
-    name: str
+    tensors: TensorDictBase
+    source: str
+    spaces: Spaces | None = None
+    env: str | None = None
     dropped: int = 0
     both: int = 0
     both_row: int | None = None
     timeouts_recorded: bool = True
-    spaces: Spaces | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the content: names, shapes and numbers, whatever file they came from."""
+        result = hashlib.sha256()
+        for name, tensor in sorted(
+            (key if isinstance(key, str) else "/".join(key), tensor) for key, tensor in self.tensors.items(True, True)
+        ):
+            result.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+            for rows in chunks(len(tensor), row_bytes(tensor)):
+                result.update(tensor[rows].cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return result.hexdigest()
 
 
 @contextmanager
@@ -145,6 +167,20 @@ def require_space(size: int, name: str, options: Options) -> None:
             f"{name} needs {size:,} bytes, more than the {memory:,} that are left of the memory: "
             "pass memmap_dir, a folder to write it to, where it stays memory-mapped"
         )
+
+
+def file_of(source: object, *suffixes: str) -> Path | None:
+    """The file that a source is the path of, if it ends in one of these suffixes; else None.
+
+    Raises:
+        DatasetError: if there is no such file.
+    """
+    if not isinstance(source, str | os.PathLike) or Path(source).suffix.lower() not in suffixes:
+        return None
+    path = Path(source)
+    if not path.is_file():
+        raise DatasetError(f"there is no file {path}")
+    return path
 
 
 def existing_parent(path: Path) -> Path:

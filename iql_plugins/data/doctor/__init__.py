@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from iql_plugins.data import read, unknown_source
-from iql_plugins.data.dataset import DatasetError, Loaded, Options
+from iql_plugins.data import Dataset, read_dataset
 from iql_plugins.data.doctor import actions, borders, episodes, relations, values
 from iql_plugins.data.doctor.view import Finding, View
 from iql_plugins.documents import finite_json
@@ -134,15 +133,13 @@ def examine(
     """
     if (action_low is None) != (action_high is None):
         raise ValueError("action_low and action_high belong together: give both or neither")
-    loaded = read(source, Options(trust_pickle=trust_pickle, discrete=discrete, finite=False))
-    if loaded is None:
-        raise DatasetError(unknown_source(source))
-    view = _view(loaded, spaces or loaded.spaces, action_low, action_high)
-    entries = dict(loaded.dataset.items(True, True))
+    dataset = read_dataset(source, trust_pickle=trust_pickle, discrete=discrete, finite=False)
+    view = _view(dataset, spaces or dataset.spaces, action_low, action_high)
+    entries = dict(dataset.tensors.items(True, True))
     names = {key: key if isinstance(key, str) else ".".join(key) for key in entries}
     return Report(
-        name=loaded.name,
-        transitions=len(loaded.dataset),
+        name=dataset.source,
+        transitions=len(dataset.tensors),
         episodes=len(view.ends),
         returns=Statistics.of(view.returns),
         lengths=Statistics.of(view.lengths),
@@ -152,8 +149,8 @@ def examine(
     )
 
 
-def _view(loaded: Loaded, spaces: Spaces | None, action_low: Bound | None, action_high: Bound | None) -> View:
-    action = loaded.dataset.get("action")
+def _view(dataset: Dataset, spaces: Spaces | None, action_low: Bound | None, action_high: Bound | None) -> View:
+    action = dataset.tensors.get("action")
     space = spaces.action if spaces is not None else None
     low = high = None
     assumed = False
@@ -166,7 +163,7 @@ def _view(loaded: Loaded, spaces: Spaces | None, action_low: Bound | None, actio
         if not bool((low < high).all()):
             raise ValueError("action_low must be below action_high")
     return View(
-        loaded,
+        dataset,
         low,
         high,
         assumed,

@@ -30,7 +30,7 @@ def timeouts_as_terminals(view: View) -> Iterator[Finding]:
     and the only one whose last state is one in which others go on.
     """
     suggestion = "mark them as timeouts, not as terminals: the value of their last state is not 0"
-    if not view.loaded.timeouts_recorded:
+    if not view.source.timeouts_recorded:
         if count := int(view.terminated.sum()):
             yield Finding(
                 "timeouts-as-terminals",
@@ -120,13 +120,13 @@ def no_terminals(view: View) -> Iterator[Finding]:
 
 def terminal_and_timeout(view: View) -> Iterator[Finding]:
     """Steps that are marked as both."""
-    if view.loaded.both:
+    if view.source.both:
         yield Finding(
             "terminal-and-timeout",
-            f"{view.loaded.both} steps are marked as terminal and as time-out; they count as terminal",
+            f"{view.source.both} steps are marked as terminal and as time-out; they count as terminal",
             "clear the flag that is wrong: a step that only the time limit ended is no terminal",
-            view.loaded.both_row,
-            view.loaded.both,
+            view.source.both_row,
+            view.source.both,
         )
 
 
@@ -162,13 +162,13 @@ def unfinished_episode(view: View) -> Iterator[Finding]:
 def missing_final_observations(view: View) -> Iterator[Finding]:
     """Cut episodes without the observation after their last step."""
     suggestion = "store the observation after the last step: a cut episode bootstraps from it"
-    if view.loaded.dropped:
+    if view.source.dropped:
         yield Finding(
             "missing-final-observations",
-            f"{view.loaded.dropped} transitions were left out: their episode was cut, and the source has no "
+            f"{view.source.dropped} transitions were left out: their episode was cut, and the source has no "
             "observation after it",
             suggestion,
-            count=view.loaded.dropped,
+            count=view.source.dropped,
         )
         return
     cut = view.ends[view.cut]

@@ -11,7 +11,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, Loaded, chunks, leaves, row_bytes
+from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, Dataset, chunks, leaves, row_bytes
 from iql_plugins.data.episodes import episode_ends, episode_lengths, episode_returns
 from iql_plugins.keys import next_key, shown
 from iql_plugins.spaces import Space
@@ -81,7 +81,7 @@ class View:
     """The dataset, and what is known of its environment.
 
     Attributes:
-        loaded: what the reader made of the source.
+        source: what the reader made of the source.
         low: the bounds of continuous actions, ``[act]``; None for discrete ones.
         high: likewise.
         assumed: whether the bounds are nobody's word.
@@ -89,7 +89,7 @@ class View:
         action_count: the number of discrete actions, where it is known.
     """
 
-    loaded: Loaded
+    source: Dataset
     low: Tensor | None
     high: Tensor | None
     assumed: bool
@@ -99,7 +99,7 @@ class View:
     @property
     def dataset(self) -> TensorDictBase:
         """By the key layout."""
-        return self.loaded.dataset
+        return self.source.tensors
 
     @cached_property
     def ends(self) -> Tensor:

@@ -16,7 +16,8 @@ import numpy as np
 from iql_plugins.checkpoint import naming
 from iql_plugins.data.arrays import Array, Transitions
 from iql_plugins.data.columns import readable
-from iql_plugins.data.dataset import DatasetError, Loaded, Options, existing_parent, one_line, reading
+from iql_plugins.data.dataset import Dataset, DatasetError, Options, existing_parent, file_of, one_line, reading
+from iql_plugins.hookspecs import hookimpl
 
 __all__ = ["load"]
 
@@ -25,7 +26,14 @@ _HEADER_BYTES = 12 + 10_000
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def load(path: Path, options: Options) -> Loaded:
+@hookimpl
+def iql_read_dataset(source: object, options: Options) -> Dataset | None:
+    """Takes the path of an ``.npz`` file."""
+    path = file_of(source, ".npz")
+    return None if path is None else load(path, options)
+
+
+def load(path: Path, options: Options) -> Dataset:
     """The dataset of an archive with ``observations``, ``actions``, ``rewards``, ``terminals`` and, if there are, more.
 
     That is ``timeouts``, and ``next_observations``, without which the last transition of each episode that was cut

@@ -4,13 +4,34 @@ from pathlib import Path
 
 from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Column, Transitions
-from iql_plugins.data.columns import readable
-from iql_plugins.data.dataset import Loaded, Options
+from iql_plugins.data.columns import any_known, readable
+from iql_plugins.data.dataset import Dataset, DatasetError, Options, UnknownSourceError, file_of
+from iql_plugins.hookspecs import hookimpl
 
-__all__ = ["load"]
+__all__: list[str] = []
 
 
-def load(path: Path, options: Options) -> Loaded:
+@hookimpl
+def iql_read_dataset(source: object, options: Options) -> Dataset | None:
+    """Takes the path of an HDF5 file, if it has one of the columns that are read.
+
+    Raises:
+        UnknownSourceError: if it has none of them; another reader may know it.
+    """
+    path = file_of(source, ".hdf5", ".h5")
+    if path is None:
+        return None
+    with hdf5.opened(path) as file:
+        known = any_known(file)
+        if not known:
+            try:
+                readable(str(path), file)
+            except DatasetError as error:
+                raise UnknownSourceError(str(error)) from error
+    return _load(path, options)
+
+
+def _load(path: Path, options: Options) -> Dataset:
     """The dataset of a file with ``observations``, ``actions``, ``rewards``, ``terminals`` and, if there are, more.
 
     That is ``timeouts``, and ``next_observations``, without which the last transition of each episode that was cut

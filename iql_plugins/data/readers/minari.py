@@ -13,11 +13,12 @@ import torch
 from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Block, Names, action, assemble, entry, observation, reward, tensor
 from iql_plugins.data.columns import METADATA, require_read, unread
-from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, DatasetError, Loaded, Options, reading, require_space
+from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, Dataset, DatasetError, Options, reading, require_space
+from iql_plugins.hookspecs import hookimpl
 from iql_plugins.limits import parse_json, read_json
 from iql_plugins.spaces import Spaces
 
-__all__ = ["found", "is_identifier", "load"]
+__all__ = ["is_identifier"]
 
 _IDENTIFIER = re.compile(r"(?:[-\w]+/)*[-\w]+-v\d+")
 _METADATA, _HDF5 = "metadata.json", "main_data.hdf5"
@@ -30,7 +31,16 @@ def is_identifier(source: str) -> bool:
     return _IDENTIFIER.fullmatch(source) is not None
 
 
-def found(source: str | Path) -> Path | None:
+@hookimpl
+def iql_read_dataset(source: object, options: Options) -> Dataset | None:
+    """Takes the id of a dataset that is on this machine, or its folder."""
+    if not isinstance(source, str | os.PathLike):
+        return None
+    data = _found(source if isinstance(source, str) else Path(source))
+    return None if data is None else _load(data, options)
+
+
+def _found(source: str | Path) -> Path | None:
     """The folder with the data of a dataset, by its folder or by its id; None if there is none on this machine."""
     folders = [Path(source)]
     if isinstance(source, str) and is_identifier(source):
@@ -44,7 +54,7 @@ def found(source: str | Path) -> Path | None:
     return None
 
 
-def load(path: Path, options: Options) -> Loaded:
+def _load(path: Path, options: Options) -> Dataset:
     """The dataset in a folder of Minari's, which is read an episode at a time. Nothing is ever downloaded.
 
     Episodes have one observation more than steps, so that every transition has its final observation. An episode
@@ -69,8 +79,9 @@ def load(path: Path, options: Options) -> Loaded:
                     "which can run any code"
                 )
             _check_space(parse_json(metadata[key]), name)
-        if isinstance(metadata.get("env_spec"), str):
-            parse_json(metadata["env_spec"])
+        # The specification also has an entry point, which could run any code: only the id is taken.
+        specification = metadata.get("env_spec")
+        env = parse_json(specification).get("id") if isinstance(specification, str) else None
         try:
             import minari  # type: ignore[import-untyped]
         except ImportError as error:
@@ -92,8 +103,9 @@ def load(path: Path, options: Options) -> Loaded:
             raise DatasetError(f"{name}: {error}") from error
         discrete = spaces.discrete if options.discrete is None else options.discrete
         reader = _Episodes(name, dataset, discrete, stored)
-        data = assemble(reader.blocks(), int(dataset.total_steps), name, options)
-        return Loaded(data, name, both=reader.both, both_row=reader.both_row, spaces=spaces)
+        tensors = assemble(reader.blocks(), int(dataset.total_steps), name, options)
+        env = env if isinstance(env, str) else None
+        return Dataset(tensors, name, spaces, env, both=reader.both, both_row=reader.both_row)
 
 
 def _require_read(stored: Any, path: Path) -> None:

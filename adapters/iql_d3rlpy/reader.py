@@ -1,4 +1,4 @@
-"""Replay buffers and datasets of d3rlpy: its ``.h5`` files, read without d3rlpy, and its objects."""
+"""d3rlpy's replay buffers and ``.h5`` files as datasets. Imports no d3rlpy, so that any source can be looked at."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -10,46 +10,54 @@ import numpy as np
 
 from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Column, Concatenated, Transitions
-from iql_plugins.data.columns import D3RLPY_METADATA, require_read, unread
-from iql_plugins.data.dataset import DatasetError, Loaded, Options, reading, require_space
+from iql_plugins.data.columns import require_read, unread
+from iql_plugins.data.dataset import Dataset, DatasetError, Options, file_of, reading, require_space
 
-__all__ = ["load", "load_file"]
+__all__ = ["read_dataset"]
 
 _READ = ("observations", "actions", "rewards", "terminated")
+_BUFFER, _COUNT = "ReplayBufferBase", "num_episodes"
+_METADATA = frozenset({"columns", _COUNT, "version"})
 
 
-def load_file(path: Path, options: Options) -> Loaded:
+def read_dataset(source: object, options: Options) -> Dataset | None:
+    """The dataset in a ``ReplayBuffer`` or ``MDPDataset``, or in the file that either dumped; None for anything else.
+
+    Raises:
+        DatasetError: for episodes that do not fit together, and for data that are not read.
+        ImportError: for a file, without h5py; says how to install it.
+    """
+    if any(kind.__module__.split(".")[0] == "d3rlpy" and kind.__name__ == _BUFFER for kind in type(source).__mro__):
+        return _read_buffer(source, options)
+    path = file_of(source, ".hdf5", ".h5")
+    if path is None:
+        return None
+    with hdf5.opened(path) as file:
+        return _read_file(file, path, options) if hdf5.has(file, _COUNT) else None
+
+
+def _read_file(file: Any, path: Path, options: Options) -> Dataset:
     """The dataset of a file that ``ReplayBuffer.dump()`` wrote, or ``MDPDataset.dump()``.
 
     An episode of T steps has T observations. So one that was cut gives T - 1 transitions, as d3rlpy itself samples
     it: the observation after its last step was never stored. One that terminated gives T. Tuple observations get
     the entries ``"0"``, ``"1"``, ...
-
-    Raises:
-        DatasetError: if it is no such file, or has data that are not read.
     """
-    with hdf5.opened(path) as file:
-        number = hdf5.number(file, "num_episodes", path)
-        columns: list[dict[str, Column]] = []
-        terminated = []
-        for episode in range(number):
-            entries: dict[str, Column] = {}
-            for key in ("observations", "actions", "rewards"):
-                entries |= _entries(file, key, episode, path)
-            columns.append(entries)
-            terminated.append(bool(hdf5.number(file, f"terminated_{episode}", path)))
-        transitions = _transitions(str(path), columns, terminated)
-        _require_read(path, file, columns)
-        return transitions.load(options)
+    columns: list[dict[str, Column]] = []
+    terminated = []
+    for episode in range(hdf5.number(file, _COUNT, path)):
+        entries: dict[str, Column] = {}
+        for key in ("observations", "actions", "rewards"):
+            entries |= _entries(file, key, episode, path)
+        columns.append(entries)
+        terminated.append(bool(hdf5.number(file, f"terminated_{episode}", path)))
+    transitions = _transitions(str(path), columns, terminated)
+    _require_read(path, file, columns)
+    return transitions.load(options)
 
 
-def load(buffer: Any, options: Options) -> Loaded:
-    """The dataset in a d3rlpy ``ReplayBuffer`` or ``MDPDataset``, as :func:`load_file` reads its file.
-
-    Raises:
-        DatasetError: if its episodes do not fit together, or have a column that is not read.
-    """
-    name = f"the d3rlpy {type(buffer).__name__}"
+def _read_buffer(buffer: Any, options: Options) -> Dataset:
+    name = options.name or f"the d3rlpy {type(buffer).__name__}"
     with reading(name):
         columns: list[dict[str, Column]] = []
         terminated = []
@@ -75,7 +83,7 @@ def _require_read(path: Path, names: Iterable[str], episodes: Sequence[dict[str,
         for column, *index in (key.split("/") for key in ("terminated", *episode))
     }
     for key in names:
-        if key in members or key in D3RLPY_METADATA:
+        if key in members or key in _METADATA:
             continue
         if key.split("_")[0] in _READ:
             raise DatasetError(f"{path}: {key!r} belongs to none of its {len(episodes)} episodes: drop it")

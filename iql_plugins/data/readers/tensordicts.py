@@ -1,5 +1,6 @@
 """TensorDicts that have the key layout already, and their memory-mapped folders."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote
@@ -15,8 +16,8 @@ from iql_plugins.data.dataset import (
     DONE,
     REWARD,
     TERMINATED,
+    Dataset,
     DatasetError,
-    Loaded,
     Options,
     check_dataset,
     chunks,
@@ -25,10 +26,11 @@ from iql_plugins.data.dataset import (
     require_space,
     row_bytes,
 )
+from iql_plugins.hookspecs import hookimpl
 from iql_plugins.keys import AUTO_MASK_KEYS, DISCOUNT, STEPS_TO_NEXT_OBS, shown
 from iql_plugins.limits import read_json
 
-__all__ = ["is_folder", "load", "load_folder"]
+__all__ = ["load"]
 
 _METADATA = "meta.json"
 #: Of the numbers and flags of a row while rows are brought into order.
@@ -39,12 +41,21 @@ _REQUIRED: tuple[NestedKey, ...] = ("observation", "action", REWARD, DONE, TERMI
 _OPTIONAL: tuple[NestedKey, ...] = (STEPS_TO_NEXT_OBS, DISCOUNT, _TRUNCATED)
 
 
-def is_folder(path: Path) -> bool:
-    """Whether it is the folder of a memory-mapped TensorDict."""
+@hookimpl
+def iql_read_dataset(source: object, options: Options) -> Dataset | None:
+    """Takes a TensorDict, or the folder of a memory-mapped one."""
+    if isinstance(source, TensorDictBase):
+        return load(source, options, options.name or "the TensorDict")
+    if isinstance(source, str | os.PathLike) and _is_folder(Path(source)):
+        return _load_folder(Path(source), options)
+    return None
+
+
+def _is_folder(path: Path) -> bool:
     return (path / _METADATA).is_file()
 
 
-def load_folder(path: Path, options: Options) -> Loaded:
+def _load_folder(path: Path, options: Options) -> Dataset:
     """The dataset in the folder of a memory-mapped TensorDict, which stays memory-mapped: see :func:`load`.
 
     Raises:
@@ -59,7 +70,7 @@ def load_folder(path: Path, options: Options) -> Loaded:
     return load(mapped, options, name)
 
 
-def load(dataset: TensorDictBase, options: Options, name: str = "the TensorDict") -> Loaded:
+def load(dataset: TensorDictBase, options: Options, name: str) -> Dataset:
     """The dataset in a TensorDict with TorchRL's keys, of batch size ``[N]``, or ``[*B, T]`` with time last.
 
     Its tensors are shared as far as they have the layout's shapes and dtypes. The keys of n-step transitions are
@@ -95,7 +106,7 @@ def load(dataset: TensorDictBase, options: Options, name: str = "the TensorDict"
         _check_truncated(flat, rows, name)
         if bool(ends.any()):
             flat.set(DONE, flat.get(DONE) | ends.reshape(-1, *[1] * (flat.get(DONE).ndim - 1)))
-        return Loaded(_converted(flat, options, name), name)
+        return Dataset(_converted(flat, options, name), name)
 
 
 def _check_files(folder: Path, shapes: TensorDictBase, name: str) -> None:
@@ -106,7 +117,7 @@ def _check_files(folder: Path, shapes: TensorDictBase, name: str) -> None:
         if not isinstance(entry, dict):
             continue
         value = shapes.get(key, None)
-        if isinstance(value, TensorDictBase) and key in folders and is_folder(folders[key]):
+        if isinstance(value, TensorDictBase) and key in folders and _is_folder(folders[key]):
             _check_files(folders[key], value, name)
         elif isinstance(value, Tensor) and key in files:
             expected, size = value.numel() * value.element_size(), files[key].stat().st_size

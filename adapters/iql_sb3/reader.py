@@ -1,50 +1,27 @@
-"""Replay buffers of Stable-Baselines3 and TorchRL, recognised without importing either."""
+"""Stable-Baselines3's replay buffers as datasets. Imports no Stable-Baselines3, so that any source can be looked at."""
 
-import pickle
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
-from tensordict import TensorDictBase
 
-from iql_plugins.data import tensordicts
 from iql_plugins.data.arrays import Array, Column, Concatenated, Names, Transitions
-from iql_plugins.data.columns import SB3_METADATA, require_read
-from iql_plugins.data.dataset import DatasetError, Loaded, Options, reading, require_space, row_bytes
+from iql_plugins.data.columns import require_read
+from iql_plugins.data.dataset import Dataset, DatasetError, Options, reading
 from iql_plugins.spaces import Box, Spaces
 
-__all__ = ["check_stable_baselines3", "load_stable_baselines3", "load_torchrl", "unpickled"]
+__all__ = ["check_buffer", "read_dataset"]
 
 _READ = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+
+#: Hindsight's, and those of prioritised replay.
+_METADATA = frozenset({"infos", "ep_start", "ep_length", "priorities"})
 
 _UNIT_TOLERANCE = 1e-4
 
 
-def unpickled(path: Path, options: Options) -> object:
-    """The object in a pickle, of which the caller has said that it is to be trusted.
-
-    Raises:
-        DatasetError: if it was not said, or the file holds no pickle.
-        ImportError: if it needs a package that is not installed.
-    """
-    if not options.trust_pickle:
-        raise DatasetError(
-            f"{path} is a pickle, which can run any code when it is loaded: pass trust_pickle=True (--trust-pickle) if "
-            "you trust it"
-        )
-    with reading(str(path)):
-        try:
-            with path.open("rb") as file:
-                return pickle.load(file)
-        except ModuleNotFoundError as error:
-            raise ImportError(
-                f"{path} needs {error.name}, for a replay buffer: pip install 'iql-plugins[sb3]'"
-            ) from error
-
-
-def load_stable_baselines3(buffer: Any, options: Options, name: str | None = None) -> Loaded:
-    """The dataset in a ``ReplayBuffer`` or ``DictReplayBuffer``, or a subclass (``HerReplayBuffer``).
+def read_dataset(source: object, options: Options) -> Dataset | None:
+    """The dataset in a ``ReplayBuffer`` or ``DictReplayBuffer``, or a subclass (``HerReplayBuffer``); else None.
 
     Transitions come in the order of time, one environment's after another's. Where the next environment's begin, an
     episode may be under way: it is cut there, done without a terminal state. Continuous actions, which
@@ -57,11 +34,15 @@ def load_stable_baselines3(buffer: Any, options: Options, name: str | None = Non
 
     Raises:
         DatasetError: if it is empty, its spaces are other than Box, Discrete and Dict of these, or
-            :func:`check_stable_baselines3` objects.
+            :func:`check_buffer` objects.
     """
-    name = name or f"the Stable-Baselines3 {type(buffer).__name__}"
+    kinds = type(source).__mro__
+    if all(kind.__module__.split(".")[0] != "stable_baselines3" or kind.__name__ != "ReplayBuffer" for kind in kinds):
+        return None
+    buffer: Any = source
+    name = options.name or f"the Stable-Baselines3 {type(buffer).__name__}"
     with reading(name):
-        check_stable_baselines3(buffer, name)
+        check_buffer(buffer, name)
         try:
             spaces = Spaces.from_gymnasium(buffer.observation_space, buffer.action_space)
         except (TypeError, ValueError) as error:
@@ -103,12 +84,10 @@ def load_stable_baselines3(buffer: Any, options: Options, name: str | None = Non
             observations(buffer.observations, 1) if shared else observations(buffer.next_observations),
             spaces,
         )
-        loaded = transitions.load(options)
-        recorded = bool(buffer.handle_timeout_termination)
-        return Loaded(loaded.dataset, name, timeouts_recorded=recorded, spaces=spaces)
+        return replace(transitions.load(options), timeouts_recorded=bool(buffer.handle_timeout_termination))
 
 
-def check_stable_baselines3(buffer: Any, name: str) -> None:
+def check_buffer(buffer: Any, name: str) -> None:
     """Raises :class:`DatasetError` for an array of steps that nobody reads, and a time-out that ends no episode."""
     steps = (buffer.buffer_size, buffer.n_envs)
     held = {
@@ -117,45 +96,13 @@ def check_stable_baselines3(buffer: Any, name: str) -> None:
         for array in (value.values() if isinstance(value, dict) else [value])
         if isinstance(array, np.ndarray) and array.shape[:2] == steps
     }
-    require_read(name, sorted(held), _READ, SB3_METADATA)
+    require_read(name, sorted(held), _READ, _METADATA)
     rows, environments = np.nonzero((buffer.timeouts != 0) & (buffer.dones == 0))
     if len(rows):
         raise DatasetError(
             f"{name}: 'timeouts' is 1 and 'dones' 0 in row {rows[0]} of environment {environments[0]}: "
             "they contradict each other"
         )
-
-
-def load_torchrl(buffer: Any, options: Options) -> Loaded:
-    """The dataset in a TorchRL replay buffer's storage, oldest first; see :func:`iql_plugins.data.tensordicts.load`.
-
-    The buffer's transforms, which act when it is sampled, are not applied.
-
-    Raises:
-        DatasetError: if it is empty or does not hold TensorDicts, or its writer does not keep the order of time.
-    """
-    name = f"the TorchRL {type(buffer).__name__}"
-    with reading(name):
-        if len(buffer) == 0:
-            raise DatasetError(f"{name} is empty: it has no transition")
-        writer = buffer.writer
-        kinds = {base.__name__ for base in type(writer).__mro__}
-        if "TensorDictMaxValueWriter" in kinds:
-            raise DatasetError(f"{name}: its {type(writer).__name__} keeps the best entries, not the order of time")
-        data = buffer.storage[:]
-        if isinstance(data, list | tuple):
-            if not all(isinstance(item, TensorDictBase) for item in data):
-                raise DatasetError(f"{name} must hold TensorDicts, got {type(data[0]).__name__}")
-            data = torch.stack(list(data))
-        if not isinstance(data, TensorDictBase):
-            raise DatasetError(f"{name} must hold a TensorDict, got {type(data).__name__}")
-        oldest = int(writer._cursor) if "RoundRobinWriter" in kinds and len(buffer) == buffer.storage.max_size else 0
-        if oldest % len(data):
-            require_space(sum(len(data) * row_bytes(tensor) for tensor in data.values(True, True)), name, Options())
-            data = torch.cat([data[oldest:], data[:oldest]])
-        if buffer.dim_extend:
-            data = data.transpose(0, buffer.dim_extend)
-    return tensordicts.load(data, options, name)
 
 
 def _ring(array: Array, start: int, length: int) -> list[Array]:

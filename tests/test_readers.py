@@ -1,0 +1,142 @@
+"""One reader of a plugin, made here, serves every adapter and the command line; and so does a dictionary of arrays."""
+
+import json
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from agents import SPACES, make_dataset
+from strangers import good
+
+import iql_plugins
+from iql_plugins import plugins
+from iql_plugins.cli import main
+from iql_plugins.data import Dataset, DatasetError, Options
+from iql_plugins.data.doctor import examine
+from iql_plugins.plugins import Host
+from iql_plugins.spaces import Discrete, Spaces
+
+#: Four actions, of which the dataset has three.
+CARTPOLE = Spaces(SPACES["discrete"].observation, Discrete(4))
+
+
+@pytest.fixture
+def source(monkeypatch: pytest.MonkeyPatch) -> object:
+    """What the plugin alone knows; beside it are the adapters that are installed."""
+
+    class Tape:
+        """A stranger's data."""
+
+    pendulum = iql_plugins.read_dataset("pendulum-v1-sac")
+
+    def read(source: object, options: Options) -> Dataset | None:
+        if source == "tape://pendulum":
+            return Dataset(pendulum.tensors[:600], "the tape", pendulum.spaces, "Pendulum-v1")
+        if isinstance(source, Tape):
+            tensors = make_dataset(CARTPOLE, 40).cpu()
+            tensors["action"].clamp_(max=2)
+            return Dataset(tensors, "the tape", CARTPOLE)
+        return None
+
+    entries: list[Any] = [*entry_points(group=plugins.PROJECT), good("tape", iql_read_dataset=read)]
+    host = Host(find=lambda: entries)
+    monkeypatch.setattr(plugins, "host", lambda: host)
+    return Tape()
+
+
+def test_the_doctor_and_load_dataset_ask_it(source: object) -> None:
+    report = examine("tape://pendulum")
+    assert (report.name, report.transitions) == ("the tape", 600)
+    read = iql_plugins.read_dataset(source)
+    assert read.spaces == CARTPOLE
+    assert read.tensors["action"].max() == 2
+    assert len(iql_plugins.load_dataset(source)) == 40
+
+
+def test_the_command_line_trains_and_evaluates_in_the_environment_that_it_names(
+    source: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--n-steps", "4", "--episodes", "1", "--baseline", "none", "--compile", "no", "--json"]
+    assert main(["train", "--dataset", "tape://pendulum", *options, "--run-dir", str(tmp_path / "run")]) == 0
+    assert json.loads(capfd.readouterr().out)["env"] == "Pendulum-v1"
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
+    assert settings["env"] == "Pendulum-v1"
+    assert settings["dataset_sha256"] == iql_plugins.read_dataset("tape://pendulum").sha256
+
+
+def test_stable_baselines3_trains_on_it_in_the_spaces_that_it_names(source: object) -> None:
+    pytest.importorskip("stable_baselines3")
+    from iql_sb3 import IQL
+
+    model = IQL("MlpPolicy", None, dataset=source, batch_size=8)
+    assert model.action_space == gymnasium.spaces.Discrete(4)
+    model.learn_offline(2)
+
+
+def test_d3rlpy_trains_on_it_with_as_many_actions_as_the_environment_has(source: object) -> None:
+    pytest.importorskip("d3rlpy")
+    from d3rlpy_helpers import QUIET
+
+    from iql_d3rlpy import DiscreteIQLConfig, to_replay_buffer
+
+    buffer = to_replay_buffer(source)
+    assert buffer.dataset_info.action_size == 4
+    assert to_replay_buffer(source, action_size=5).dataset_info.action_size == 5
+    DiscreteIQLConfig(batch_size=8).create().fit(buffer, n_steps=2, n_steps_per_epoch=2, **QUIET)
+
+
+# Dictionaries of arrays, which is what D4RL's own loader returns
+
+
+def columns(rows: int = 6) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    return {
+        "observations": random.normal(size=(rows, 3)).astype(np.float32),
+        "actions": random.uniform(-1, 1, size=(rows, 2)).astype(np.float32),
+        "next_observations": random.normal(size=(rows, 3)).astype(np.float32),
+        "rewards": random.normal(size=rows).astype(np.float32),
+        "terminals": np.arange(rows) == rows - 1,
+    }
+
+
+def test_a_dictionary_of_arrays_is_a_dataset(tmp_path: Path) -> None:
+    arrays = columns()
+    np.savez(tmp_path / "d.npz", **arrays)
+    data = iql_plugins.load_dataset(arrays)
+    assert (data == iql_plugins.load_dataset(tmp_path / "d.npz")).all()
+    arrays["rewards"][:] = 0.0
+    assert data["next", "reward"].all(), "the dataset is a copy"
+
+
+def test_its_observations_may_be_a_dictionary_in_turn() -> None:
+    arrays = columns()
+    for key in ("observations", "next_observations"):
+        arrays[key] = {"left": arrays[key][:, :1], "right": arrays[key][:, 1:]}
+    data = iql_plugins.load_dataset(arrays)
+    assert data["next", "observation", "right"].shape == (6, 2)
+
+
+def test_what_is_wrong_with_it_is_named() -> None:
+    with pytest.raises(DatasetError, match="the dict of arrays: 'reward_s' is not a column that is read; did you mean"):
+        iql_plugins.load_dataset({**columns(), "reward_s": np.zeros(6)})
+    with pytest.raises(DatasetError, match="the dict of arrays: 'actions' has 5 rows, 'rewards' has 6"):
+        iql_plugins.load_dataset({**columns(), "actions": np.zeros((5, 2), np.float32)})
+    with pytest.raises(DatasetError, match=r"the dict of arrays must have arrays, got list under 'rewards'"):
+        iql_plugins.load_dataset({**columns(), "rewards": [0.0] * 6})
+    with pytest.raises(DatasetError, match="the dict of arrays: 'actions' must be numbers"):
+        iql_plugins.load_dataset({**columns(), "actions": np.array([["x"]] * 6)})
+
+
+def test_stable_baselines3_trains_on_a_dictionary_of_arrays() -> None:
+    pytest.importorskip("stable_baselines3")
+    from iql_sb3 import IQL
+
+    spaces = gymnasium.spaces.Box(-np.inf, np.inf, (3,)), gymnasium.spaces.Box(-1.0, 1.0, (2,))
+    model = IQL("MlpPolicy", None, observation_space=spaces[0], action_space=spaces[1], batch_size=4)
+    model.load_dataset(columns())
+    model.learn_offline(1)
+    assert torch.stack([p.detach().isfinite().all() for p in model.policy.parameters()]).all()
