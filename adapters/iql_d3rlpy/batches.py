@@ -11,7 +11,7 @@ from torch import Tensor
 
 from iql_plugins.keys import STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
 
-__all__ = ["entries", "map_batch", "observation_keys"]
+__all__ = ["map_batch", "observation_keys"]
 
 _KEYS = AcceptedKeys()
 
@@ -27,33 +27,18 @@ def observation_keys(observation: Any) -> list[NestedKey]:
     return ["observation"]
 
 
-def entries(batch: Any, observations: Sequence[NestedKey], *, discrete: bool) -> dict[NestedKey, Tensor]:
-    """A mini-batch by the key layout, sharing memory where dtypes allow.
+def map_batch(batch: object) -> TensorDict | None:
+    """A ``TransitionMiniBatch`` or ``TorchMiniBatch`` by the key layout; None for anything else.
 
-    d3rlpy does not say where an episode was cut: ``("next", "done")`` is ``("next", "terminated")``.
+    Memory is shared where dtypes allow. Actions are integers if the dataset's are; a ``TorchMiniBatch`` knows that from
+    the mini-batch it was made from. d3rlpy does not say where an episode was cut: ``("next", "done")`` is
+    ``("next", "terminated")``.
 
     Args:
-        batch: a ``TransitionMiniBatch`` or a ``TorchMiniBatch``.
-        observations: the key of each observation, in d3rlpy's order.
-        discrete: whether actions are indices, which d3rlpy keeps as floats.
-    """
-    terminated = torch.as_tensor(batch.terminals).bool()
-    action = torch.as_tensor(batch.actions)
-    return {
-        **_named(observations, batch.observations),
-        _KEYS.action: action.long() if discrete else action,
-        next_key(_KEYS.reward): torch.as_tensor(batch.rewards),
-        next_key(_KEYS.done): terminated,
-        next_key(_KEYS.terminated): terminated,
-        **_named([next_key(key) for key in observations], batch.next_observations),
-        STEPS_TO_NEXT_OBS: torch.as_tensor(batch.intervals).long(),
-    }
+        batch: of ``B`` transitions.
 
-
-def map_batch(batch: object) -> TensorDict | None:
-    """A ``TransitionMiniBatch`` or ``TorchMiniBatch`` as a TensorDict of batch size ``[B]``; None for anything else.
-
-    Actions are integers if the dataset's are; a ``TorchMiniBatch`` knows that from the mini-batch it was made from.
+    Returns:
+        Batch size ``[B]``.
     """
     kinds = {base.__name__ for base in type(batch).__mro__ if base.__module__.split(".")[0] == "d3rlpy"}
     if not kinds & {"TransitionMiniBatch", "TorchMiniBatch"}:
@@ -61,8 +46,18 @@ def map_batch(batch: object) -> TensorDict | None:
     mini_batch: Any = batch
     origin = mini_batch.numpy_batch if "TorchMiniBatch" in kinds else mini_batch
     discrete = origin is not None and np.issubdtype(origin.transitions[0].action.dtype, np.integer)
-    tensors = entries(batch, observation_keys(mini_batch.observations), discrete=discrete)
-    return TensorDict(dict(tensors), batch_size=[len(mini_batch.rewards)])
+    observations = observation_keys(mini_batch.observations)
+    terminated, action = torch.as_tensor(mini_batch.terminals).bool(), torch.as_tensor(mini_batch.actions)
+    tensors: dict[NestedKey, Tensor] = {
+        **_named(observations, mini_batch.observations),
+        _KEYS.action: action.long() if discrete else action,
+        next_key(_KEYS.reward): torch.as_tensor(mini_batch.rewards),
+        next_key(_KEYS.done): terminated,
+        next_key(_KEYS.terminated): terminated,
+        **_named([next_key(key) for key in observations], mini_batch.next_observations),
+        STEPS_TO_NEXT_OBS: torch.as_tensor(mini_batch.intervals).long(),
+    }
+    return TensorDict(tensors, batch_size=[len(mini_batch.rewards)])
 
 
 def _named(keys: Sequence[NestedKey], observations: Any) -> dict[NestedKey, Tensor]:

@@ -14,7 +14,7 @@ from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from iql_d3rlpy.batches import entries
+from iql_d3rlpy.batches import map_batch, observation_keys
 from iql_d3rlpy.optimizers import ShownOptimizer, reset
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
@@ -149,12 +149,20 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
             The losses by d3rlpy's names; ``critic_loss`` is ``q_loss + v_loss``.
 
         Raises:
+            TypeError: for anything else.
             DivergenceError: if a loss is not finite.
         """
-        discrete = self.agent.spaces.discrete
-        tensors = self._with_dtypes(entries(batch, self.keys, discrete=discrete))
+        mapped = map_batch(batch)
+        if mapped is None:
+            raise TypeError(f"the batch must be a TorchMiniBatch of d3rlpy, got {type(batch).__name__}")
+        tensors = dict(mapped.items(True, True))
+        for position, key in zip(observation_keys(batch.observations), self.keys, strict=True):
+            tensors[key], tensors[next_key(key)] = tensors.pop(position), tensors.pop(next_key(position))
+        tensors = self._with_dtypes(tensors)
         action = tensors["action"]
-        tensors["action"] = action - self._start if discrete else self.agent.normalizers.clipped(action)
+        # d3rlpy's tensors of actions are floats.
+        discrete = self.agent.spaces.discrete
+        tensors["action"] = action.long() - self._start if discrete else self.agent.normalizers.clipped(action)
         learner = self.agent.learner
         learner.step({flat_name(key): tensor for key, tensor in tensors.items()})
         assert learner.last_losses is not None

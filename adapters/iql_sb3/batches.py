@@ -9,10 +9,10 @@ from torch import Tensor
 
 from iql_plugins.keys import DISCOUNT, AcceptedKeys, next_key
 
-__all__ = ["entries", "map_batch"]
+__all__ = ["map_batch"]
 
 _KEYS = AcceptedKeys()
-_NAMES = ("ReplayBufferSamples", "DictReplayBufferSamples")
+_FIELDS = {"observations", "actions", "next_observations", "dones", "rewards"}
 
 
 def map_batch(batch: object) -> TensorDictBase | None:
@@ -22,29 +22,24 @@ def map_batch(batch: object) -> TensorDictBase | None:
     dones, so that ``("next", "done")`` says no more than ``("next", "terminated")``.
 
     Args:
-        batch: what ``ReplayBuffer.sample`` returned, of any of its subclasses.
+        batch: what ``ReplayBuffer.sample`` returned, of any of its subclasses: a named tuple that has the fields of
+            ``ReplayBufferSamples``, at least.
     """
-    kind = type(batch)
-    if kind.__name__ not in _NAMES or kind.__module__.split(".")[0] != "stable_baselines3":
+    if not isinstance(batch, tuple) or not set(getattr(batch, "_fields", ())) >= _FIELDS:
         return None
-    tensors = entries(batch)
-    return TensorDict(dict(tensors), batch_size=tensors[_KEYS.action].shape[:1])
-
-
-def entries(samples: Any) -> dict[NestedKey, Tensor]:
-    """The tensors of a replay buffer's samples by the key layout's keys."""
+    samples: Any = batch
     terminated = samples.dones.bool()
-    result: dict[NestedKey, Tensor] = {}
+    tensors: dict[NestedKey, Tensor] = {}
     for prefix, observations in (((), samples.observations), (("next",), samples.next_observations)):
         if isinstance(observations, Mapping):
-            result |= {(*prefix, "observation", name): tensor for name, tensor in observations.items()}
+            tensors |= {(*prefix, "observation", name): tensor for name, tensor in observations.items()}
         else:
-            result[(*prefix, "observation") if prefix else "observation"] = observations
-    result[_KEYS.action] = samples.actions
-    result[next_key(_KEYS.reward)] = samples.rewards
-    result[next_key(_KEYS.done)] = terminated
-    result[next_key(_KEYS.terminated)] = terminated
+            tensors[(*prefix, "observation") if prefix else "observation"] = observations
+    tensors[_KEYS.action] = samples.actions
+    tensors[next_key(_KEYS.reward)] = samples.rewards
+    tensors[next_key(_KEYS.done)] = terminated
+    tensors[next_key(_KEYS.terminated)] = terminated
     # Of an n-step buffer: the discount of the whole transition, gamma to the power of its steps.
     if getattr(samples, "discounts", None) is not None:
-        result[DISCOUNT] = samples.discounts
-    return result
+        tensors[DISCOUNT] = samples.discounts
+    return TensorDict(tensors, batch_size=samples.actions.shape[:1])

@@ -19,7 +19,7 @@ from iql_plugins.data.normalizers import CHUNK, Normalizers
 from iql_plugins.data.packed import transitions
 from iql_plugins.keys import flat_name, next_key, shown
 from iql_plugins.spaces import Box, Space, Spaces
-from iql_sb3.batches import entries
+from iql_sb3.batches import map_batch
 from iql_sb3.policies import Inputs
 from iql_sb3.reader import check_buffer as check_arrays
 
@@ -139,8 +139,18 @@ def replay(buffer: ReplayBuffer, size: int, normalization: Normalization | None,
         size: of the batch.
         normalization: what the buffer's ``sample`` takes as ``env``.
         inputs: the policy's.
+
+    Raises:
+        TypeError: if it samples something else than Stable-Baselines3's buffers do.
     """
-    tensors = entries(buffer.sample(size, env=normalization))  # type: ignore[arg-type]
+    samples = buffer.sample(size, env=normalization)  # type: ignore[arg-type]
+    mapped = map_batch(samples)
+    if mapped is None:
+        raise TypeError(
+            f"the {type(buffer).__name__} must sample a named tuple with the fields of ReplayBufferSamples, "
+            f"got {type(samples).__name__}"
+        )
+    tensors = dict(mapped.items(True, True))
     for key in inputs.spaces.observations:
         for name in (key, next_key(key)):
             tensors[name] = inputs.network(key, tensors[name])

@@ -157,7 +157,11 @@ class IQL:
             batch = tensors
         elif tensors:
             raise TypeError(f"give a batch or keyword tensors, not both; got both, with {sorted(tensors)}")
-        mapped = batch if isinstance(batch, TensorDictBase) else map_batch(batch, self.agent.spaces.observations)
+        mapped = map_batch(batch, self.agent.spaces.observations)
+        if mapped is None:
+            kind = type(batch).__name__
+            names = f" of {sorted(batch)}" if isinstance(batch, Mapping) else ""
+            raise TypeError(f"the batch must be a TensorDict, or keyword tensors, got {kind}{names}")
         self.agent.learner.step(self.agent.normalizers(mapped))
 
     def fit(self, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None) -> "IQL":

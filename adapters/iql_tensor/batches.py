@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -23,14 +23,15 @@ _OTHERS: tuple[NestedKey, ...] = (
 )
 
 
-def map_batch(batch: Mapping[str, Tensor], observations: Collection[NestedKey] = ("observation",)) -> TensorDict:
-    """A mapping of keyword tensors as a TensorDict of the key layout, without a copy.
+def map_batch(batch: object, observations: Collection[NestedKey] = ("observation",)) -> TensorDictBase | None:
+    """A mapping of keyword tensors as a TensorDict of the key layout, without a copy; None for anything else.
 
     >>> map_batch({"next_reward": torch.zeros(5, 1), "action": torch.zeros(5, 2)})["next", "reward"].shape
     torch.Size([5, 1])
 
     Args:
-        batch: tensors by keyword name (``observation``, ``next_reward``, ...), all of the same length.
+        batch: tensors by keyword name (``observation``, ``next_reward``, ...), all of the same length; or a TensorDict,
+            which has the layout already, and is returned.
         observations: the observations' keys; those of Dict observations are nested.
 
     Returns:
@@ -40,6 +41,10 @@ def map_batch(batch: Mapping[str, Tensor], observations: Collection[NestedKey] =
         TypeError: for a name that the layout does not have.
         ValueError: for tensors of different lengths, or none.
     """
+    if isinstance(batch, TensorDictBase):
+        return batch
+    if not isinstance(batch, Mapping) or not batch or not all(isinstance(value, Tensor) for value in batch.values()):
+        return None
     tensors = keyword_tensors(dict(batch), [*observations, *map(next_key, observations), *_OTHERS])
     lengths = {tuple(tensor.shape[:1]) for tensor in tensors.values()}
     if len(lengths) != 1 or lengths == {()}:

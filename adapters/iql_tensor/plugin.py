@@ -1,9 +1,6 @@
 """The hooks of the adapter for plain tensors."""
 
-from collections.abc import Mapping
-
 from tensordict import TensorDictBase
-from torch import Tensor
 
 from iql_plugins.hookspecs import Adapter, Training, hookimpl
 from iql_tensor.algorithm import IQL
@@ -28,8 +25,4 @@ def iql_adapter() -> Adapter:
 @hookimpl
 def iql_map_batch(batch: object) -> TensorDictBase | None:
     """Takes TensorDicts, which have the layout already, and mappings of tensors."""
-    if isinstance(batch, TensorDictBase):
-        return batch
-    if isinstance(batch, Mapping) and batch and all(isinstance(value, Tensor) for value in batch.values()):
-        return map_batch(batch)
-    return None
+    return map_batch(batch)

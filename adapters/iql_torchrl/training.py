@@ -14,6 +14,7 @@ from iql_plugins import checkpoint
 from iql_plugins.agent import Agent, Observation
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.limits import load_torch
+from iql_torchrl.batches import map_batch
 from iql_torchrl.losses import IQLLoss
 
 __all__ = ["IQL"]
@@ -102,7 +103,9 @@ class IQL:
         """
         buffer, learner = self.replay_buffer(dataset), self.agent.learner
         for _ in range(n_steps):
-            learner.step(buffer.sample())
+            batch = map_batch(buffer.sample())
+            assert batch is not None
+            learner.step(batch)
             if callback is not None:
                 callback(learner.step_count)
         learner.check_finite()

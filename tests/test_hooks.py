@@ -1,5 +1,7 @@
-"""One reader of a plugin, made here, serves every adapter and the command line; and so does a dictionary of arrays."""
+"""Plugins are called: a reader made here serves every adapter, and training maps batches by the hook's function."""
 
+import collections
+import importlib
 import json
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -9,7 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from agents import SPACES, make_dataset
+from agents import SPACES, make_agent, make_dataset
 from strangers import good
 
 import iql_plugins
@@ -140,3 +142,82 @@ def test_stable_baselines3_trains_on_a_dictionary_of_arrays() -> None:
     model.load_dataset(columns())
     model.learn_offline(1)
     assert torch.stack([p.detach().isfinite().all() for p in model.policy.parameters()]).all()
+
+
+# Batches: what maps a batch for the hook maps it for training
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, adapter: str, user: str) -> list[object]:
+    """The batches that the module of an adapter which trains has mapped by the hook's function."""
+    function = importlib.import_module(f"iql_{adapter}.plugin").map_batch
+    module = importlib.import_module(f"iql_{adapter}.{user}")
+    assert module.map_batch is function
+    seen: list[object] = []
+
+    def counting(batch: object, *rest: Any) -> Any:
+        seen.append(batch)
+        return function(batch, *rest)
+
+    monkeypatch.setattr(module, "map_batch", counting)
+    return seen
+
+
+def test_training_maps_batches_by_the_function_of_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iql_tensor import IQL
+
+    seen, spaces = counted(monkeypatch, "tensor", "algorithm"), SPACES["continuous"]
+    iql = IQL.build(spaces, hidden_sizes=(4,), compile="no")
+    iql.update(make_dataset(spaces, 4))
+    assert len(seen) == 1
+    with pytest.raises(TypeError, match=r"must be a TensorDict, or keyword tensors, got dict of \['observation'\]"):
+        iql.update({"observation": np.zeros(3)})
+
+
+def test_torchrls_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchrl")
+    from iql_torchrl.training import IQL
+
+    seen, spaces = counted(monkeypatch, "torchrl", "training"), SPACES["continuous"]
+    IQL.from_agent(make_agent("continuous")).fit(make_dataset(spaces, 40).cpu(), 3)
+    assert len(seen) == 3
+
+
+def test_d3rlpys_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("d3rlpy")
+    from d3rlpy_helpers import QUIET, config, dataset
+
+    seen = counted(monkeypatch, "d3rlpy", "impl")
+    algorithm = config("continuous").create()
+    algorithm.fit(dataset("continuous"), n_steps=3, n_steps_per_epoch=3, **QUIET)
+    assert len(seen) == 3
+    with pytest.raises(TypeError, match="the batch must be a TorchMiniBatch of d3rlpy, got dict"):
+        algorithm.impl.inner_update({}, 1)
+
+
+def test_stable_baselines3s_training_does_whatever_class_the_samples_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("stable_baselines3")
+    from sb3_helpers import NETWORKS, SMALL, RandomEnv
+    from stable_baselines3.common.buffers import ReplayBuffer
+
+    from iql_sb3 import IQL
+
+    fields = ("observations", "actions", "next_observations", "dones", "rewards")
+    own = collections.namedtuple("own", [*fields, "weights"])
+
+    class Prioritized(ReplayBuffer):
+        def sample(self, *arguments: Any, **options: Any) -> Any:
+            return own(*super().sample(*arguments, **options)[: len(fields)], weights=None)
+
+    class Unnamed(ReplayBuffer):
+        def sample(self, *arguments: Any, **options: Any) -> Any:
+            return {}
+
+    def model(kind: type[ReplayBuffer]) -> IQL:
+        env = RandomEnv(gymnasium.spaces.Box(-1.0, 1.0, (3,)))
+        return IQL("MlpPolicy", env, replay_buffer_class=kind, policy_kwargs=NETWORKS, **SMALL)
+
+    seen = counted(monkeypatch, "sb3", "datasets")
+    model(Prioritized).learn(14)
+    assert {type(samples) for samples in seen} == {own}
+    with pytest.raises(TypeError, match="the Unnamed must sample a named tuple with the fields of ReplayBufferSamples"):
+        model(Unnamed).learn(14)
