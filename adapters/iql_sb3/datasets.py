@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_plugins.data import read_dataset
-from iql_plugins.data.dataset import REWARD, DatasetError, require_single_steps
+from iql_plugins.data.dataset import REWARD, require_single_steps
 from iql_plugins.data.episodes import episode_ends
 from iql_plugins.data.intake import ActionExcess, check_columns
 from iql_plugins.data.normalizers import CHUNK, Normalizers
@@ -21,13 +21,11 @@ from iql_plugins.keys import flat_name, next_key, shown
 from iql_plugins.spaces import Box, Space, Spaces
 from iql_sb3.batches import map_batch
 from iql_sb3.policies import Inputs
-from iql_sb3.reader import check_buffer as check_arrays
 
 __all__ = [
     "Normalization",
     "OfflineData",
     "Rewards",
-    "buffer_dataset",
     "check_buffer",
     "check_spaces",
     "load",
@@ -266,58 +264,6 @@ class OfflineData:
 
     def _normalized(self, rewards: Tensor, normalize: Any) -> Tensor:
         return torch.as_tensor(normalize(rewards.cpu().numpy()), device=self._device)
-
-
-def buffer_dataset(buffer: ReplayBuffer) -> TensorDictBase:
-    """The transitions in a replay buffer of one step by the key layout, continuous actions in [-1, 1].
-
-    They are in the order of time, one environment's after another's; those of one environment in a buffer that is
-    not full share the buffer's memory. Goals that hindsight replay makes when it samples are no part of it.
-
-    Raises:
-        DatasetError: if the buffer is empty, or :func:`iql_sb3.reader.check_buffer` objects.
-    """
-    name = f"the {type(buffer).__name__}"
-    check_arrays(buffer, name)
-    size, shared = buffer.buffer_size, buffer.optimize_memory_usage
-    # The slot at pos holds the newest observation where observations are shared, and so no transition.
-    start, length = ((buffer.pos + shared) % size, size - shared) if buffer.full else (0, buffer.pos)
-    if length == 0:
-        raise DatasetError(f"{name} is empty: it has no transition")
-
-    def column(array: Any, offset: int = 0) -> Tensor:
-        first = start + offset
-        steps: Any = slice(first, first + length)
-        if first + length > size:
-            steps = np.arange(first, first + length) % size
-        ordered = array[steps].swapaxes(0, 1)
-        return torch.from_numpy(ordered.reshape(length * buffer.n_envs, *array.shape[2:]))
-
-    def observations(offset: int) -> Any:
-        arrays: Any = buffer.observations
-        if offset and not shared:
-            arrays, offset = buffer.next_observations, 0
-        if isinstance(arrays, dict):
-            return {key: column(array, offset) for key, array in arrays.items()}
-        return column(arrays, offset)
-
-    ended, timeout = (column(array).bool().unsqueeze(-1) for array in (buffer.dones, buffer.timeouts))
-    done = ended.clone()
-    # Where the next environment's transitions begin an episode may be under way.
-    done[length - 1 :: length] = True
-    return TensorDict(
-        {
-            "observation": observations(0),
-            "action": column(buffer.actions),
-            "next": {
-                "observation": observations(1),
-                "reward": column(buffer.rewards).unsqueeze(-1),
-                "done": done,
-                "terminated": ended & ~timeout,
-            },
-        },
-        batch_size=[length * buffer.n_envs],
-    )
 
 
 def start_statistics(env: VecNormalize, dataset: TensorDictBase) -> None:

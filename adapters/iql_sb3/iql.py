@@ -50,6 +50,7 @@ from iql_sb3.policies import (
     MultiInputPolicy,
     set_hyperparameters,
 )
+from iql_sb3.reader import transitions
 from iql_sb3.spaces import gymnasium_spaces, is_stand_in, layout_spaces, stand_in
 
 __all__ = ["IQL"]
@@ -1051,7 +1052,7 @@ def _count(name: str, value: Any, least: int) -> int:
 
 def _loaded(source: object, trust_pickle: bool) -> tuple[TensorDictBase, Spaces | None, ReplayBuffer | None]:
     if isinstance(source, ReplayBuffer):
-        return datasets.buffer_dataset(source), None, source
+        return transitions(source, f"the {type(source).__name__}"), None, source
     return *datasets.load(source, trust_pickle), None
 
 

@@ -4,13 +4,16 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
+from tensordict import TensorDict
+from torch import Tensor
 
-from iql_plugins.data.arrays import Array, Column, Concatenated, Names, Transitions
 from iql_plugins.data.columns import require_read
-from iql_plugins.data.dataset import Dataset, DatasetError, Options, reading
+from iql_plugins.data.dataset import Dataset, DatasetError, Options, reading, require_space, row_bytes
+from iql_plugins.data.readers import tensordicts
 from iql_plugins.spaces import Box, Spaces
 
-__all__ = ["check_buffer", "read_dataset"]
+__all__ = ["check_buffer", "read_dataset", "transitions"]
 
 _READ = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
@@ -42,49 +45,75 @@ def read_dataset(source: object, options: Options) -> Dataset | None:
     buffer: Any = source
     name = options.name or f"the Stable-Baselines3 {type(buffer).__name__}"
     with reading(name):
-        check_buffer(buffer, name)
         try:
             spaces = Spaces.from_gymnasium(buffer.observation_space, buffer.action_space)
         except (TypeError, ValueError) as error:
             raise DatasetError(f"{name}: {error}") from error
-        size, pos, full = int(buffer.buffer_size), int(buffer.pos), bool(buffer.full)
-        shared = bool(buffer.optimize_memory_usage)
-        # The slot at pos holds the newest observation where observations are shared, and so no transition.
-        start, length = ((pos + shared) % size, size - shared) if full else (0, pos)
-        if length == 0:
-            raise DatasetError(f"{name} is empty: it has no transition")
+        dataset = transitions(buffer, name)
+        dataset.set("action", _unscaled(dataset.get("action"), spaces, name))
+        if options.memmap_dir is None:
+            # The buffer's memory changes when it goes on.
+            require_space(sum(len(dataset) * row_bytes(tensor) for tensor in dataset.values(True, True)), name, options)
+            dataset = dataset.clone()
+        if options.discrete is None:
+            options = replace(options, discrete=spaces.discrete)
+        loaded = tensordicts.load(dataset, options, name)
+        return replace(loaded, spaces=spaces, timeouts_recorded=bool(buffer.handle_timeout_termination))
 
-        def column(array: Array, key: str, offset: int = 0) -> Column:
-            return Concatenated(
-                [
-                    part
-                    for stream in range(buffer.n_envs)
-                    for part in _ring(array[:, stream], (start + offset) % size, length)
-                ],
-                name,
-                key,
-            )
 
-        def observations(arrays: Any, offset: int = 0) -> dict[Names, Column]:
-            if isinstance(arrays, dict):
-                return {(key,): column(array, key, offset) for key, array in arrays.items()}
-            return {(): column(arrays, "observations", offset)}
+def transitions(buffer: Any, name: str) -> TensorDict:
+    """The transitions in a replay buffer of one step by the key layout, continuous actions in [-1, 1].
 
-        ends = _all(column(buffer.dones, "dones")) != 0
-        timeouts = _all(column(buffer.timeouts, "timeouts")) != 0
-        terminals = ends & ~timeouts
-        streams_end = np.zeros_like(ends)
-        streams_end[length - 1 : -1 : length] = True
-        transitions = Transitions(
-            name,
-            observations(buffer.observations),
-            _unscaled(column(buffer.actions, "actions"), spaces, name),
-            column(buffer.rewards, "rewards"),
-            {"terminals": terminals, "timeouts": ((ends & timeouts) | streams_end) & ~terminals},
-            observations(buffer.observations, 1) if shared else observations(buffer.next_observations),
-            spaces,
-        )
-        return replace(transitions.load(options), timeouts_recorded=bool(buffer.handle_timeout_termination))
+    They are in the order of time, one environment's after another's; those of one environment in a buffer that is
+    not full share the buffer's memory. Goals that hindsight replay makes when it samples are no part of it.
+
+    Args:
+        buffer: of Stable-Baselines3.
+        name: of the buffer, for messages.
+
+    Raises:
+        DatasetError: if the buffer is empty, or :func:`check_buffer` objects.
+    """
+    check_buffer(buffer, name)
+    size, shared = buffer.buffer_size, buffer.optimize_memory_usage
+    # The slot at pos holds the newest observation where observations are shared, and so no transition.
+    start, length = ((buffer.pos + shared) % size, size - shared) if buffer.full else (0, buffer.pos)
+    if length == 0:
+        raise DatasetError(f"{name} is empty: it has no transition")
+
+    def column(array: Any, offset: int = 0) -> Tensor:
+        first = start + offset
+        steps: Any = slice(first, first + length)
+        if first + length > size:
+            steps = np.arange(first, first + length) % size
+        ordered = array[steps].swapaxes(0, 1)
+        return torch.from_numpy(ordered.reshape(length * buffer.n_envs, *array.shape[2:]))
+
+    def observations(offset: int) -> Any:
+        arrays: Any = buffer.observations
+        if offset and not shared:
+            arrays, offset = buffer.next_observations, 0
+        if isinstance(arrays, dict):
+            return {key: column(array, offset) for key, array in arrays.items()}
+        return column(arrays, offset)
+
+    ended, timeout = (column(array).bool().unsqueeze(-1) for array in (buffer.dones, buffer.timeouts))
+    done = ended.clone()
+    # Where the next environment's transitions begin an episode may be under way.
+    done[length - 1 : -1 : length] = True
+    return TensorDict(
+        {
+            "observation": observations(0),
+            "action": column(buffer.actions),
+            "next": {
+                "observation": observations(1),
+                "reward": column(buffer.rewards).unsqueeze(-1),
+                "done": done,
+                "terminated": ended & ~timeout,
+            },
+        },
+        batch_size=[length * buffer.n_envs],
+    )
 
 
 def check_buffer(buffer: Any, name: str) -> None:
@@ -105,39 +134,18 @@ def check_buffer(buffer: Any, name: str) -> None:
         )
 
 
-def _ring(array: Array, start: int, length: int) -> list[Array]:
-    """The ``length`` rows from ``start`` on, past the end and on from the beginning."""
-    first = array[start : start + length]
-    return [first, array[: length - len(first)]] if len(first) < length else [first]
-
-
-def _all(column: Column) -> Array:
-    return column[0 : column.shape[0]]
-
-
-class _Unscaled:
-    """Actions in [-1, 1] as a column of actions between bounds."""
-
-    def __init__(self, actions: Column, low: Array, high: Array) -> None:
-        self._actions, self._low, self._high = actions, low, high
-        self.shape, self.dtype = actions.shape, actions.dtype
-
-    def __getitem__(self, rows: slice, /) -> Array:
-        unscaled: Array = self._low + (self._actions[rows] + 1) * 0.5 * (self._high - self._low)
-        return unscaled
-
-
-def _unscaled(actions: Column, spaces: Spaces, name: str) -> Column:
+def _unscaled(actions: Tensor, spaces: Spaces, name: str) -> Tensor:
+    """Actions in the environment's units."""
     space = spaces.action
     if not isinstance(space, Box) or space.low is None or space.high is None:
         return actions
-    low, high = np.asarray(space.low, np.float32), np.asarray(space.high, np.float32)
-    if (low == -1).all() and (high == 1).all():
+    low, high = torch.tensor(space.low), torch.tensor(space.high)
+    if bool((low == -1).all() and (high == 1).all()):
         return actions
-    beyond = np.flatnonzero((abs(_all(actions)) > 1 + _UNIT_TOLERANCE).any(1))
+    beyond = (actions.abs() > 1 + _UNIT_TOLERANCE).any(1).nonzero()
     if len(beyond):
         raise DatasetError(
-            f"{name}: its actions must be scaled to [-1, 1], as Stable-Baselines3 stores them, row {beyond[0]} is not; "
-            "add them with policy.scale_action(action)"
+            f"{name}: its actions must be scaled to [-1, 1], as Stable-Baselines3 stores them, row {int(beyond[0, 0])} "
+            "is not; add them with policy.scale_action(action)"
         )
-    return _Unscaled(actions, low, high)
+    return low + (actions + 1) * 0.5 * (high - low)
