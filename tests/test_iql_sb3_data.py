@@ -174,7 +174,7 @@ def test_a_replay_buffer_becomes_a_dataset_in_the_order_of_time(n_envs: int, ste
     goes_on = ~done[:, :-1]
     assert torch.equal(following[:, :-1][goes_on], observed[:, 1:][goes_on])
     theirs = load_dataset(buffer)
-    assert (dataset == theirs).all()
+    assert (dataset.exclude("action") == theirs.exclude("action")).all()
     buffer.observations[:] = 9.0
     assert not (theirs["observation"] == 9.0).any(), "a dataset is no view of the buffer"
 
