@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
-from iql_plugins.config import IQLConfig
+from iql_plugins.config import IQLConfig, hyperparameters
 from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.data.packed import Transitions, transitions
@@ -95,10 +95,7 @@ def assemble_loss(
     shared: dict[str, Any] = {
         "separate_losses": separate_losses,
         "num_qvalue_nets": config.n_critics,
-        "loss_function": config.loss_function,
-        "temperature": config.temperature,
-        "expectile": config.expectile,
-        "max_weight": config.max_weight,
+        **config.of("loss"),
     }
     loss = (
         DiscreteIQLLoss(actor, qvalue, value, action_space="categorical", **shared)
@@ -469,14 +466,8 @@ def _option(loss: IQLLoss, name: str) -> Any:
 
 def _hyperparameters(loss: IQLLoss) -> dict[str, Any]:
     """The hyper-parameters that a loss has, by their names in :class:`IQLConfig`."""
-    return {
-        "expectile": loss.expectile,
-        "temperature": loss.temperature,
-        "max_weight": loss.max_weight,
-        "loss_function": loss.loss_function,
-        "n_critics": loss.num_qvalue_nets,
-        "discount": float(loss.value_estimator.gamma),
-    }
+    own = {name: getattr(loss, name) for name in hyperparameters("loss")}
+    return own | {"n_critics": loss.num_qvalue_nets, "discount": float(loss.value_estimator.gamma)}
 
 
 def _equal(value: Any, other: Any) -> bool:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from iql_plugins.agent import Agent
 from iql_plugins.evaluation import distribution
-from iql_plugins.functional import check_choice
 from iql_plugins.keys import flat_name
+from iql_plugins.ranges import choice
 from iql_plugins.spaces import Box, Discrete, Space
 
 __all__ = ["ExportError", "Format", "PolicyModule", "export_policy", "exporters_quiet", "random_observations"]
@@ -169,7 +169,7 @@ def export_policy(agent: Agent, path: str | os.PathLike[str], format: Format = "
         FileNotFoundError: if the folder of ``path`` does not exist.
         IsADirectoryError: if ``path`` is a folder itself.
     """
-    check_choice("format", format, Format)
+    choice(Format).check("format", format)
     target = Path(path)
     if not target.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {str(target.parent)!r} to write {target.name!r} to")

@@ -7,11 +7,13 @@ No function here owns parameters, reads a device value on the host or draws a ra
 """
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
+
+from iql_plugins.ranges import EXPECTILE, POSITIVE, TEMPERATURE, choice
 
 __all__ = [
     "Health",
@@ -38,34 +40,6 @@ LossFunction = Literal["l1", "l2", "smooth_l1"]
 Reduction = Literal["mean", "sum", "none"]
 
 _DISTANCES = {"l1": l1_loss, "l2": mse_loss, "smooth_l1": smooth_l1_loss}
-
-
-def check_expectile(expectile: float) -> None:
-    """Raises ``ValueError`` unless ``0 < expectile <= 1``."""
-    if not 0.0 < expectile <= 1.0:
-        raise ValueError(f"expectile must be in (0, 1], got {expectile}; the paper uses 0.7 to 0.9")
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises ``ValueError`` unless ``0 <= temperature < inf``."""
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(
-            f"temperature must be a finite number >= 0 (it is the inverse temperature beta: "
-            f"0 is behaviour cloning, 3 and 10 are the paper's), got {temperature}"
-        )
-
-
-def check_max_weight(max_weight: float) -> None:
-    """Raises ``ValueError`` unless ``0 < max_weight < inf``."""
-    if not 0.0 < max_weight < math.inf:
-        raise ValueError(f"max_weight must be a finite number > 0, got {max_weight}")
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Raises ``ValueError`` unless ``value`` is one of a ``Literal``'s choices."""
-    options = get_args(choices)
-    if value not in options:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, options))}, got {value!r}")
 
 
 def _check_shapes(expected: torch.Size, expected_name: str, **tensors: Tensor | None) -> None:
@@ -98,7 +72,7 @@ def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
     Raises:
         ValueError: if ``expectile`` is outside (0, 1].
     """
-    check_expectile(expectile)
+    EXPECTILE.check("expectile", expectile)
     weight = torch.where(diff > 0, expectile, 1.0 - expectile)
     return (weight * diff.square()).to(diff.dtype)
 
@@ -125,8 +99,8 @@ def advantage_weight(advantage: Tensor, temperature: float, max_weight: float = 
     Raises:
         ValueError: if ``temperature`` is negative or not finite, or ``max_weight`` not positive.
     """
-    check_temperature(temperature)
-    check_max_weight(max_weight)
+    TEMPERATURE.check("temperature", temperature)
+    POSITIVE.check("max_weight", max_weight)
     if temperature == 0.0:
         # 0 * inf is not a number, and every action weighs the same whatever its advantage.
         return torch.full_like(advantage, min(1.0, max_weight))
@@ -284,7 +258,7 @@ def distance(prediction: Tensor, target: Tensor, loss_function: LossFunction) ->
     Raises:
         ValueError: for another name, or if the shapes differ.
     """
-    check_choice("loss_function", loss_function, LossFunction)
+    choice(LossFunction).check("loss_function", loss_function)
     _check_shapes(prediction.shape, "prediction", target=target)
     return _DISTANCES[loss_function](prediction, target, reduction="none")
 
@@ -358,7 +332,7 @@ def reduce_loss(
     Raises:
         ValueError: for another ``reduction``, or if the shapes differ.
     """
-    check_choice("reduction", reduction, Reduction)
+    choice(Reduction).check("reduction", reduction)
     _check_shapes(loss.shape, "loss", weight=weight, mask=mask)
     if mask is not None:
         loss = loss.masked_fill(~mask, 0.0)
@@ -525,7 +499,13 @@ class Health(NamedTuple):
 
 
 def health(
-    target_q: Tensor, value: Tensor, *, temperature: float = 3.0, max_weight: float = 100.0, mask: Tensor | None = None
+    target_q: Tensor,
+    value: Tensor,
+    *,
+    temperature: float = 3.0,
+    max_weight: float = 100.0,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Health:
     """The health of a batch.
 
@@ -542,6 +522,7 @@ def health(
         value: ``[*B]`` V(s).
         temperature: see :func:`advantage_weight`.
         max_weight: see :func:`advantage_weight`.
+        weight: ``[*B]`` >= 0, of another objective, instead of :func:`advantage_weight`'s.
         mask: ``[*B]`` bool, True where a sample counts.
 
     Returns:
@@ -551,10 +532,13 @@ def health(
         ValueError: as :func:`advantage` and :func:`advantage_weight`.
     """
     diff = advantage(target_q, value).detach()
-    weight = advantage_weight(diff, temperature, max_weight)
-
     # Relative to the largest weight: all of them may be too small for their squares to be numbers.
-    log_weight = torch.zeros_like(diff) if temperature == 0.0 else (temperature * diff).clamp(max=math.log(max_weight))
+    if weight is None:
+        weight = advantage_weight(diff, temperature, max_weight)
+        limit = math.log(max_weight)
+        log_weight = torch.zeros_like(diff) if temperature == 0.0 else (temperature * diff).clamp(max=limit)
+    else:
+        log_weight = weight.clamp(min=torch.finfo(weight.dtype).tiny).log()
     largest = (log_weight if mask is None else log_weight.masked_fill(~mask, -math.inf)).amax()
     relative = (log_weight - largest).exp()
 

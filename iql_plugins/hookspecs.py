@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from iql_plugins.agent import Agent
     from iql_plugins.data import Dataset, Options
+    from iql_plugins.objectives import Objective
 
 __all__ = ["PROJECT", "Adapter", "Command", "Training", "hookimpl", "hookspec"]
 
@@ -125,3 +126,11 @@ def iql_read_dataset(source: object, options: "Options") -> "Dataset | None":
 @hookspec
 def iql_commands() -> Sequence[Command]:  # type: ignore[empty-body]
     """A plugin's own subcommands. Called for ``--help``, and for a command that is none of those that ship."""
+
+
+@hookspec
+def iql_objectives() -> "Sequence[Objective]":  # type: ignore[empty-body]
+    """Value objectives and policy extractions of a plugin's own, see :mod:`iql_plugins.objectives`.
+
+    Called when one is asked for by a name that is none of those that ship.
+    """

@@ -12,12 +12,14 @@ from torch import Size, Tensor, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from iql_plugins import _compat, distributed, evaluation, functional, parameters
+from iql_plugins import _compat, distributed, evaluation, functional, objectives, parameters
 from iql_plugins.batch import Batch, BatchReader, dtype_kind, keyword_tensors, to_batch_shape
+from iql_plugins.config import check
 from iql_plugins.distributions import at_least_float32
 from iql_plugins.functional import LossFunction, Reduction
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, is_key, next_key, shown
 from iql_plugins.ownership import NETWORKS, NetworkOwner
+from iql_plugins.ranges import choice
 from iql_plugins.stacking import Perceptron
 from iql_plugins.value_estimators import (
     ValueEstimator,
@@ -98,6 +100,9 @@ class IQLLoss(NetworkOwner):
         scalar_output_mode: with ``reduction="none"`` only: ``"exclude"`` (the default) leaves the entropy
             out, ``"non_tensor"`` returns it as non-tensor data of the TensorDict.
         max_weight: the largest weight of an action in the policy's loss.
+        value_objective: how V is learned, by its name in :mod:`iql_plugins.objectives`.
+        policy_extraction: how the policy is learned from Q and V, likewise.
+        objective_options: hyper-parameters that these two alone have, by name.
         check_finite: whether to check that every input is finite. Reads the batch on the host.
 
     Attributes:
@@ -129,6 +134,13 @@ class IQLLoss(NetworkOwner):
     SUPPORTED_VALUE_ESTIMATORS: ClassVar = (ValueEstimators.TD0, ValueEstimators.TD1, ValueEstimators.TDLambda)
     use_prioritized_weights: bool | str = "auto"
     vmap_randomness: str = "different"
+    temperature: float
+    expectile: float
+    max_weight: float
+    loss_function: LossFunction
+    value_objective: str
+    policy_extraction: str
+    objective_options: dict[str, float]
     _targets_replicated = False
 
     def __init__(
@@ -148,6 +160,9 @@ class IQLLoss(NetworkOwner):
         deactivate_vmap: bool = False,
         scalar_output_mode: ScalarOutputMode | None = None,
         max_weight: float = 100.0,
+        value_objective: str = "expectile",
+        policy_extraction: str = "awr",
+        objective_options: Mapping[str, float] | None = None,
         check_finite: bool = False,
     ) -> None:
         reduction = "mean" if reduction is None else reduction
@@ -157,18 +172,23 @@ class IQLLoss(NetworkOwner):
             )
         if priority_key is not None:
             raise RuntimeError(f"priority_key is deprecated: call set_keys(priority={priority_key!r})")
-        functional.check_expectile(expectile)
-        functional.check_temperature(temperature)
-        functional.check_max_weight(max_weight)
-        functional.check_choice("loss_function", loss_function, LossFunction)
-        functional.check_choice("reduction", reduction, Reduction)
+        settings = {
+            "temperature": temperature,
+            "expectile": expectile,
+            "max_weight": max_weight,
+            "loss_function": loss_function,
+            "value_objective": value_objective,
+            "policy_extraction": policy_extraction,
+            "objective_options": dict(objective_options or {}),
+        }
+        check(**settings)
+        objectives.check_options(value_objective, policy_extraction, objective_options or {})
+        choice(Reduction).check("reduction", reduction)
         if scalar_output_mode is not None:
-            functional.check_choice("scalar_output_mode", scalar_output_mode, ScalarOutputMode)
+            choice(ScalarOutputMode).check("scalar_output_mode", scalar_output_mode)
         super().__init__(actor_network, qvalue_network, value_network, num_qvalue_nets, separate_losses)
-        self.temperature = temperature
-        self.expectile = expectile
-        self.max_weight = max_weight
-        self.loss_function = loss_function
+        for name, value in settings.items():
+            setattr(self, name, value)
         self.reduction = reduction
         self.deactivate_vmap = deactivate_vmap
         self.scalar_output_mode = scalar_output_mode
@@ -302,7 +322,7 @@ class IQLLoss(NetworkOwner):
         Raises:
             ValueError: for anything but ``"error"``, ``"same"`` or ``"different"``.
         """
-        functional.check_choice("randomness", randomness, Literal["error", "same", "different"])
+        choice(Literal["error", "same", "different"]).check("randomness", randomness)
         self.vmap_randomness = randomness
 
     # Value estimators
@@ -467,8 +487,14 @@ class IQLLoss(NetworkOwner):
         keys = [*_in_keys(self.qvalue_network), *_in_keys(self.value_network), self._tensor_keys.action]
         of = self._quantities(tensordict, tensors, keys)
         value, target_q = of.value, of.target_q
+        weight = None if self.value_objective == "expectile" else of.weight
         return functional.health(
-            target_q, value, temperature=self.temperature, max_weight=self.max_weight, mask=of.mask
+            target_q,
+            value,
+            temperature=self.temperature,
+            max_weight=self.max_weight,
+            weight=weight,
+            mask=of.mask,
         )
 
     def _quantities(
@@ -720,20 +746,31 @@ class _Quantities:
 
     @property
     def value_loss(self) -> Tensor:
-        """``[*B]`` of V: expectile regression."""
-        return functional.expectile_loss(self.advantage, self._loss.expectile)
+        """``[*B]`` of V."""
+        return objectives.value_objective(self._loss.value_objective).loss(self)
+
+    @_once
+    def weight(self) -> Tensor:
+        """``[*B]`` of the action, without gradient."""
+        return objectives.value_objective(self._loss.value_objective).weight(self)
 
     @property
     def actor_loss(self) -> Tensor:
-        """``[*B]`` of the policy: advantage-weighted regression."""
-        loss = self._loss
-        weight = functional.advantage_weight(self.advantage.detach(), loss.temperature, loss.max_weight)
-        return functional.weighted_log_likelihood(self.log_prob, weight)
+        """``[*B]`` of the policy."""
+        return objectives.policy_extraction(self._loss.policy_extraction).loss(self)
 
     @property
     def qvalue_loss(self) -> Tensor:
         """``[*B]`` of the critics, summed over them."""
         return functional.qvalue_loss(self.q, self.target, self._loss.loss_function)
+
+    def setting(self, name: str) -> Any:
+        """A hyper-parameter of the loss, or an option of its objectives."""
+        loss = self._loss
+        if name in loss.objective_options:
+            return loss.objective_options[name]
+        own = objectives.options(loss.value_objective, loss.policy_extraction)
+        return own[name].default if name in own else getattr(loss, name)
 
     @property
     def mask(self) -> Tensor | None:

@@ -6,7 +6,8 @@ reported with the distribution it came from, and all others work. :func:`availab
 """
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from inspect import isfunction, ismethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
     from iql_plugins.data import Dataset, Options
+    from iql_plugins.objectives import Objective
 
 __all__ = [
     "AdapterNotFoundError",
@@ -264,23 +266,43 @@ class Host:
         Raises:
             PluginError: in strict mode, for a plugin that is broken.
         """
-        commands: dict[str, Command] = {}
+
+        def check(commands: Sequence[Command]) -> None:
+            names = [*taken, *(command.name for command in commands)]
+            if twice := [name for name, count in Counter(names).items() if count > 1]:
+                raise ValueError(f"{', '.join(twice)} is taken")
+
+        return {command.name: command for command in self._contributed("iql_commands", check)}
+
+    def objectives(self, check: "Callable[[Sequence[Objective]], None]") -> "list[Objective]":
+        """The objectives of all plugins; a plugin whose objectives cannot be had is left out, and reported.
+
+        Args:
+            check: raises for entries that do not go together.
+
+        Raises:
+            PluginError: in strict mode, for a plugin that is broken.
+        """
+        return self._contributed("iql_objectives", check)
+
+    def _contributed(self, hook: str, check: Callable[[list[Any]], None]) -> list[Any]:
+        """What all plugins return for a hook that returns sequences."""
+        found: list[Any] = []
         for name in self.check():
             plugin = self._manager.get_plugin(name)
-            if not hasattr(plugin, "iql_commands"):
+            if not hasattr(plugin, hook):
                 continue
             try:
-                own: list[Command] = list(*self._hook_of("iql_commands", plugin)())
-                if twice := [command.name for command in own if command.name in {*taken, *commands}]:
-                    raise ValueError(f"{', '.join(twice)} is taken")
+                own: list[Any] = list(*self._hook_of(hook, plugin)())
+                check([*found, *own])
             # As in _plugin(): a stranger's code.
             except (Exception, SystemExit) as error:
-                broken = self._broken(name, f"failed in iql_commands(): {type(error).__name__}: {error}")
+                broken = self._broken(name, f"failed in {hook}(): {type(error).__name__}: {error}")
                 if self.strict:
                     raise broken from error
                 continue
-            commands |= {command.name: command for command in own}
-        return commands
+            found += own
+        return found
 
     def _hook_of(self, hook: str, plugin: object) -> pluggy.HookCaller:
         """A hook as that plugin alone implements it."""

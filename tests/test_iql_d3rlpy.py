@@ -230,6 +230,9 @@ def test_fields_have_d3rlpys_names_and_defaults() -> None:
         "squashed",
         "origin",
         "clip_all_actions",
+        "value_objective",
+        "policy_extraction",
+        "objective_options",
     }
     # Positional arguments mean the same.
     assert list(vars(ours))[: len(vars(theirs))] == list(vars(theirs))

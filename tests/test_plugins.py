@@ -37,7 +37,8 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "exit": (raising(SystemExit(3)), "cannot be imported: SystemExit: 3"),
     "misspelt": (
         lambda: plugin("bad", iql_map_bacth=lambda batch: None),
-        "implements iql_map_bacth; the hooks are iql_adapter, iql_commands, iql_map_batch, iql_read_dataset",
+        "implements iql_map_bacth; the hooks are iql_adapter, iql_commands, iql_map_batch, iql_objectives, "
+        "iql_read_dataset",
     ),
     "unmarked": (
         lambda: types.SimpleNamespace(iql_adapter=lambda: Adapter("bad", None)),

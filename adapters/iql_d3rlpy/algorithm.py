@@ -30,6 +30,7 @@ from iql_d3rlpy.scalers import action_bounds, normalizers_of, scalers_of
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig as Hyperparameters
+from iql_plugins.config import hyperparameters
 from iql_plugins.data.intake import check_columns
 from iql_plugins.gradients import compiler_available
 from iql_plugins.learner import Learner
@@ -38,7 +39,7 @@ from iql_plugins.spaces import Box, Discrete, Space, Spaces
 __all__ = ["IQL", "BaseIQL", "BaseIQLConfig", "DiscreteIQL", "DiscreteIQLConfig", "IQLConfig", "from_agent", "to_agent"]
 
 
-#: What d3rlpy calls the core's hyper-parameters.
+#: What d3rlpy calls the core's hyper-parameters, where the names differ.
 _D3RLPY_NAMES = {
     "n_steps": "actor_schedule_steps",
     "discount": "gamma",
@@ -80,6 +81,9 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         max_weight: the largest weight of an action in the policy's loss.
         value_learning_rate: of V; None takes the critics' rate, as d3rlpy's IQL does.
         loss_function: distance of Q to its target: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
+        value_objective: how V is learned, by its name in :mod:`iql_plugins.objectives`.
+        policy_extraction: how the policy is learned from Q and V, likewise.
+        objective_options: hyper-parameters that these two alone have, by name.
         actor_schedule_steps: steps in which the policy's rate falls to 0 along half a cosine, and stays there; None
             keeps the rate, as d3rlpy's IQL does.
         origin: what an agent from elsewhere has that no other field says; see :func:`from_agent`.
@@ -108,6 +112,9 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
     actor_schedule_steps: Optional[int] = None  # noqa: UP045
     origin: Optional[dict[str, Any]] = None  # noqa: UP045
     clip_all_actions: bool = False
+    value_objective: str = "expectile"
+    policy_extraction: str = "awr"
+    objective_options: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.hyperparameters()
@@ -120,34 +127,33 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         Raises:
             ValueError: for a value out of range; names it.
         """
-        value_rate = self.critic_learning_rate if self.value_learning_rate is None else self.value_learning_rate
         base = Hyperparameters.from_json(self.origin["config"]) if self.origin else Hyperparameters()
         plain = networks.perceptrons(self)
         sizes, dropout = (base.hidden_sizes, base.actor_dropout) if plain is None else plain
+        cosine = self.actor_schedule_steps is not None
+        differing = {
+            "n_steps": self.actor_schedule_steps if cosine else base.n_steps,
+            "actor_schedule": "cosine" if cosine else "constant",
+            "hidden_sizes": sizes,
+            "actor_dropout": dropout,
+            "max_grad_norm": clip_grad_norm(self),
+            "compile": "yes" if self.compile_graph else "no",
+        }
+        if self.value_learning_rate is None:
+            differing["value_learning_rate"] = self.critic_learning_rate
         try:
-            return base.replace(
-                n_steps=base.n_steps if self.actor_schedule_steps is None else self.actor_schedule_steps,
-                batch_size=self.batch_size,
-                discount=self.gamma,
-                expectile=self.expectile,
-                temperature=self.weight_temp,
-                max_weight=self.max_weight,
-                loss_function=self.loss_function,
-                n_critics=self.n_critics,
-                hidden_sizes=sizes,
-                actor_dropout=dropout,
-                actor_learning_rate=self.actor_learning_rate,
-                critic_learning_rate=self.critic_learning_rate,
-                value_learning_rate=value_rate,
-                actor_schedule="constant" if self.actor_schedule_steps is None else "cosine",
-                polyak=self.tau,
-                max_grad_norm=clip_grad_norm(self),
-                clip_all_actions=self.clip_all_actions,
-                compile="yes" if self.compile_graph else "no",
-            )
+            alike = {name: getattr(self, theirs) for name, theirs in _named(type(self)).items()}
+            return base.replace(**{**alike, **differing})
         except ValueError as error:
             name, _, expected = str(error).partition(" ")
             raise ValueError(f"{_D3RLPY_NAMES.get(name, name)} {expected}") from error
+
+
+def _named(config: type[BaseIQLConfig]) -> dict[str, str]:
+    """The fields of a configuration that are hyper-parameters of the core, by the core's name."""
+    names = {field.name for field in dataclasses.fields(config)}
+    own = {name: _D3RLPY_NAMES.get(name, name) for name in hyperparameters()}
+    return {name: theirs for name, theirs in own.items() if theirs in names}
 
 
 @dataclasses.dataclass()
@@ -162,10 +168,6 @@ class IQLConfig(BaseIQLConfig):
     """
 
     squashed: bool = False
-
-    def hyperparameters(self) -> Hyperparameters:
-        """See :meth:`BaseIQLConfig.hyperparameters`."""
-        return super().hyperparameters().replace(squashed=self.squashed)
 
     def create(self, device: Any = False, enable_ddp: bool = False) -> "IQL":
         """The algorithm.
@@ -423,38 +425,25 @@ def from_agent(agent: Agent) -> BaseIQL:
     Args:
         agent: of any adapter.
     """
-    hyperparameters, spaces = agent.config, agent.spaces
-    cosine = hyperparameters.actor_schedule == "cosine"
-    optimizers = AdamFactory(clip_grad_norm=hyperparameters.max_grad_norm)
-    encoders = VectorEncoderFactory(hidden_units=list(hyperparameters.hidden_sizes))
+    core, spaces = agent.config, agent.spaces
+    optimizers = AdamFactory(clip_grad_norm=core.max_grad_norm)
+    encoders = VectorEncoderFactory(hidden_units=list(core.hidden_sizes))
+    kind, size = (
+        (DiscreteIQLConfig, spaces.action.n) if isinstance(spaces.action, Discrete) else (IQLConfig, spaces.action.size)
+    )
     fields: dict[str, Any] = {
-        "batch_size": hyperparameters.batch_size,
-        "gamma": hyperparameters.discount,
-        "compile_graph": hyperparameters.compile == "yes",
-        "actor_learning_rate": hyperparameters.actor_learning_rate,
-        "critic_learning_rate": hyperparameters.critic_learning_rate,
-        "value_learning_rate": hyperparameters.value_learning_rate,
+        **{theirs: getattr(core, name) for name, theirs in _named(kind).items()},
+        "compile_graph": core.compile == "yes",
         "actor_optim_factory": optimizers,
         "critic_optim_factory": optimizers,
-        "actor_encoder_factory": dataclasses.replace(encoders, dropout_rate=hyperparameters.actor_dropout or None),
+        "actor_encoder_factory": dataclasses.replace(encoders, dropout_rate=core.actor_dropout or None),
         "critic_encoder_factory": encoders,
         "value_encoder_factory": encoders,
-        "tau": hyperparameters.polyak,
-        "n_critics": hyperparameters.n_critics,
-        "expectile": hyperparameters.expectile,
-        "weight_temp": hyperparameters.temperature,
-        "max_weight": hyperparameters.max_weight,
-        "loss_function": hyperparameters.loss_function,
-        "actor_schedule_steps": hyperparameters.n_steps if cosine else None,
-        "clip_all_actions": hyperparameters.clip_all_actions,
-        "origin": {"spaces": spaces.to_json(), "config": hyperparameters.to_json()},
+        "actor_schedule_steps": core.n_steps if core.actor_schedule == "cosine" else None,
+        "origin": {"spaces": spaces.to_json(), "config": core.to_json()},
         **scalers_of(agent.normalizers, spaces),
     }
-    config: BaseIQLConfig
-    if isinstance(spaces.action, Discrete):
-        config, size = DiscreteIQLConfig(**fields), spaces.action.n
-    else:
-        config, size = IQLConfig(**fields, squashed=hyperparameters.squashed), spaces.action.size
+    config = kind(**fields)
     device = str(agent.device)
     algorithm: BaseIQL = config.create(device)
     shapes = [list(space.shape) if isinstance(space, Box) else [1] for space in spaces.observations.values()]

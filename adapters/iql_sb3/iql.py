@@ -29,7 +29,7 @@ from tensordict import TensorDictBase
 
 from iql_plugins import checkpoint
 from iql_plugins.agent import Agent
-from iql_plugins.config import ActorSchedule, Compile, IQLConfig
+from iql_plugins.config import ActorSchedule, Compile, IQLConfig, hyperparameters
 from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.encoders import is_plain
@@ -56,6 +56,14 @@ from iql_sb3.spaces import gymnasium_spaces, is_stand_in, layout_spaces, stand_i
 __all__ = ["IQL"]
 
 Rates = float | Schedule | Mapping[str, float | Schedule]
+
+#: What the model calls the core's hyper-parameters, and what its policy does, where the names differ.
+_NAMES = {"n_steps": "actor_schedule_steps", "discount": "gamma", "polyak": "tau"}
+_NETWORK_NAMES = {"hidden_sizes": "net_arch", "actor_dropout": "dropout"}
+_RATES = tuple(f"{name}_learning_rate" for name in NETWORKS)
+#: Those that are the model's own arguments and attributes, and of these those that count from the next step on.
+_OWN = [name for name in hyperparameters("loss", "target", "learner", "batches", "data") if name not in _RATES]
+_CHANGEABLE = [name for name in hyperparameters("loss", "target", "learner") if name in _OWN and name != "compile"]
 
 
 class IQL(OffPolicyAlgorithm):
@@ -89,6 +97,9 @@ class IQL(OffPolicyAlgorithm):
         temperature: inverse temperature :math:`\beta` >= 0; 0 is behaviour cloning.
         max_weight: the largest weight of an action in the policy's loss.
         loss_function: distance of Q to its target.
+        value_objective: how V is learned, by its name in :mod:`iql_plugins.objectives`.
+        policy_extraction: how the policy is learned from Q and V, likewise.
+        objective_options: hyper-parameters that these two alone have, by name.
         actor_schedule: ``"cosine"`` multiplies the actor's learning rate by a cosine from 1 to 0 over
             ``actor_schedule_steps`` gradient steps, offline and online together, and by 0 after them.
         actor_schedule_steps: see above.
@@ -156,6 +167,9 @@ class IQL(OffPolicyAlgorithm):
         temperature: float = 3.0,
         max_weight: float = 100.0,
         loss_function: LossFunction = "l2",
+        value_objective: str = "expectile",
+        policy_extraction: str = "awr",
+        objective_options: Mapping[str, float] | None = None,
         actor_schedule: ActorSchedule = "cosine",
         actor_schedule_steps: int = 1_000_000,
         max_grad_norm: float | None = None,
@@ -224,6 +238,9 @@ class IQL(OffPolicyAlgorithm):
         self.temperature = temperature
         self.max_weight = max_weight
         self.loss_function = loss_function
+        self.value_objective = value_objective
+        self.policy_extraction = policy_extraction
+        self.objective_options = dict(objective_options or {})
         self.actor_schedule = actor_schedule
         self.actor_schedule_steps = actor_schedule_steps
         self.max_grad_norm = max_grad_norm
@@ -347,31 +364,13 @@ class IQL(OffPolicyAlgorithm):
         Raises:
             ValueError: for one out of range; names it.
         """
-        policy_kwargs = self.policy_kwargs
-        sizes = policy_kwargs.get("net_arch") or IQLConfig.hidden_sizes
-        rates = {f"{name}_learning_rate": schedule(1.0) for name, schedule in self._rates.items()}
-        return IQLConfig(
-            n_steps=self.actor_schedule_steps,
-            batch_size=self.batch_size,
-            discount=self.gamma,
-            expectile=self.expectile,
-            temperature=self.temperature,
-            max_weight=self.max_weight,
-            loss_function=self.loss_function,
-            n_critics=policy_kwargs.get("n_critics", IQLConfig.n_critics),
-            hidden_sizes=tuple(sizes["pi"] if isinstance(sizes, Mapping) else sizes),
-            actor_dropout=policy_kwargs.get("dropout", IQLConfig.actor_dropout),
-            squashed=policy_kwargs.get("squashed", IQLConfig.squashed),
-            actor_schedule=self.actor_schedule,
-            polyak=self.tau,
-            max_grad_norm=self.max_grad_norm,
-            normalize_observations=self.normalize_observations,
-            reward_scale=self.reward_scale,
-            reward_shift=self.reward_shift,
-            clip_all_actions=self.clip_all_actions,
-            compile=self.compile,
-            **rates,
-        )
+        sizes = self.policy_kwargs.get("net_arch") or IQLConfig.hidden_sizes
+        given = {name: getattr(self, _NAMES.get(name, name)) for name in _OWN}
+        networks = {name: _NETWORK_NAMES.get(name, name) for name in hyperparameters("networks")}
+        given |= {name: self.policy_kwargs[own] for name, own in networks.items() if own in self.policy_kwargs}
+        given |= {f"{name}_learning_rate": schedule(1.0) for name, schedule in self._rates.items()}
+        given["hidden_sizes"] = tuple(sizes["pi"] if isinstance(sizes, Mapping) else sizes)
+        return IQLConfig(**given)
 
     # Data
 
@@ -518,17 +517,7 @@ class IQL(OffPolicyAlgorithm):
 
     def _apply_hyperparameters(self) -> None:
         """Attributes of an algorithm can be changed at any time, and count from the next step on."""
-        wanted = (
-            self.expectile,
-            self.temperature,
-            self.max_weight,
-            self.loss_function,
-            self.gamma,
-            self.tau,
-            self.max_grad_norm,
-            self.actor_schedule,
-            self.actor_schedule_steps,
-        )
+        wanted = tuple([copy.copy(getattr(self, _NAMES.get(name, name))) for name in _CHANGEABLE])
         if wanted == self._applied:
             return
         config, loss, learner = self.config, self.policy.loss, self.learner
@@ -920,27 +909,11 @@ class IQL(OffPolicyAlgorithm):
             MlpPolicy if is_plain(list(agent.spaces.observations.values())) else AgentPolicy,
             stand_in(observation_space, action_space) if env is None else env,
             learning_rate={name: getattr(config, f"{name}_learning_rate") for name in NETWORKS},
-            batch_size=config.batch_size,
-            tau=config.polyak,
-            gamma=config.discount,
-            expectile=config.expectile,
-            temperature=config.temperature,
-            max_weight=config.max_weight,
-            loss_function=config.loss_function,
-            actor_schedule=config.actor_schedule,
-            actor_schedule_steps=config.n_steps,
-            max_grad_norm=config.max_grad_norm,
-            normalize_observations=config.normalize_observations,
-            reward_scale=config.reward_scale,
-            reward_shift=config.reward_shift,
-            clip_all_actions=config.clip_all_actions,
-            compile=config.compile,
             policy_kwargs={
-                "net_arch": list(config.hidden_sizes),
-                "dropout": config.actor_dropout,
-                "squashed": config.squashed,
-                "n_critics": config.n_critics,
+                _NETWORK_NAMES.get(name, name): list(value) if isinstance(value, tuple) else value
+                for name, value in config.of("networks").items()
             },
+            **{_NAMES.get(name, name): getattr(config, name) for name in _OWN},
             device=agent.device,
             _init_setup_model=False,
             **kwargs,

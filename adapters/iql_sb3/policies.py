@@ -65,8 +65,8 @@ def layer_sizes(net_arch: NetArch | None) -> dict[str, tuple[int, ...]]:
 
 def set_hyperparameters(loss: IQLLoss, config: IQLConfig) -> None:
     """Brings a policy's loss, which is built with the defaults, to an algorithm's hyper-parameters."""
-    loss.expectile, loss.temperature = config.expectile, config.temperature
-    loss.max_weight, loss.loss_function = config.max_weight, config.loss_function
+    for name, value in config.of("loss").items():
+        setattr(loss, name, value)
     loss.make_value_estimator(ValueEstimators.TD0, gamma=config.discount)
 
 

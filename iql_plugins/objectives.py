@@ -1,0 +1,214 @@
+r"""The two choices that make an algorithm of the family: how V is learned, and how a policy is extracted from Q and V.
+
+Each is an entry of a table. The loss composes one of each, and computes what they ask for once::
+
+    @hookimpl
+    def iql_objectives() -> list[ValueObjective | PolicyExtraction]:
+        return [ValueObjective("median", loss=lambda of: of.advantage.abs(), weight=exponential_weight)]
+
+    IQLLoss(actor, critic, value, value_objective="median")
+
+An entry is there by its name everywhere that a hyper-parameter is: in the losses, in every adapter, on the command
+line, in checkpoints, in compiled steps.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from torch import Tensor
+
+from iql_plugins import functional
+from iql_plugins.plugins import host
+from iql_plugins.ranges import Range
+
+__all__ = [
+    "Objective",
+    "Option",
+    "PolicyExtraction",
+    "Quantities",
+    "ValueObjective",
+    "check_options",
+    "exponential_weight",
+    "options",
+    "policy_extraction",
+    "register",
+    "value_objective",
+]
+
+
+class Quantities(Protocol):
+    """What the losses of a batch are made of, each computed when it is first asked for, and once.
+
+    ``*B`` is the batch's shape. ``target_q`` and ``target`` have no gradient; ``value``, ``advantage``, ``q`` and
+    ``log_prob`` have that of their network.
+    """
+
+    @property
+    def value(self) -> Tensor:
+        """``[*B]`` V(s)."""
+
+    @property
+    def target_q(self) -> Tensor:
+        """``[N, *B]`` Q(s, a) of the target critics."""
+
+    @property
+    def advantage(self) -> Tensor:
+        """``[*B]`` min Q(s, a) of the target critics - V(s); gradients flow through V."""
+
+    @property
+    def weight(self) -> Tensor:
+        """``[*B]`` of the action, as the value objective has it; without gradient."""
+
+    @property
+    def log_prob(self) -> Tensor:
+        """``[*B]`` log-probability (nats) of the dataset's action."""
+
+    def setting(self, name: str) -> Any:
+        """A hyper-parameter of the loss, or an option of an objective."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """A hyper-parameter that an objective has, and no other one.
+
+    Attributes:
+        default: its value unless another one is given.
+        range: the values that it may have.
+        description: what it is.
+    """
+
+    default: float
+    range: Range
+    description: str
+
+
+@dataclass(frozen=True, eq=False)
+class ValueObjective:
+    """How V is learned.
+
+    Attributes:
+        name: what users call it.
+        loss: ``[*B]`` of V, per sample.
+        weight: ``[*B]`` of the action in a policy extraction that weighs actions; without gradient.
+        options: by name.
+    """
+
+    name: str
+    loss: Callable[[Quantities], Tensor]
+    weight: Callable[[Quantities], Tensor]
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyExtraction:
+    """How the policy is learned from Q and V.
+
+    Attributes:
+        name: what users call it.
+        loss: ``[*B]`` of the policy, per sample.
+        options: by name.
+    """
+
+    name: str
+    loss: Callable[[Quantities], Tensor]
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+
+def exponential_weight(of: Quantities) -> Tensor:
+    """``[*B]`` :func:`~iql_plugins.functional.advantage_weight`: min(exp(temperature advantage), max_weight)."""
+    return functional.advantage_weight(of.advantage.detach(), of.setting("temperature"), of.setting("max_weight"))
+
+
+def _expectile_regression(of: Quantities) -> Tensor:
+    return functional.expectile_loss(of.advantage, of.setting("expectile"))
+
+
+def _advantage_weighted_regression(of: Quantities) -> Tensor:
+    return functional.weighted_log_likelihood(of.log_prob, of.weight)
+
+
+Objective = ValueObjective | PolicyExtraction
+_Kind = TypeVar("_Kind", ValueObjective, PolicyExtraction)
+_TABLES: dict[type, dict[str, Any]] = {ValueObjective: {}, PolicyExtraction: {}}
+_KINDS = {ValueObjective: "value_objective", PolicyExtraction: "policy_extraction"}
+
+
+def register(*entries: Objective) -> None:
+    """Adds entries to the tables of this process. Those of installed plugins are found by themselves.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for a name that is taken.
+    """
+    _check(entries)
+    for entry in entries:
+        _TABLES[type(entry)][entry.name] = entry
+
+
+def _check(entries: Iterable[object]) -> None:
+    taken = {(kind, name) for kind, table in _TABLES.items() for name in table}
+    for entry in entries:
+        if not isinstance(entry, ValueObjective | PolicyExtraction):
+            raise TypeError(f"an objective must be a ValueObjective or a PolicyExtraction, got {type(entry).__name__}")
+        key = type(entry), entry.name
+        if key in taken:
+            raise ValueError(f"the {_KINDS[key[0]]} {entry.name!r} is there already: take another name")
+        taken.add(key)
+
+
+register(
+    ValueObjective("expectile", _expectile_regression, exponential_weight),
+    PolicyExtraction("awr", _advantage_weighted_regression),
+)
+
+
+def value_objective(name: str) -> ValueObjective:
+    """The entry of that name.
+
+    Raises:
+        ValueError: if there is none; lists those that there are.
+    """
+    return _entry(ValueObjective, name)
+
+
+def policy_extraction(name: str) -> PolicyExtraction:
+    """The entry of that name.
+
+    Raises:
+        ValueError: if there is none; lists those that there are.
+    """
+    return _entry(PolicyExtraction, name)
+
+
+def _entry(kind: type[_Kind], name: object) -> _Kind:
+    table: dict[str, _Kind] = _TABLES[kind]
+    if name not in table:
+        plugins = host().objectives(_check)
+        register(*[entry for entry in plugins if entry.name not in _TABLES[type(entry)]])
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"{_KINDS[kind]} must be one of {', '.join(map(repr, table))}, got {name!r}")
+    return table[name]
+
+
+def options(value: str, policy: str) -> dict[str, Option]:
+    """The options of two objectives, by name.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    return {**value_objective(value).options, **policy_extraction(policy).options}
+
+
+def check_options(value: str, policy: str, given: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for an objective that is none, an option that the two do not have, or one out of range."""
+    own = options(value, policy)
+    for name, setting in given.items():
+        if name not in own:
+            have = (
+                f"those of {value!r} and {policy!r} are {', '.join(own)}"
+                if own
+                else f"{value!r} and {policy!r} have none"
+            )
+            raise ValueError(f"objective_options has {name!r}: {have}")
+        own[name].range.check(name, setting)

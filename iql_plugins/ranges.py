@@ -1,0 +1,77 @@
+"""What values a hyper-parameter may have, each range once: in words, and as a check."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+__all__ = [
+    "COUNT",
+    "COUNTS",
+    "EXPECTILE",
+    "FINITE",
+    "FLAG",
+    "NON_NEGATIVE",
+    "POSITIVE",
+    "PROBABILITY",
+    "SHARE",
+    "TEMPERATURE",
+    "Range",
+    "choice",
+]
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a hyper-parameter may have.
+
+    >>> PROBABILITY.check("actor_dropout", 1.5)
+    Traceback (most recent call last):
+    ValueError: actor_dropout must be in [0, 1), got 1.5
+
+    Attributes:
+        words: what a value must be.
+        holds: whether a value is in it; one that cannot be compared is not.
+        hint: what is usual, for whoever is wrong.
+    """
+
+    words: str
+    holds: Callable[[Any], bool]
+    hint: str = ""
+
+    def check(self, name: str, value: object) -> None:
+        """Raises ``ValueError`` that names the hyper-parameter unless the value is in the range."""
+        try:
+            holds = self.holds(value)
+        except TypeError:
+            holds = False
+        if not holds:
+            raise ValueError(f"{name} must be {self.words}, got {value!r}{self.hint}")
+
+    def __or__(self, other: "Range") -> "Range":
+        return Range(f"{self.words} or {other.words}", lambda value: other.holds(value) or self.holds(value))
+
+
+def choice(literal: Any) -> Range:
+    """One of a ``Literal``'s."""
+    options = get_args(literal)
+    return Range(f"one of {', '.join(map(repr, options))}", lambda value: value in options)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+COUNT = Range("an integer >= 1", _is_count)
+COUNTS = Range("a tuple of integers >= 1", lambda v: isinstance(v, list | tuple) and all(map(_is_count, v)))
+FLAG = Range("True or False", lambda v: isinstance(v, bool))
+FINITE = Range("a finite number", lambda v: math.isfinite(v))
+POSITIVE = Range("a finite number > 0", lambda v: 0.0 < v < math.inf)
+NON_NEGATIVE = Range("a finite number >= 0", lambda v: 0.0 <= v < math.inf)
+SHARE = Range("in [0, 1]", lambda v: 0.0 <= v <= 1.0)
+PROBABILITY = Range("in [0, 1)", lambda v: 0.0 <= v < 1.0)
+EXPECTILE = Range("in (0, 1]", lambda v: 0.0 < v <= 1.0, "; the paper uses 0.7 to 0.9")
+TEMPERATURE = Range(
+    "a finite number >= 0 (it is the inverse temperature beta: 0 is behaviour cloning, 3 and 10 are the paper's)",
+    NON_NEGATIVE.holds,
+)

@@ -1,0 +1,222 @@
+"""The tables of objectives are open: an entry that is made here works in every loss, adapter, file and command."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from agents import SPACES, make_agent, make_dataset
+from requirements import needs_compiler
+from strangers import good, host_of
+
+import iql_plugins
+from iql_plugins import objectives
+from iql_plugins.agent import Agent, build_loss
+from iql_plugins.cli import main
+from iql_plugins.config import IQLConfig
+from iql_plugins.gradients import LossGradients
+from iql_plugins.objectives import Option, PolicyExtraction, Quantities, ValueObjective, exponential_weight
+from iql_plugins.ranges import POSITIVE, SHARE
+
+
+def quantile_regression(of: Quantities) -> torch.Tensor:
+    side = (of.setting("level") - (of.advantage.detach() < 0).to(of.advantage.dtype)).abs()
+    return side * of.advantage.abs()
+
+
+def cloned(of: Quantities) -> torch.Tensor:
+    return -of.setting("strength") * of.log_prob
+
+
+LEVEL = Option(0.75, SHARE, "of the quantile")
+TILTED = ValueObjective("tilted", quantile_regression, exponential_weight, {"level": LEVEL})
+CLONED = PolicyExtraction("cloned", cloned, {"strength": Option(1.0, POSITIVE, "of the cloning")})
+OPTIONS: dict[str, Any] = {
+    "value_objective": "tilted",
+    "policy_extraction": "cloned",
+    "objective_options": {"level": 0.5, "strength": 2.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two entries, in tables that are this test's alone."""
+    monkeypatch.setattr(objectives, "_TABLES", {kind: dict(table) for kind, table in objectives._TABLES.items()})
+    host = host_of(good(iql_objectives=lambda: [TILTED, CLONED]))
+    monkeypatch.setattr(objectives, "host", lambda: host)
+
+
+def test_the_loss_composes_the_two_that_it_is_given() -> None:
+    spaces = SPACES["continuous"]
+    plain, loss = (build_loss(spaces, IQLConfig(hidden_sizes=(8,), **given)) for given in ({}, OPTIONS))
+    loss.load_state_dict(plain.state_dict())
+    for each in (plain, loss):
+        each.target_updater_attached()
+    batch = make_dataset(spaces, 32).to(next(loss.parameters()).device)
+    with torch.no_grad():
+        outputs, expected = loss(batch.clone()), plain(batch)
+        of = loss._quantities(batch, {}, loss.in_keys)
+        torch.testing.assert_close(outputs["loss_value"], 0.5 * of.advantage.abs().mean())
+        torch.testing.assert_close(outputs["loss_actor"], -2.0 * of.log_prob.mean())
+        torch.testing.assert_close(outputs["loss_qvalue"], expected["loss_qvalue"])
+        loss.objective_options = {}
+        torch.testing.assert_close(loss.actor_loss(batch)[0], -of.log_prob.mean())
+        levels = torch.where(of.advantage < 0, 0.25, 0.75)
+        torch.testing.assert_close(loss.value_loss(batch)[0], (levels * of.advantage.abs()).mean())
+
+
+@needs_compiler
+def test_a_compiled_step_follows_what_is_changed() -> None:
+    spaces = SPACES["continuous"]
+    loss = build_loss(spaces, IQLConfig(hidden_sizes=(8,)))
+    loss.target_updater_attached()
+    batch = make_dataset(spaces, 16).to(next(loss.parameters()).device)
+    keywords = {iql_plugins.keys.flat_name(key): tensor for key, tensor in batch.items(True, True)}
+    compiled, eager = LossGradients(loss, compile=True), LossGradients(loss)
+    seen = set()
+    for changed in ({}, {"value_objective": "tilted"}, {"objective_options": {"level": 0.1}}, {"max_weight": 0.5}):
+        for name, value in changed.items():
+            setattr(loss, name, value)
+        torch.testing.assert_close(compiled(keywords), eager(keywords))
+        seen.add(tuple(output.item() for output in compiled(keywords)))
+    loss.objective_options["level"] = 0.9
+    torch.testing.assert_close(compiled(keywords), eager(keywords))
+    assert len(seen) == 4
+
+
+def test_an_agent_trains_with_them_and_its_file_knows_them(tmp_path: Path) -> None:
+    agent = make_agent("continuous", **OPTIONS)
+    agent.fit(make_dataset(SPACES["continuous"]).cpu(), 3)
+    agent.save(tmp_path / "agent.safetensors")
+    again = Agent.load(tmp_path / "agent.safetensors")
+    assert again.config.of("loss") == agent.config.of("loss")
+    assert again.config.objective_options == OPTIONS["objective_options"]
+    assert again.loss.policy_extraction == "cloned"
+    assert again.loss.health(**keywords_of("continuous")).effective_sample_size > 0
+    assert IQLConfig.from_json(json.loads(json.dumps(agent.config.to_json()))) == agent.config
+
+
+def keywords_of(kind: str) -> dict[str, torch.Tensor]:
+    batch = make_dataset(SPACES[kind], 8).cpu()
+    return {iql_plugins.keys.flat_name(key): tensor for key, tensor in batch.items(True, True)}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"value_objective": "tilt"}, "value_objective must be one of 'expectile', 'tilted', got 'tilt'"),
+        ({"policy_extraction": "sac"}, "policy_extraction must be one of 'awr', 'cloned', got 'sac'"),
+        ({"objective_options": {"level": 0.5}}, "objective_options has 'level': 'expectile' and 'awr' have none"),
+        ({**OPTIONS, "objective_options": {"lvl": 1.0}}, "'lvl': those of 'tilted' and 'cloned' are level, strength"),
+        ({**OPTIONS, "objective_options": {"level": 1.5}}, r"level must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_what_is_no_objective_or_option_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        IQLConfig(**given)
+    agent = make_agent("continuous")
+    networks = agent.loss.actor_network, agent.loss.get_stateful_net("qvalue_network"), agent.loss.value_network
+    with pytest.raises(ValueError, match=message):
+        iql_plugins.IQLLoss(*networks, num_qvalue_nets=1, **given)
+
+
+def test_a_name_is_taken_once() -> None:
+    objectives.register(ValueObjective("mine", quantile_regression, exponential_weight))
+    with pytest.raises(ValueError, match="the value_objective 'mine' is there already: take another name"):
+        objectives.register(ValueObjective("mine", quantile_regression, exponential_weight))
+    with pytest.raises(TypeError, match="must be a ValueObjective or a PolicyExtraction, got str"):
+        objectives.register("mine")  # type: ignore[arg-type]
+
+
+def test_a_plugin_that_breaks_its_word_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    again = ValueObjective("expectile", quantile_regression, exponential_weight)
+    entries = [
+        good("a", iql_objectives=lambda: [again]),
+        good("b", iql_objectives=lambda: 3),
+        good("c", iql_objectives=lambda: [TILTED]),
+        good("d", iql_objectives=lambda: [TILTED]),
+    ]
+    host = host_of(*entries)
+    monkeypatch.setattr(objectives, "host", lambda: host)
+    assert objectives.value_objective("tilted") is TILTED
+    errors = {name: info.error for name, info in host.available().items()}
+    assert "the value_objective 'expectile' is there already" in (errors["a"] or "")
+    assert "failed in iql_objectives()" in (errors["b"] or "")
+    assert errors["c"] is None
+    assert "the value_objective 'tilted' is there already" in (errors["d"] or "")
+
+
+# Through every adapter
+
+
+def test_tensors_train_with_them() -> None:
+    from iql_tensor import IQL
+
+    iql = IQL.build(SPACES["discrete"], hidden_sizes=(4,), compile="no", **OPTIONS)
+    iql.update(make_dataset(SPACES["discrete"], 8))
+    assert iql.agent.loss.value_objective == "tilted"
+
+
+def test_torchrls_loss_takes_them() -> None:
+    pytest.importorskip("torchrl")
+    from iql_torchrl import IQL, IQLLoss
+
+    algorithm = IQL.from_agent(make_agent("continuous", **OPTIONS))
+    algorithm.fit(make_dataset(SPACES["continuous"]).cpu(), 2)
+    assert isinstance(algorithm.loss, IQLLoss)
+    assert algorithm.loss.objective_options == OPTIONS["objective_options"]
+
+
+def test_stable_baselines3s_model_takes_them_saves_them_and_follows_changes(tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
+    from iql_sb3 import IQL
+
+    dataset = make_dataset(SPACES["continuous"]).cpu()
+    model = IQL("MlpPolicy", None, dataset=dataset, batch_size=8, policy_kwargs={"net_arch": [4]}, **OPTIONS)
+    model.learn_offline(2)
+    assert model.policy.loss.value_objective == "tilted"
+    model.objective_options["level"] = 0.9
+    model.learn_offline(1)
+    assert model.policy.loss.objective_options["level"] == 0.9
+    model.save(tmp_path / "model.zip")
+    again = IQL.load(tmp_path / "model.zip")
+    assert again.config.of("loss") == model.config.of("loss")
+    assert IQL.from_agent(again.to_agent()).config.of("loss") == model.config.of("loss")
+    with pytest.raises(ValueError, match="value_objective must be one of"):
+        IQL("MlpPolicy", None, dataset=dataset, value_objective="tilt")
+
+
+def test_d3rlpys_algorithm_takes_them_and_its_file_knows_them(tmp_path: Path) -> None:
+    d3rlpy = pytest.importorskip("d3rlpy")
+    from d3rlpy_helpers import QUIET, config, dataset
+
+    algorithm = config("continuous", **OPTIONS).create()
+    algorithm.fit(dataset("continuous"), n_steps=2, n_steps_per_epoch=2, **QUIET)
+    assert algorithm.impl.agent.loss.policy_extraction == "cloned"
+    algorithm.save(tmp_path / "model.d3")
+    again = d3rlpy.load_learnable(tmp_path / "model.d3")
+    assert again.config.hyperparameters().of("loss") == algorithm.config.hyperparameters().of("loss")
+    assert again.config.objective_options == OPTIONS["objective_options"]
+    with pytest.raises(ValueError, match="policy_extraction must be one of"):
+        config("continuous", policy_extraction="sac")
+
+
+def test_the_command_line_trains_with_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--n-steps", "3", "--env", "Pendulum-v1", "--episodes", "1", "--evaluation-episodes", "1"]
+    options += ["--baseline", "none", "--compile", "no", "--hidden-sizes", "4", "--json"]
+    chosen = ["--value-objective", "tilted", "--objective-options", "level", "0.5"]
+    folder = tmp_path / "run"
+    assert main(["train", "--run-dir", str(folder), *options, *chosen]) == 0
+    assert Agent.load(folder / "policy.safetensors").loss.objective_options == {"level": 0.5}
+    assert "error" not in json.loads(capfd.readouterr().out)
+    config = folder / "config.json"
+    before = json.loads(config.read_text())
+    for changed in ({"objective_options": {"level": 0.9}}, {"value_objective": "expectile", "objective_options": {}}):
+        document = json.loads(json.dumps(before))
+        document["settings"]["hyperparameters"].update(changed)
+        config.write_text(json.dumps(document))
+        assert main(["train", "--resume", str(folder), "--json"]) == 2
+        assert "in config.json" in json.loads(capfd.readouterr().out)["error"]
+    assert main(["train", "--run-dir", str(tmp_path / "other"), *options, "--value-objective", "tilt"]) == 2
+    assert "value_objective must be one of 'expectile', 'tilted', got 'tilt'" in capfd.readouterr().err
