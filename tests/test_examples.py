@@ -71,6 +71,14 @@ def test_the_page_on_hyper_parameters_shows_what_was_measured() -> None:
     assert table(results) in (ROOT / "examples" / "choosing_hyperparameters.md").read_text(encoding="utf-8")
 
 
+def test_the_table_of_all_hyper_parameters_is_that_of_their_declarations() -> None:
+    pytest.importorskip("stable_baselines3")
+    pytest.importorskip("d3rlpy")
+    from hyperparameter_table import table
+
+    assert table() in (ROOT / "examples" / "choosing_hyperparameters.md").read_text(encoding="utf-8")
+
+
 def test_the_benchmark_of_the_loss_runs(tmp_path: Path) -> None:
     options = ["--rounds", "1", "--steps", "1", "--modes", "eager"]
     assert "times as long" in run(ROOT / "tests" / "benchmarks" / "bench_loss.py", *options, folder=tmp_path)

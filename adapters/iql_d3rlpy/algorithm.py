@@ -142,14 +142,14 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         if self.value_learning_rate is None:
             differing["value_learning_rate"] = self.critic_learning_rate
         try:
-            alike = {name: getattr(self, theirs) for name, theirs in _named(type(self)).items()}
+            alike = {name: getattr(self, theirs) for name, theirs in named(type(self)).items()}
             return base.replace(**{**alike, **differing})
         except ValueError as error:
             name, _, expected = str(error).partition(" ")
             raise ValueError(f"{_D3RLPY_NAMES.get(name, name)} {expected}") from error
 
 
-def _named(config: type[BaseIQLConfig]) -> dict[str, str]:
+def named(config: type[BaseIQLConfig]) -> dict[str, str]:
     """The fields of a configuration that are hyper-parameters of the core, by the core's name."""
     names = {field.name for field in dataclasses.fields(config)}
     own = {name: _D3RLPY_NAMES.get(name, name) for name in hyperparameters()}
@@ -432,7 +432,7 @@ def from_agent(agent: Agent) -> BaseIQL:
         (DiscreteIQLConfig, spaces.action.n) if isinstance(spaces.action, Discrete) else (IQLConfig, spaces.action.size)
     )
     fields: dict[str, Any] = {
-        **{theirs: getattr(core, name) for name, theirs in _named(kind).items()},
+        **{theirs: getattr(core, name) for name, theirs in named(kind).items()},
         "compile_graph": core.compile == "yes",
         "actor_optim_factory": optimizers,
         "critic_optim_factory": optimizers,

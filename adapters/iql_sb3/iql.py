@@ -58,12 +58,12 @@ __all__ = ["IQL"]
 Rates = float | Schedule | Mapping[str, float | Schedule]
 
 #: What the model calls the core's hyper-parameters, and what its policy does, where the names differ.
-_NAMES = {"n_steps": "actor_schedule_steps", "discount": "gamma", "polyak": "tau"}
-_NETWORK_NAMES = {"hidden_sizes": "net_arch", "actor_dropout": "dropout"}
+NAMES = {"n_steps": "actor_schedule_steps", "discount": "gamma", "polyak": "tau"}
+NETWORK_NAMES = {"hidden_sizes": "net_arch", "actor_dropout": "dropout"}
 _RATES = tuple(f"{name}_learning_rate" for name in NETWORKS)
 #: Those that are the model's own arguments and attributes, and of these those that count from the next step on.
-_OWN = [name for name in hyperparameters("loss", "target", "learner", "batches", "data") if name not in _RATES]
-_CHANGEABLE = [name for name in hyperparameters("loss", "target", "learner") if name in _OWN and name != "compile"]
+OWN = [name for name in hyperparameters("loss", "target", "learner", "batches", "data") if name not in _RATES]
+_CHANGEABLE = [name for name in hyperparameters("loss", "target", "learner") if name in OWN and name != "compile"]
 
 
 class IQL(OffPolicyAlgorithm):
@@ -365,8 +365,8 @@ class IQL(OffPolicyAlgorithm):
             ValueError: for one out of range; names it.
         """
         sizes = self.policy_kwargs.get("net_arch") or IQLConfig.hidden_sizes
-        given = {name: getattr(self, _NAMES.get(name, name)) for name in _OWN}
-        networks = {name: _NETWORK_NAMES.get(name, name) for name in hyperparameters("networks")}
+        given = {name: getattr(self, NAMES.get(name, name)) for name in OWN}
+        networks = {name: NETWORK_NAMES.get(name, name) for name in hyperparameters("networks")}
         given |= {name: self.policy_kwargs[own] for name, own in networks.items() if own in self.policy_kwargs}
         given |= {f"{name}_learning_rate": schedule(1.0) for name, schedule in self._rates.items()}
         given["hidden_sizes"] = tuple(sizes["pi"] if isinstance(sizes, Mapping) else sizes)
@@ -517,7 +517,7 @@ class IQL(OffPolicyAlgorithm):
 
     def _apply_hyperparameters(self) -> None:
         """Attributes of an algorithm can be changed at any time, and count from the next step on."""
-        wanted = tuple([copy.copy(getattr(self, _NAMES.get(name, name))) for name in _CHANGEABLE])
+        wanted = tuple([copy.copy(getattr(self, NAMES.get(name, name))) for name in _CHANGEABLE])
         if wanted == self._applied:
             return
         config, loss, learner = self.config, self.policy.loss, self.learner
@@ -910,10 +910,10 @@ class IQL(OffPolicyAlgorithm):
             stand_in(observation_space, action_space) if env is None else env,
             learning_rate={name: getattr(config, f"{name}_learning_rate") for name in NETWORKS},
             policy_kwargs={
-                _NETWORK_NAMES.get(name, name): list(value) if isinstance(value, tuple) else value
+                NETWORK_NAMES.get(name, name): list(value) if isinstance(value, tuple) else value
                 for name, value in config.of("networks").items()
             },
-            **{_NAMES.get(name, name): getattr(config, name) for name in _OWN},
+            **{NAMES.get(name, name): getattr(config, name) for name in OWN},
             device=agent.device,
             _init_setup_model=False,
             **kwargs,
