@@ -31,10 +31,10 @@ def train_offline(adapter: str, steps: int, seed: int, path: Path) -> None:
     import gymnasium as gym
 
     import iql_plugins
-    from iql_plugins.agent import Agent
     from iql_plugins.config import preset
     from iql_plugins.data.normalizers import Normalizers
     from iql_plugins.spaces import Spaces
+    from iql_plugins.training.agent import Agent
 
     dataset = iql_plugins.load_dataset(DATASET)
     env = gym.make(ENV)
@@ -53,7 +53,7 @@ def fine_tune(path: Path, steps: int, seed: int) -> None:
     """Goes on in the environment with Stable-Baselines3, and saves the agent again."""
     import gymnasium as gym
 
-    from iql_plugins.agent import Agent
+    from iql_plugins.training.agent import Agent
     from iql_sb3 import IQL
 
     model = IQL.from_agent(Agent.load(path), gym.make(ENV), seed=seed)
@@ -64,8 +64,8 @@ def fine_tune(path: Path, steps: int, seed: int) -> None:
 
 def export(path: Path, policy: Path) -> None:
     """Writes the policy alone."""
-    from iql_plugins.agent import Agent
     from iql_plugins.export import export_policy
+    from iql_plugins.training.agent import Agent
 
     export_policy(Agent.load(path), policy)
 

@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from iql_plugins.data import load_dataset, read_dataset
     from iql_plugins.keys import AcceptedKeys
-    from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
+    from iql_plugins.losses.bootstrap import ValueEstimators, default_value_kwargs
+    from iql_plugins.losses.iql import DiscreteIQLLoss, IQLLoss
+    from iql_plugins.losses.targets import HardUpdate, SoftUpdate
     from iql_plugins.plugins import available, load, map_batch
-    from iql_plugins.targets import HardUpdate, SoftUpdate
-    from iql_plugins.value_estimators import ValueEstimators, default_value_kwargs
 else:
     # Torch takes seconds to import; listing plugins and asking for the version do without it.
     _HOMES = {
         "AcceptedKeys": "keys",
-        "DiscreteIQLLoss": "loss",
-        "HardUpdate": "targets",
-        "IQLLoss": "loss",
-        "SoftUpdate": "targets",
-        "ValueEstimators": "value_estimators",
+        "DiscreteIQLLoss": "losses.iql",
+        "HardUpdate": "losses.targets",
+        "IQLLoss": "losses.iql",
+        "SoftUpdate": "losses.targets",
+        "ValueEstimators": "losses.bootstrap",
         "available": "plugins",
-        "default_value_kwargs": "value_estimators",
+        "default_value_kwargs": "losses.bootstrap",
         "load": "plugins",
         "load_dataset": "data",
         "map_batch": "plugins",
@@ -27,7 +27,7 @@ else:
     }
 
     #: Modules that come with an attribute above, for who writes iql_plugins.functional without importing it.
-    _MODULES = ("functional", "keys", "loss", "networks", "targets", "value_estimators")
+    _MODULES = {"functional": "losses.functional", "keys": "keys", "losses": "losses", "networks": "networks"}
 
     def __getattr__(name):
         from importlib import import_module
@@ -35,7 +35,7 @@ else:
         if name in _HOMES:
             value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
         elif name in _MODULES:
-            value = import_module(f"{__name__}.{name}")
+            value = import_module(f"{__name__}.{_MODULES[name]}")
         else:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = value

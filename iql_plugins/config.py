@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from iql_plugins.functional import LossFunction
-from iql_plugins.objectives import check_options
+from iql_plugins.losses.functional import LossFunction
+from iql_plugins.losses.objectives import check_options
 from iql_plugins.ranges import (
     COUNT,
     COUNTS,
@@ -74,10 +74,10 @@ class IQLConfig:
         "l2", _LOSS_FUNCTION, "loss", 'distance of Q to its target: "l1", "l2" or "smooth_l1".'
     )
     value_objective: str = _declared(
-        "expectile", _NAME, "loss", "how V is learned: an entry of iql_plugins.objectives."
+        "expectile", _NAME, "loss", "how V is learned: an entry of iql_plugins.losses.objectives."
     )
     policy_extraction: str = _declared(
-        "awr", _NAME, "loss", "how the policy is learned from Q and V: an entry of iql_plugins.objectives."
+        "awr", _NAME, "loss", "how the policy is learned from Q and V: an entry of iql_plugins.losses.objectives."
     )
     objective_options: Mapping[str, float] = field(
         default_factory=dict,

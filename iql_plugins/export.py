@@ -18,11 +18,11 @@ from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from iql_plugins.agent import Agent
-from iql_plugins.evaluation import distribution
 from iql_plugins.keys import flat_name
+from iql_plugins.networks.calls import distribution
 from iql_plugins.ranges import choice
 from iql_plugins.spaces import Box, Discrete, Space
+from iql_plugins.training.agent import Agent
 
 __all__ = ["ExportError", "Format", "PolicyModule", "export_policy", "exporters_quiet", "random_observations"]
 

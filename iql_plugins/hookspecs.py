@@ -11,9 +11,9 @@ import pluggy
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
-    from iql_plugins.agent import Agent
     from iql_plugins.data import Dataset, Options
-    from iql_plugins.objectives import Objective
+    from iql_plugins.losses.objectives import Objective
+    from iql_plugins.training.agent import Agent
 
 __all__ = ["PROJECT", "Adapter", "Command", "Training", "hookimpl", "hookspec"]
 
@@ -130,7 +130,7 @@ def iql_commands() -> Sequence[Command]:  # type: ignore[empty-body]
 
 @hookspec
 def iql_objectives() -> "Sequence[Objective]":  # type: ignore[empty-body]
-    """Value objectives and policy extractions of a plugin's own, see :mod:`iql_plugins.objectives`.
+    """Value objectives and policy extractions of a plugin's own, see :mod:`iql_plugins.losses.objectives`.
 
     Called when one is asked for by a name that is none of those that ship.
     """

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tensordict import TensorDictBase
 
     from iql_plugins.data import Dataset, Options
-    from iql_plugins.objectives import Objective
+    from iql_plugins.losses.objectives import Objective
 
 __all__ = [
     "AdapterNotFoundError",

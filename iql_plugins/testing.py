@@ -14,19 +14,19 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.dataset import Options, UnknownSourceError, check_dataset
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.gradients import OUTPUTS
 from iql_plugins.hookspecs import Adapter, Training
 from iql_plugins.plugins import Host, NotRecognizedError, host
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.gradients import OUTPUTS
 
 __all__ = ["AdapterContractError", "check_adapter"]
 
 FRAMEWORKS = ("d3rlpy", "stable_baselines3", "torchrl")
-#: How far an adapter's losses may be from those of :meth:`iql_plugins.agent.Agent.fit` on the same batches.
+#: How far an adapter's losses may be from those of :meth:`iql_plugins.training.agent.Agent.fit` on the same batches.
 TOLERANCE = 1e-4
 #: How far the weights of agents that are trained together may be from those of each alone.
 TOGETHER = 1e-5
@@ -60,9 +60,9 @@ def check_adapter(adapter: str | Adapter, *, batch: object = None) -> None:
     3. A batch of the framework is mapped to the layout of :mod:`iql_plugins.keys`.
     4. Training, for continuous and for discrete actions: the algorithm holds the very parts of its agent; ``fit``
        takes the steps that it is asked for, reports each of them, leaves the dataset as it is, depends on the agent's
-       generator and on no other random state, and has the losses of :meth:`iql_plugins.agent.Agent.fit` on the same
-       batches; ``fit_together``, if there is one, ends where ``fit`` would have for each agent; the native file and
-       the common checkpoint give back the weights, the step and a policy that acts the same.
+       generator and on no other random state, and has the losses of :meth:`iql_plugins.training.agent.Agent.fit` on
+       the same batches; ``fit_together``, if there is one, ends where ``fit`` would have for each agent; the native
+       file and the common checkpoint give back the weights, the step and a policy that acts the same.
 
     Args:
         adapter: its name, as it is installed, or the description alone.

@@ -6,10 +6,10 @@ import torch
 from tensordict import TensorDict
 from torch import Tensor
 
-from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
+from iql_plugins.training.agent import Agent
 
 BOUNDS = Box((2,), low=(-1.0, 0.0), high=(2.0, 5.0))
 SPACES = {

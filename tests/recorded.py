@@ -9,10 +9,10 @@ import gymnasium
 import numpy as np
 import pytest
 
-from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.plugins import host
 from iql_plugins.spaces import Box, Spaces
+from iql_plugins.training.agent import Agent
 
 PENDULUM = Spaces(Box((3,)), Box((1,), low=(-2.0,), high=(2.0,)))
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from iql_plugins.captured import Compute
+from iql_plugins.training.cuda_graph import Compute
 
 
 class HostReadError(RuntimeError):
@@ -16,7 +16,7 @@ class HostReadError(RuntimeError):
 
 
 class Recorder:
-    """Stands in for :class:`iql_plugins.captured.CudaGraphs`, and counts.
+    """Stands in for :class:`iql_plugins.training.cuda_graph.CudaGraphs`, and counts.
 
     As in a CUDA graph, numbers of the host are constants, tensors are where they were, a capture computes nothing, and
     random numbers come from the default generator as it is at a replay. What it does not see is what calls no operator

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from iql_plugins.gradients import compiler_available
+from iql_plugins.training.gradients import compiler_available
 
 #: Memory and processes are measured by files that Linux alone has: macOS and Windows skip these.
 needs_proc = pytest.mark.skipif(

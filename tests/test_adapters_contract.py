@@ -14,10 +14,10 @@ from requirements import needs_proc
 from tensordict import TensorDict
 
 import iql_plugins
-from iql_plugins.agent import Agent
 from iql_plugins.hookspecs import Training
-from iql_plugins.learner import DivergenceError
 from iql_plugins.testing import check_adapter
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.learner import DivergenceError
 
 
 def tensors() -> Any:
@@ -92,7 +92,7 @@ MEMORY = """
 import gc, sys
 from pathlib import Path
 from contestants import Size, config_of, dataset_of, spaces_of
-from iql_plugins.agent import Agent
+from iql_plugins.training.agent import Agent
 from iql_plugins.cli.training import adapter_training
 
 def resident_bytes():

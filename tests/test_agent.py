@@ -12,15 +12,16 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from iql_plugins import IQLLoss, checkpoint, gradients
-from iql_plugins import agent as module
-from iql_plugins.agent import Agent, build_loss
+from iql_plugins import IQLLoss, checkpoint
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.config import IQLConfig
-from iql_plugins.learner import Groups, Learner
+from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.networks import critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Discrete, Spaces
-from iql_plugins.value_estimators import ValueEstimators
+from iql_plugins.training import agent as module
+from iql_plugins.training import gradients
+from iql_plugins.training.agent import Agent, build_loss
+from iql_plugins.training.learner import Groups, Learner
 
 STANDARDIZED = {"normalize_observations": True, "reward_scale": "return_range", "reward_shift": -1.0}
 

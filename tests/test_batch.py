@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor
 
-from iql_plugins.batch import mask_rows
+from iql_plugins.losses.batch import mask_rows
 
 Change = Callable[[TensorDict], Any]
 

@@ -13,11 +13,12 @@ from recorder import HostReadError, HostReads, Recorder
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from iql_plugins import captured, checkpoint
-from iql_plugins import loss as loss_module
-from iql_plugins.agent import Agent
-from iql_plugins.captured import WARM_UP_STEPS
-from iql_plugins.learner import DivergenceError, Groups, Learner, adam
+from iql_plugins import checkpoint
+from iql_plugins.losses import iql as loss_module
+from iql_plugins.training import cuda_graph as captured
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.cuda_graph import WARM_UP_STEPS
+from iql_plugins.training.learner import DivergenceError, Groups, Learner, adam
 
 #: Adam's state comes into being in the first step; its tensors must be there before others count as ordinary.
 ORDINARY = WARM_UP_STEPS + 1

@@ -22,13 +22,13 @@ import iql_plugins
 import iql_sb3
 import iql_tensor
 import iql_torchrl
-from iql_plugins.agent import Agent, build_loss
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.cli import main
 from iql_plugins.config import IQLConfig
 from iql_plugins.hookspecs import Training
 from iql_plugins.networks import critic, value_function
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import Agent, build_loss
 
 ADAPTERS = ("tensor", "sb3", "d3rlpy", "torchrl")
 PAIRS = list(itertools.permutations(ADAPTERS, 2))

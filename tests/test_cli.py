@@ -18,7 +18,6 @@ import torch
 from strangers import Entry, plugin
 
 from iql_plugins import data, plugins
-from iql_plugins.agent import Agent
 from iql_plugins.cli import main, output
 from iql_plugins.cli.reference_scores import normalized_score, reference
 from iql_plugins.cli.rollouts import LONGEST_EPISODE, environment_spaces, rollouts
@@ -26,6 +25,7 @@ from iql_plugins.cli.statistics import estimate
 from iql_plugins.config import IQLConfig
 from iql_plugins.hookspecs import Adapter, Command, Training
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import Agent
 
 PENDULUM = Spaces(Box((3,)), Box((1,), low=(-2.0,), high=(2.0,)))
 CONFIG = IQLConfig(n_steps=10, hidden_sizes=(8,), compile="no")

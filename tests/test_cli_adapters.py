@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from iql_plugins import load_dataset
-from iql_plugins.agent import Agent
 from iql_plugins.cli import main, training
+from iql_plugins.training.agent import Agent
 
 ENV = "short_pendulum:ShortPendulum-v0"
 #: A run's own environment, which no file can make the command line import.

@@ -22,7 +22,6 @@ from processes import alive, assert_all_end
 from requirements import data_of_others, needs_compiler, needs_proc
 
 from iql_plugins import checkpoint
-from iql_plugins.agent import Agent
 from iql_plugins.cli import main, train, training, workers
 from iql_plugins.cli.errors import UserError
 from iql_plugins.cli.output import Result
@@ -30,6 +29,7 @@ from iql_plugins.cli.settings import CHANGEABLE, Settings, Unit, available_cores
 from iql_plugins.cli.training import SELECTION_SEED, adapter_training, metrics_rows
 from iql_plugins.config import IQLConfig
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import Agent
 
 ENV = "short_pendulum:ShortPendulum-v0"
 #: A run's own environment, which no file can make the command line import.

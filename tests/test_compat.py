@@ -15,8 +15,8 @@ from torch import nn
 
 import iql_plugins
 from iql_plugins import _compat
-from iql_plugins.learner import Learner
-from iql_plugins.population import fit_together
+from iql_plugins.training.learner import Learner
+from iql_plugins.training.multi_seed import fit_together
 
 PACKAGE = Path(iql_plugins.__file__).parent
 

@@ -10,9 +10,9 @@ from agents import make_agent
 from tensordict import TensorDict
 
 from iql_plugins import testing
-from iql_plugins.agent import Agent
 from iql_plugins.hookspecs import Adapter
 from iql_plugins.testing import AdapterContractError, check_adapter
+from iql_plugins.training.agent import Agent
 from iql_tensor import IQL
 from iql_tensor.plugin import iql_adapter
 

@@ -5,7 +5,7 @@ import torch
 from agents import SPACES, draw
 from torch import nn
 
-from iql_plugins.encoders import Encoded, NatureCNN, ObservationEncoder, is_plain
+from iql_plugins.networks.encoders import Encoded, NatureCNN, ObservationEncoder, is_plain
 from iql_plugins.spaces import Box, Discrete
 
 

@@ -26,11 +26,11 @@ import iql_sb3
 import iql_sb3.plugin
 import iql_tensor
 import iql_torchrl
-from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.learner import adam
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.learner import adam
 
 STEPS, BATCH, EPISODE, EPISODES = 50, 8, 10, 8
 SPACES = {

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from iql_plugins import export
-from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.export import ExportError, PolicyModule, export_policy, random_observations
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import Agent
 
 SPACES = {
     "continuous": Spaces(Box((3,)), Box((2,), low=(-2.0, 0.0), high=(2.0, 1.0))),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import tensor
 
-from iql_plugins import functional as F
+from iql_plugins.losses import functional as F
 
 FLOATS = st.floats(-1e6, 1e6, width=32)
 

@@ -14,10 +14,11 @@ from requirements import needs_compiler
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from iql_plugins import IQLLoss, gradients
+from iql_plugins import IQLLoss
 from iql_plugins.data.packed import transitions
-from iql_plugins.gradients import MOST_GRAPHS, LossGradients, compiler_available
-from iql_plugins.value_estimators import ValueEstimators
+from iql_plugins.losses.bootstrap import ValueEstimators
+from iql_plugins.training import gradients
+from iql_plugins.training.gradients import MOST_GRAPHS, LossGradients, compiler_available
 
 
 @pytest.fixture

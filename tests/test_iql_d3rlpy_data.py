@@ -51,7 +51,7 @@ from tensordict import TensorDict
 from iql_d3rlpy import FastReplayBuffer, as_fast_buffer, plugin, to_replay_buffer
 from iql_d3rlpy.buffer import UnsupportedBufferError
 from iql_plugins.data import DatasetError, load_dataset
-from iql_plugins.learner import DivergenceError
+from iql_plugins.training.learner import DivergenceError
 
 FIELDS = ("observations", "actions", "rewards", "next_observations", "next_actions", "terminals", "intervals")
 PICKERS = {

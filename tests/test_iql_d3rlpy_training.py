@@ -58,10 +58,10 @@ from iql_d3rlpy import (
     to_agent,
     to_replay_buffer,
 )
-from iql_plugins.agent import Agent, build_loss
 from iql_plugins.config import IQLConfig as Hyperparameters
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import Agent, build_loss
 
 
 @pytest.fixture

@@ -37,11 +37,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import iql_tensor
-from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import load_dataset
 from iql_plugins.networks import MLP
 from iql_plugins.spaces import Box, Spaces
+from iql_plugins.training.agent import Agent
 from iql_sb3 import IQL, IQLPolicy
 
 pytestmark = [
@@ -1184,7 +1184,7 @@ def test_an_agent_that_does_not_fit_is_refused(dataset: TensorDict) -> None:
 def test_a_long_offline_training_of_perceptrons_is_compiled(
     dataset: TensorDict, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from iql_plugins import learner
+    from iql_plugins.training import learner
 
     eager, model = model_of(dataset=dataset, compile="no"), model_of(dataset=dataset)
     eager.learn_offline(8)

@@ -20,9 +20,9 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from iql_plugins.agent import build_loss
 from iql_plugins.data import DatasetError, load_dataset
-from iql_plugins.learner import DivergenceError
+from iql_plugins.training.agent import build_loss
+from iql_plugins.training.learner import DivergenceError
 from iql_sb3 import IQL
 from iql_sb3.batches import map_batch
 from iql_sb3.reader import transitions

@@ -18,10 +18,10 @@ pytest.importorskip("stable_baselines3")
 
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import load_dataset
 from iql_plugins.spaces import Box, Spaces
+from iql_plugins.training.agent import Agent
 from iql_sb3 import IQL
 from iql_sb3.plugin import iql_adapter
 

@@ -21,11 +21,11 @@ from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from iql_plugins import checkpoint
-from iql_plugins.agent import Agent
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.cli import main
 from iql_plugins.export import random_observations
 from iql_plugins.spaces import Box
+from iql_plugins.training.agent import Agent
 from iql_sb3 import IQL
 from iql_sb3.files import MEMBER, load_agent
 

@@ -18,9 +18,9 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTransposeImage
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
-from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import Agent
 from iql_sb3 import IQL, MultiInputPolicy
 from iql_sb3.policies import layer_sizes
 

@@ -12,10 +12,10 @@ from conftest import keywords
 
 from iql_plugins import map_batch
 from iql_plugins.config import IQLConfig, preset
-from iql_plugins.learner import Learner
 from iql_plugins.networks import critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.testing import check_adapter
+from iql_plugins.training.learner import Learner
 from iql_tensor import IQL
 
 SMALL: dict[str, Any] = {"hidden_sizes": (8,), "batch_size": 8, "n_steps": 20, "compile": "no", "seed": 0}

@@ -19,9 +19,9 @@ from torchrl.objectives.value import TDLambdaEstimator
 
 import iql_plugins
 import iql_torchrl
-from iql_plugins.agent import Agent
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.networks import critic, value_function
+from iql_plugins.training.agent import Agent
 from iql_torchrl import IQL, IQLLoss, plugin
 
 NORMALIZED = {"normalize_observations": True, "reward_scale": 2.0, "reward_shift": -0.5, "actor_dropout": 0.1}
@@ -40,7 +40,7 @@ def test_the_loss_of_an_agent_is_a_loss_module_over_the_very_same_networks(kind:
     loss = IQL(agent).loss
     assert isinstance(loss, LossModule)
     assert isinstance(loss, iql_torchrl.DiscreteIQLLoss) == (kind == "discrete")
-    assert type(agent.loss).__module__ == "iql_plugins.loss"
+    assert type(agent.loss).__module__ == "iql_plugins.losses.iql"
     ours, theirs = dict(loss.named_parameters()), dict(agent.loss.named_parameters())
     assert ours.keys() == theirs.keys()
     assert all(ours[name] is theirs[name] for name in ours)

@@ -15,11 +15,11 @@ from tensordict import TensorDict
 from torch.optim import SGD, Adam, Optimizer
 from torch.overrides import TorchFunctionMode
 
-from iql_plugins import learner as module
-from iql_plugins import loss as loss_module
-from iql_plugins.agent import build_loss
 from iql_plugins.config import IQLConfig
-from iql_plugins.learner import DivergenceError, Groups, Learner, cosine_decay, resolve_compile
+from iql_plugins.losses import iql as loss_module
+from iql_plugins.training import learner as module
+from iql_plugins.training.agent import build_loss
+from iql_plugins.training.learner import DivergenceError, Groups, Learner, cosine_decay, resolve_compile
 
 
 def rates(learner: Learner) -> dict[str, float]:

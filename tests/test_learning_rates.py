@@ -20,7 +20,7 @@ import iql_d3rlpy
 import iql_sb3
 import iql_tensor
 import iql_torchrl
-from iql_plugins.learner import NETWORKS
+from iql_plugins.training.learner import NETWORKS
 from iql_sb3.spaces import gymnasium_spaces
 
 HORIZON, RATE = 12, 1e-3

@@ -18,8 +18,8 @@ from tensordict.nn import (
 from torch import nn
 
 from iql_plugins import DiscreteIQLLoss, IQLLoss, ValueEstimators
-from iql_plugins.distributions import TanhMeanNormal
 from iql_plugins.networks import MLP, GaussianHead, critic, gaussian_actor, value_function
+from iql_plugins.networks.distributions import TanhMeanNormal
 
 LOSSES = ["loss_actor", "loss_qvalue", "loss_value"]
 

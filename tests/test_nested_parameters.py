@@ -19,8 +19,8 @@ from tensordict.nn import (
 from torch import Tensor, nn
 
 from iql_plugins import HardUpdate, IQLLoss, SoftUpdate
-from iql_plugins.gradients import LossGradients
-from iql_plugins.targets import TargetUpdater
+from iql_plugins.losses.targets import TargetUpdater
+from iql_plugins.training.gradients import LossGradients
 
 AGENTS = 3
 

@@ -8,7 +8,6 @@ from scipy import stats
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, set_interaction_type
 
-from iql_plugins.distributions import Categorical, TanhMeanNormal, TanhNormal
 from iql_plugins.networks import (
     MLP,
     OrthogonalLinear,
@@ -18,6 +17,7 @@ from iql_plugins.networks import (
     gaussian_actor,
     value_function,
 )
+from iql_plugins.networks.distributions import Categorical, TanhMeanNormal, TanhNormal
 
 
 def example() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

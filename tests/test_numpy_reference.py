@@ -9,7 +9,7 @@ from conftest import make_batch, make_loss
 from tensordict import TensorDict
 
 from iql_plugins import IQLLoss
-from iql_plugins.parameters import call_critics, leaves
+from iql_plugins.networks.parameters import call_critics, leaves
 
 GAMMA, EXPECTILE, TEMPERATURE = 0.9, 0.7, 3.0
 

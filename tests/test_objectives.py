@@ -1,6 +1,7 @@
 """The tables of objectives are open: an entry that is made here works in every loss, adapter, file and command."""
 
 import json
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from requirements import needs_compiler
 from strangers import good, host_of
 
 import iql_plugins
-from iql_plugins import objectives
-from iql_plugins.agent import Agent, build_loss
+from iql_plugins import plugins
 from iql_plugins.cli import main
 from iql_plugins.config import IQLConfig
-from iql_plugins.gradients import LossGradients
-from iql_plugins.objectives import Option, PolicyExtraction, Quantities, ValueObjective, exponential_weight
+from iql_plugins.losses import objectives
+from iql_plugins.losses.objectives import Option, PolicyExtraction, Quantities, ValueObjective, exponential_weight
 from iql_plugins.ranges import POSITIVE, SHARE
+from iql_plugins.training.agent import Agent, build_loss
+from iql_plugins.training.gradients import LossGradients
 
 
 def quantile_regression(of: Quantities) -> torch.Tensor:
@@ -43,8 +45,9 @@ OPTIONS: dict[str, Any] = {
 def tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two entries, in tables that are this test's alone."""
     monkeypatch.setattr(objectives, "_TABLES", {kind: dict(table) for kind, table in objectives._TABLES.items()})
-    host = host_of(good(iql_objectives=lambda: [TILTED, CLONED]))
-    monkeypatch.setattr(objectives, "host", lambda: host)
+    entries: list[Any] = [*entry_points(group=plugins.PROJECT), good(iql_objectives=lambda: [TILTED, CLONED])]
+    host = host_of(*entries)
+    monkeypatch.setattr(plugins, "host", lambda: host)
 
 
 def test_the_loss_composes_the_two_that_it_is_given() -> None:
@@ -138,7 +141,7 @@ def test_a_plugin_that_breaks_its_word_harms_no_other(monkeypatch: pytest.Monkey
         good("d", iql_objectives=lambda: [TILTED]),
     ]
     host = host_of(*entries)
-    monkeypatch.setattr(objectives, "host", lambda: host)
+    monkeypatch.setattr(plugins, "host", lambda: host)
     assert objectives.value_objective("tilted") is TILTED
     errors = {name: info.error for name, info in host.available().items()}
     assert "the value_objective 'expectile' is there already" in (errors["a"] or "")

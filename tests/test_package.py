@@ -19,7 +19,7 @@ def modules_after(statement: str) -> set[str]:
 
 
 def test_the_core_imports_no_framework() -> None:
-    imported = modules_after("import torch, tensordict, tensordict.nn, iql_plugins.loss, iql_plugins.networks")
+    imported = modules_after("import torch, tensordict, tensordict.nn, iql_plugins.losses.iql, iql_plugins.networks")
     needed = modules_after("import torch, tensordict, tensordict.nn")
     assert "iql_plugins" in imported
     assert not (imported - needed) & set(FRAMEWORKS)
@@ -42,7 +42,7 @@ def test_modules_are_there_without_an_import_of_their_own() -> None:
 
 def test_importing_changes_no_global_state() -> None:
     state = "(torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), warnings.filters)"
-    ours = "iql_plugins.loss, iql_plugins.agent"
+    ours = "iql_plugins.losses.iql, iql_plugins.training.agent"
     code = f"import torch, tensordict.nn, warnings; a = {state}; import {ours}; assert a == {state}"
     subprocess.run([sys.executable, "-c", code], check=True)
 

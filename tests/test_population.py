@@ -13,13 +13,13 @@ from requirements import needs_compiler
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
-from iql_plugins import population
-from iql_plugins.agent import Agent, assemble_loss
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.learner import DivergenceError, Learner
 from iql_plugins.networks import critic, gaussian_actor
-from iql_plugins.population import fit_together
+from iql_plugins.training import multi_seed as population
+from iql_plugins.training.agent import Agent, assemble_loss
+from iql_plugins.training.learner import DivergenceError, Learner
+from iql_plugins.training.multi_seed import fit_together
 
 STEPS = 20
 VECTORS = ["continuous", "discrete", "dict"]

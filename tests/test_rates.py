@@ -12,8 +12,8 @@ from conftest import keywords, make_batch, make_loss
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from iql_plugins.learner import Groups, Learner, cosine_decay
-from iql_plugins.population import fit_together
+from iql_plugins.training.learner import Groups, Learner, cosine_decay
+from iql_plugins.training.multi_seed import fit_together
 
 
 def tensor_rates(groups: Groups) -> list[Optimizer]:

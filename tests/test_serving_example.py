@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 import pytest
 
-from iql_plugins.agent import Agent
+from iql_plugins.training.agent import Agent
 
 for package in ("onnxruntime", "onnxscript", "stable_baselines3", "torchrl"):
     pytest.importorskip(package)

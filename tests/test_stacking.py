@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from iql_plugins import IQLLoss
 from iql_plugins.networks import MLP, critic, value_function
-from iql_plugins.stacking import Perceptron
+from iql_plugins.networks.ensemble import CriticEnsemble
 
 ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Identity)
 
@@ -79,14 +79,14 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", PERCEPTRONS)
 def test_a_perceptron_has_the_numbers_of_the_loop(name: str, shape: tuple[int, ...]) -> None:
     loss = loss_of(PERCEPTRONS[name]())
-    assert loss._perceptron is not None
+    assert loss._ensemble is not None
     assert_equal_to_the_loop(loss, shape)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_perceptron_takes_the_general_way(name: str) -> None:
     loss = loss_of(OTHERS[name]())
-    assert loss._perceptron is None
+    assert loss._ensemble is None
     assert_equal_to_the_loop(loss)
 
 
@@ -99,7 +99,7 @@ def test_wrappers_that_do_more_than_pass_tensors_on_take_the_general_way() -> No
         TensorDictModule(mlp(), {"observation": "observation", "action": "action"}, ["state_action_value"]),
         TensorDictModule(mlp(), ["observation", "action"], ["state_action_value"], method="forward"),
     ):
-        assert Perceptron.read(network) is None
+        assert CriticEnsemble.read(network) is None
 
 
 def test_critics_that_share_a_layer_are_stacked_in_the_others() -> None:
@@ -107,7 +107,7 @@ def test_critics_that_share_a_layer_are_stacked_in_the_others() -> None:
     bodies = [nn.Sequential(trunk, nn.ReLU(), nn.Linear(8, ACTIONS)) for _ in range(3)]
     networks = [TensorDictModule(body, ["observation"], ["state_action_value"]) for body in bodies]
     loss = make_loss("discrete", qvalue_network=networks, num_qvalue_nets=3)
-    assert loss._perceptron is not None
+    assert loss._ensemble is not None
     assert_equal_to_the_loop(loss)
 
 
@@ -116,7 +116,7 @@ def test_dropout_draws_for_each_critic_and_follows_the_mode(before: bool) -> Non
     layers = [nn.Dropout(0.5), nn.Linear(OBSERVATION, ACTIONS)] if before else [sequential(nn.Dropout(0.5))]
     body = nn.Sequential(*layers)
     loss = loss_of(body, count=2)
-    assert loss._perceptron is not None
+    assert loss._ensemble is not None
     with torch.no_grad():
         for weight in loss.qvalue_network_params.values(True, True):
             weight[1] = weight[0]
@@ -137,9 +137,9 @@ def test_hooks_of_a_critic_run(hook: str) -> None:
 
 
 def test_the_papers_critics_are_perceptrons(kind: str) -> None:
-    assert make_loss(kind)._perceptron is not None
-    assert make_loss(kind, num_qvalue_nets=1)._perceptron is None
-    assert Perceptron.read(critic(3, 1)) is not None
+    assert make_loss(kind)._ensemble is not None
+    assert make_loss(kind, num_qvalue_nets=1)._ensemble is None
+    assert CriticEnsemble.read(critic(3, 1)) is not None
 
 
 class Dictionary(nn.Module):

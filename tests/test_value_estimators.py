@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from iql_plugins import IQLLoss
-from iql_plugins.gradients import LossGradients
+from iql_plugins.training.gradients import LossGradients
 
 SHAPE = TRAJECTORIES, STEPS, AGENTS = 3, 5, 2
 GAMMA, LMBDA = 0.9, 0.7

@@ -28,13 +28,13 @@ from iql_d3rlpy.impl import IQLImpl
 from iql_d3rlpy.optimizers import clip_grad_norm, makers
 from iql_d3rlpy.scalers import action_bounds, normalizers_of, scalers_of
 from iql_plugins import checkpoint
-from iql_plugins.agent import Agent
 from iql_plugins.config import IQLConfig as Hyperparameters
 from iql_plugins.config import hyperparameters
 from iql_plugins.data.intake import check_columns
-from iql_plugins.gradients import compiler_available
-from iql_plugins.learner import Learner
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.gradients import compiler_available
+from iql_plugins.training.learner import Learner
 
 __all__ = ["IQL", "BaseIQL", "BaseIQLConfig", "DiscreteIQL", "DiscreteIQLConfig", "IQLConfig", "from_agent", "to_agent"]
 
@@ -81,7 +81,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         max_weight: the largest weight of an action in the policy's loss.
         value_learning_rate: of V; None takes the critics' rate, as d3rlpy's IQL does.
         loss_function: distance of Q to its target: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
-        value_objective: how V is learned, by its name in :mod:`iql_plugins.objectives`.
+        value_objective: how V is learned, by its name in :mod:`iql_plugins.losses.objectives`.
         policy_extraction: how the policy is learned from Q and V, likewise.
         objective_options: hyper-parameters that these two alone have, by name.
         actor_schedule_steps: steps in which the policy's rate falls to 0 along half a cosine, and stays there; None

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from iql_plugins.learner import Learner
+from iql_plugins.training.learner import Learner
 
 __all__ = ["draw_share", "synchronize"]
 

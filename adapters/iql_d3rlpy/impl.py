@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from iql_d3rlpy.batches import map_batch, observation_keys
 from iql_d3rlpy.optimizers import ShownOptimizer, reset
 from iql_plugins import checkpoint
-from iql_plugins.agent import Agent
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.keys import flat_name, next_key
 from iql_plugins.limits import load_torch
-from iql_plugins.loss import IQLLoss
+from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.spaces import Discrete
+from iql_plugins.training.agent import Agent
 
 __all__ = ["IQLImpl", "IQLModules", "TrainingState"]
 
@@ -210,7 +210,7 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
     def policy_optim(self) -> Any:
         """The optimiser that the policy's parameters are in, those of the group that is named ``"actor"``.
 
-        What is set in a group counts, see :class:`~iql_plugins.learner.Learner`.
+        What is set in a group counts, see :class:`~iql_plugins.training.learner.Learner`.
         """
         return ShownOptimizer(self._optimizer("actor")[0])
 

@@ -9,12 +9,12 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from iql_plugins.agent import assemble_loss, build_loss
 from iql_plugins.config import IQLConfig
-from iql_plugins.encoders import ObservationEncoder
-from iql_plugins.loss import IQLLoss
+from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.networks import MLP, categorical_actor, discrete_critic, gaussian_actor, value_function
+from iql_plugins.networks.encoders import ObservationEncoder
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import assemble_loss, build_loss
 
 __all__ = ["build", "perceptrons"]
 
@@ -54,8 +54,8 @@ def build(config: Any, core: IQLConfig, spaces: Spaces, shape: Sequence[Any], ke
     """The loss of a configuration.
 
     Vector observations and factories of plain perceptrons give the very networks of
-    :func:`iql_plugins.agent.build_loss`; so do all observations of an agent that came from elsewhere. Any other
-    factory makes the encoder of each network, and a linear layer behind it makes the output.
+    :func:`iql_plugins.training.agent.build_loss`; so do all observations of an agent that came from elsewhere. Any
+    other factory makes the encoder of each network, and a linear layer behind it makes the output.
 
     Args:
         config: the d3rlpy configuration.

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from iql_plugins.learner import Groups, adam
+from iql_plugins.training.learner import Groups, adam
 
 __all__ = ["FactoryOptimizer", "ShownOptimizer", "clip_grad_norm", "makers", "reset"]
 

@@ -34,7 +34,7 @@ def fit(algorithm: BaseIQL, dataset: TensorDictBase, n_steps: int, callback: Cal
         callback: called with the number of all steps after each of them.
 
     Raises:
-        ValueError: as :meth:`iql_plugins.agent.Agent.check`.
+        ValueError: as :meth:`iql_plugins.training.agent.Agent.check`.
     """
     agent = to_agent(algorithm)
     agent.check(dataset)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from iql_plugins import checkpoint, export
-from iql_plugins.agent import Agent
+from iql_plugins.training.agent import Agent
 
 __all__ = ["export_policy"]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from iql_plugins import checkpoint
-from iql_plugins.agent import Agent
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.config import IQLConfig
 from iql_plugins.limits import WeightLimit
 from iql_plugins.spaces import Box, Spaces
+from iql_plugins.training.agent import Agent
 from iql_sb3.policies import AgentPolicy, CnnPolicy, IQLPolicy, MultiInputPolicy, layer_sizes, set_hyperparameters
 from iql_sb3.spaces import gymnasium_spaces
 

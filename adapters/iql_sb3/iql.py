@@ -28,16 +28,16 @@ from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 from tensordict import TensorDictBase
 
 from iql_plugins import checkpoint
-from iql_plugins.agent import Agent
 from iql_plugins.config import ActorSchedule, Compile, IQLConfig, hyperparameters
 from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.encoders import is_plain
-from iql_plugins.functional import LossFunction
-from iql_plugins.gradients import compiler_available
 from iql_plugins.keys import next_key
-from iql_plugins.learner import NETWORKS, Learner, resolve_compile
+from iql_plugins.losses.functional import LossFunction
+from iql_plugins.networks.encoders import is_plain
 from iql_plugins.spaces import Box, Space, Spaces
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.gradients import compiler_available
+from iql_plugins.training.learner import NETWORKS, Learner, resolve_compile
 from iql_sb3 import datasets
 from iql_sb3.files import add_agent
 from iql_sb3.policies import (
@@ -70,7 +70,7 @@ class IQL(OffPolicyAlgorithm):
     r"""Implicit Q-Learning: offline from a dataset, online as any off-policy algorithm, or the one after the other.
 
     Kostrikov et al. 2021 (arXiv:2110.06169). Losses and gradient steps are the core's
-    (:class:`iql_plugins.IQLLoss`, :class:`iql_plugins.learner.Learner`); the policy holds the loss.
+    (:class:`iql_plugins.IQLLoss`, :class:`iql_plugins.training.learner.Learner`); the policy holds the loss.
 
     Args:
         policy: ``"MlpPolicy"``, ``"CnnPolicy"``, ``"MultiInputPolicy"`` or a subclass of
@@ -79,7 +79,7 @@ class IQL(OffPolicyAlgorithm):
         learning_rate: of Adam; a number, a schedule of the remaining progress, or a mapping of ``"actor"``,
             ``"critic"`` and ``"value"`` to these. It can be changed at any time, as ``lr_schedule`` can, which is one
             for all networks. A rate that is written into ``policy.optimizer`` stays, and follows a schedule in
-            proportion, see :class:`~iql_plugins.learner.Learner`.
+            proportion, see :class:`~iql_plugins.training.learner.Learner`.
         buffer_size: transitions of the replay buffer, which holds online experience.
         learning_starts: online steps before the first gradient step. An untrained policy acts at random
             meanwhile, a trained one as it was trained.
@@ -97,7 +97,7 @@ class IQL(OffPolicyAlgorithm):
         temperature: inverse temperature :math:`\beta` >= 0; 0 is behaviour cloning.
         max_weight: the largest weight of an action in the policy's loss.
         loss_function: distance of Q to its target.
-        value_objective: how V is learned, by its name in :mod:`iql_plugins.objectives`.
+        value_objective: how V is learned, by its name in :mod:`iql_plugins.losses.objectives`.
         policy_extraction: how the policy is learned from Q and V, likewise.
         objective_options: hyper-parameters that these two alone have, by name.
         actor_schedule: ``"cosine"`` multiplies the actor's learning rate by a cosine from 1 to 0 over

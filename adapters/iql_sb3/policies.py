@@ -15,16 +15,16 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from iql_plugins.agent import assemble_loss, build_loss
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.encoders import ObservationEncoder, is_plain
-from iql_plugins.evaluation import distribution, outputs
-from iql_plugins.learner import Groups, adam
-from iql_plugins.loss import IQLLoss
+from iql_plugins.losses.bootstrap import ValueEstimators
+from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.networks import MLP, categorical_actor, critic, discrete_critic, gaussian_actor, value_function
+from iql_plugins.networks.calls import distribution, outputs
+from iql_plugins.networks.encoders import ObservationEncoder, is_plain
 from iql_plugins.spaces import Box, Discrete, Spaces
-from iql_plugins.value_estimators import ValueEstimators
+from iql_plugins.training.agent import assemble_loss, build_loss
+from iql_plugins.training.learner import Groups, adam
 from iql_sb3.spaces import layout_spaces
 
 __all__ = [
@@ -213,7 +213,7 @@ class IQLPolicy(BasePolicy):
     """Actor, critics and V of IQL, in the core's loss.
 
     Vector observations go straight into the perceptrons of :mod:`iql_plugins.networks`: with the same layers the
-    networks are those of :func:`iql_plugins.agent.build_loss`. Anything else, or another class of features
+    networks are those of :func:`iql_plugins.training.agent.build_loss`. Anything else, or another class of features
     extractor, puts a features extractor before each network.
 
     Args:

@@ -8,14 +8,14 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iql_plugins.agent import Agent, Observation
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.learner import Learner
-from iql_plugins.loss import IQLLoss
-from iql_plugins.population import fit_together
+from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import Agent, Observation
+from iql_plugins.training.learner import Learner
+from iql_plugins.training.multi_seed import fit_together
 from iql_tensor.batches import map_batch
 
 __all__ = ["IQL"]
@@ -165,7 +165,7 @@ class IQL:
         self.agent.learner.step(self.agent.normalizers(mapped))
 
     def fit(self, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None) -> "IQL":
-        """Trains on a dataset in the environment's units; see :meth:`iql_plugins.agent.Agent.fit`.
+        """Trains on a dataset in the environment's units; see :meth:`iql_plugins.training.agent.Agent.fit`.
 
         Returns:
             Itself.
@@ -180,22 +180,22 @@ class IQL:
         n_steps: int,
         callback: Callable[[int], None] | None = None,
     ) -> None:
-        """Trains several that differ in their seeds alone; see :func:`iql_plugins.population.fit_together`."""
+        """Trains several that differ in their seeds alone; see :func:`iql_plugins.training.multi_seed.fit_together`."""
         fit_together([algorithm.agent for algorithm in algorithms], dataset, n_steps, callback)
 
     def act(self, observation: Observation, deterministic: bool = True) -> Any:
-        """The policy's action in the environment's units; see :meth:`iql_plugins.agent.Agent.act`."""
+        """The policy's action in the environment's units; see :meth:`iql_plugins.training.agent.Agent.act`."""
         return self.agent.act(observation, deterministic)
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last call; see :meth:`iql_plugins.learner.Learner.metrics`."""
+        """Means since the last call; see :meth:`iql_plugins.training.learner.Learner.metrics`."""
         return self.agent.learner.metrics()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all of it into one file, atomically; see :meth:`iql_plugins.agent.Agent.save`."""
+        """Writes all of it into one file, atomically; see :meth:`iql_plugins.training.agent.Agent.save`."""
         self.agent.save(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **arguments: Any) -> "IQL":
-        """What :meth:`save` wrote; arguments as those of :meth:`iql_plugins.agent.Agent.load`."""
+        """What :meth:`save` wrote; arguments as those of :meth:`iql_plugins.training.agent.Agent.load`."""
         return cls(Agent.load(path, **arguments))

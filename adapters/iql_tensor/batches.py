@@ -7,8 +7,8 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from iql_plugins.batch import keyword_tensors
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
+from iql_plugins.losses.batch import keyword_tensors
 
 __all__ = ["map_batch"]
 

@@ -19,11 +19,11 @@ from torchrl.objectives.utils import build_value_estimator, get_value_estimator_
 from torchrl.objectives.value import ValueEstimatorBase
 
 import iql_plugins
-from iql_plugins import parameters
-from iql_plugins.batch import Batch, to_batch_shape
-from iql_plugins.distributions import at_least_float32
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key, shown
-from iql_plugins.value_estimators import ValueEstimator, supported_value_type
+from iql_plugins.losses.batch import Batch, to_batch_shape
+from iql_plugins.losses.bootstrap import ValueEstimator, supported_value_type
+from iql_plugins.networks import parameters
+from iql_plugins.networks.distributions import at_least_float32
 from iql_torchrl import _compat
 
 __all__ = ["DiscreteIQLLoss", "IQLLoss"]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
 
 from iql_plugins import checkpoint
-from iql_plugins.agent import Agent, Observation
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.limits import load_torch
+from iql_plugins.training.agent import Agent, Observation
 from iql_torchrl.batches import map_batch
 from iql_torchrl.losses import IQLLoss
 
@@ -66,7 +66,7 @@ class IQL:
                 not read is left out.
 
         Raises:
-            ValueError: if the dataset is empty, or as :meth:`iql_plugins.agent.Agent.check`.
+            ValueError: if the dataset is empty, or as :meth:`iql_plugins.training.agent.Agent.check`.
         """
         agent = self.agent
         agent.check(dataset)
@@ -112,7 +112,7 @@ class IQL:
         return self
 
     def act(self, observation: Observation, deterministic: bool = True) -> Any:
-        """The policy's action in the environment's units; see :meth:`iql_plugins.agent.Agent.act`."""
+        """The policy's action in the environment's units; see :meth:`iql_plugins.training.agent.Agent.act`."""
         return self.agent.act(observation, deterministic)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -138,7 +138,7 @@ class IQL:
 
         Args:
             path: the file.
-            **arguments: those of :meth:`iql_plugins.agent.Agent.load`.
+            **arguments: those of :meth:`iql_plugins.training.agent.Agent.load`.
 
         Raises:
             FileNotFoundError: if there is no such file.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from iql_plugins.agent import Agent
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.cli.arguments import Convert, Evaluate, Export
 from iql_plugins.cli.errors import UserError, imported, mistakes
@@ -17,6 +16,7 @@ from iql_plugins.cli.statistics import estimate
 from iql_plugins.cli.training import POLICY, adapter_training, evaluation_seeds
 from iql_plugins.export import SUFFIXES, ExportError, export_policy, random_observations
 from iql_plugins.plugins import PluginError, host
+from iql_plugins.training.agent import Agent
 
 __all__ = ["convert", "evaluate", "export"]
 

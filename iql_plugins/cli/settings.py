@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from iql_plugins import checkpoint
-from iql_plugins.agent import Agent
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset, DatasetError, read_dataset
@@ -20,6 +19,7 @@ from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.limits import available_memory, read_json
 from iql_plugins.plugins import PluginError
 from iql_plugins.spaces import Spaces
+from iql_plugins.training.agent import Agent
 
 __all__ = [
     "CHANGEABLE",

@@ -41,8 +41,8 @@ from iql_plugins.data import Dataset, DatasetError
 from iql_plugins.data.episodes import episode_returns
 from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.readers.shipped import NAMES
-from iql_plugins.learner import resolve_compile
 from iql_plugins.spaces import Box, Spaces
+from iql_plugins.training.learner import resolve_compile
 
 __all__ = ["InterruptedRun", "run"]
 

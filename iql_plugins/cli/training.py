@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from iql_plugins import checkpoint
-from iql_plugins.agent import Agent
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.output import note
@@ -27,9 +26,10 @@ from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset
 from iql_plugins.data.dataset import one_line
 from iql_plugins.hookspecs import Training
-from iql_plugins.learner import DivergenceError
 from iql_plugins.plugins import AdapterNotFoundError, PluginError, host
 from iql_plugins.spaces import Spaces
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.learner import DivergenceError
 
 __all__ = [
     "Outcome",
@@ -562,7 +562,7 @@ def _torch_state(settings: Settings) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_agents() -> Iterator[None]:
     """Without what each agent says of its data: the command has said it, once."""
-    logger = logging.getLogger("iql_plugins.agent")
+    logger = logging.getLogger("iql_plugins.training.agent")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -16,7 +16,7 @@ from typing import Any
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.cli.settings import Settings, Unit
 from iql_plugins.cli.training import Outcome, Progress, train
-from iql_plugins.learner import DivergenceError
+from iql_plugins.training.learner import DivergenceError
 
 __all__ = ["LOCK", "WorkerError", "locked", "train_all"]
 

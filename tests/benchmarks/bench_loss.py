@@ -4,7 +4,7 @@
 
 ``eager`` and ``wrapped`` call both classes alike, the latter through ``torch.compile(loss)``. ``compiled`` is the
 fastest compiled route that each class has: ours makes one graph of losses and gradients
-(``iql_plugins.gradients.LossGradients``), TorchRL's is ``torch.compile(loss)`` and a backward pass.
+(``iql_plugins.training.gradients.LossGradients``), TorchRL's is ``torch.compile(loss)`` and a backward pass.
 """
 
 import warnings
@@ -18,9 +18,9 @@ from contestants import Size, dataset_of
 from interleaved import Options, Steps, report
 
 import iql_plugins
-from iql_plugins.gradients import LossGradients
 from iql_plugins.keys import flat_name
 from iql_plugins.networks import critic, gaussian_actor, value_function
+from iql_plugins.training.gradients import LossGradients
 
 SIZE = Size(transitions=256)
 

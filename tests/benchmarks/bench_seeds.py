@@ -15,8 +15,8 @@ import tyro
 from contestants import Size, config_of, dataset_of, spaces_of
 from interleaved import now
 
-from iql_plugins.agent import Agent
-from iql_plugins.population import fit_together
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.multi_seed import fit_together
 
 
 @dataclass

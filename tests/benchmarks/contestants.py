@@ -20,14 +20,14 @@ from interleaved import Steps
 from tensordict import TensorDict
 from torch import Tensor
 
-from iql_plugins.agent import Agent
 from iql_plugins.cli.errors import UserError
 from iql_plugins.cli.training import adapter_training
 from iql_plugins.config import Compile, IQLConfig
 from iql_plugins.keys import flat_name
-from iql_plugins.learner import Learner
 from iql_plugins.networks import critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Spaces
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.learner import Learner
 
 Maker: TypeAlias = "Callable[[Size, TensorDict], Steps]"
 
@@ -120,7 +120,7 @@ def ours(adapter: str, compile: Compile, *, mode: str | None = None, capture: bo
     Args:
         adapter: its name.
         compile: whether losses and gradients are compiled.
-        mode: see :class:`~iql_plugins.learner.Learner`; the command line trains with none.
+        mode: see :class:`~iql_plugins.training.learner.Learner`; the command line trains with none.
         capture: likewise.
 
     Raises:

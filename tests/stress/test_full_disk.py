@@ -18,10 +18,10 @@ resource = pytest.importorskip("resource")
 from agents import make_agent  # noqa: E402
 
 import iql_plugins  # noqa: E402
-from iql_plugins.agent import Agent  # noqa: E402
 from iql_plugins.cli import main  # noqa: E402
 from iql_plugins.data import DatasetError, arrays, load_dataset  # noqa: E402
 from iql_plugins.hookspecs import Training  # noqa: E402
+from iql_plugins.training.agent import Agent  # noqa: E402
 
 ENV = "short_pendulum:ShortPendulum-v0"
 TRAIN = [

@@ -20,7 +20,6 @@ h5py = pytest.importorskip("h5py")
 
 from agents import make_agent, same, weights  # noqa: E402
 
-from iql_plugins.agent import Agent  # noqa: E402
 from iql_plugins.checkpoint import CheckpointError  # noqa: E402
 from iql_plugins.cli import main  # noqa: E402
 from iql_plugins.cli.errors import UserError  # noqa: E402
@@ -29,6 +28,7 @@ from iql_plugins.cli.settings import Settings  # noqa: E402
 from iql_plugins.cli.training import metrics_rows  # noqa: E402
 from iql_plugins.data import DatasetError, check_dataset, load_dataset  # noqa: E402
 from iql_plugins.hookspecs import Training  # noqa: E402
+from iql_plugins.training.agent import Agent  # noqa: E402
 
 ENV = "short_pendulum:ShortPendulum-v0"
 #: Files of each kind, times ``--stress``.

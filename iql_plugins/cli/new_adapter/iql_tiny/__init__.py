@@ -7,8 +7,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
-from iql_plugins.agent import Agent
 from iql_plugins.hookspecs import Adapter, Training, hookimpl
+from iql_plugins.training.agent import Agent
 
 
 class Batch(NamedTuple):

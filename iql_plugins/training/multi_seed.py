@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from iql_plugins import _compat
-from iql_plugins.agent import Agent
-from iql_plugins.gradients import Graph, compiled, slots, traced
-from iql_plugins.learner import STEPS_BETWEEN_CHECKS, schedule_factor
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.gradients import Graph, compiled, slots, traced
+from iql_plugins.training.learner import STEPS_BETWEEN_CHECKS, schedule_factor
 
 __all__ = ["fit_together"]
 
@@ -27,7 +27,7 @@ __all__ = ["fit_together"]
 def fit_together(
     agents: Sequence[Agent], dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None
 ) -> None:
-    """Trains agents on a dataset, each as :meth:`~iql_plugins.agent.Agent.fit` would: on batches of its own generator.
+    """Trains agents on a dataset, each as :meth:`~iql_plugins.training.agent.Agent.fit` would: on its own batches.
 
     Meanwhile the agents' parameters and the state of their optimisers are views of stacked tensors: they can act, be
     saved and tell their metrics at any time, and weights can be loaded into their losses. What is set on a loss or a
@@ -35,7 +35,7 @@ def fit_together(
 
     Args:
         agents: alike in all but their seeds: spaces, hyper-parameters, normalisers, networks, steps taken, and one
-            Adam each, as :func:`~iql_plugins.learner.adam` makes it. Networks draw no random numbers.
+            Adam each, as :func:`~iql_plugins.training.learner.adam` makes it. Networks draw no random numbers.
         dataset: transitions by the key layout, batch size ``[N]``.
         n_steps: gradient steps of each agent.
         callback: called with the number of steps that each agent has taken, after each of them.

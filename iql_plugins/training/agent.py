@@ -21,15 +21,15 @@ from iql_plugins.config import IQLConfig, hyperparameters
 from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.data.packed import Transitions, transitions
-from iql_plugins.encoders import ObservationEncoder, is_plain
-from iql_plugins.gradients import compiler_available
 from iql_plugins.keys import flat_name
-from iql_plugins.learner import Groups, Learner, adam, resolve_compile
 from iql_plugins.limits import WeightLimit
-from iql_plugins.loss import DiscreteIQLLoss, IQLLoss
+from iql_plugins.losses.bootstrap import ValueEstimator, ValueEstimators
+from iql_plugins.losses.iql import DiscreteIQLLoss, IQLLoss
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
+from iql_plugins.networks.encoders import ObservationEncoder, is_plain
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
-from iql_plugins.value_estimators import ValueEstimator, ValueEstimators
+from iql_plugins.training.gradients import compiler_available
+from iql_plugins.training.learner import Groups, Learner, adam, resolve_compile
 
 __all__ = ["Agent", "Observation", "assemble_loss", "build_loss"]
 
@@ -43,7 +43,7 @@ def build_loss(spaces: Spaces, config: IQLConfig) -> IQLLoss:
     """The loss over the paper's networks for an environment; weights from torch's random state.
 
     Vectors go straight into the perceptrons of :mod:`iql_plugins.networks`; each network has an encoder of its own
-    (:mod:`iql_plugins.encoders`) for images, integers and mixtures.
+    (:mod:`iql_plugins.networks.encoders`) for images, integers and mixtures.
 
     Args:
         spaces: of the environment.
@@ -323,7 +323,8 @@ class Agent:
             device: where the networks go.
             loss: receives the weights; needed only if it is not one that :func:`build_loss` makes. It must have the
                 hyper-parameters of the one that was saved.
-            make_optimizers: makes the optimisers if those that were saved are not :func:`~iql_plugins.learner.adam`.
+            make_optimizers: makes the optimisers if those that were saved are not
+                :func:`~iql_plugins.training.learner.adam`.
 
         Raises:
             FileNotFoundError: if there is no such file.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from iql_plugins import _compat
-from iql_plugins.gradients import MOST_GRAPHS
+from iql_plugins.training.gradients import MOST_GRAPHS
 
 __all__ = ["CapturedStep", "Compute", "CudaGraphs", "Graphs", "graphs_on"]
 

@@ -6,7 +6,7 @@ from typing import Any, final
 import torch
 
 from iql_plugins import _compat
-from iql_plugins.loss import IQLLoss
+from iql_plugins.losses.iql import IQLLoss
 
 __all__ = ["HardUpdate", "SoftUpdate", "TargetUpdater"]
 

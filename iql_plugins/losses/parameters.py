@@ -8,16 +8,16 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
-from iql_plugins import distributed, parameters
-from iql_plugins.networks import default_value_function
+from iql_plugins.losses import replicas
+from iql_plugins.networks import default_value_function, parameters
 
-__all__ = ["NetworkOwner"]
+__all__ = ["LossParameters"]
 
 NETWORKS = ("actor_network", "value_network", "qvalue_network")
 _ESTIMATOR = "_value_estimator"
 
 
-class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
+class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
     """Holds an actor, V, N critics and their targets; saves, loads, copies and shows them.
 
     Args:
@@ -234,7 +234,7 @@ class NetworkOwner(TensorDictModuleBase):  # type: ignore[misc]
         pairs: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
         for name, target in parameters.leaves(self._network("target_qvalue_network")).items():
             is_parameter = isinstance(sources[name], nn.Parameter)
-            pairs[0 if is_parameter else 1].append((target, distributed.whole(full[name].detach())))
+            pairs[0 if is_parameter else 1].append((target, replicas.whole(full[name].detach())))
         return pairs
 
     @torch.no_grad()

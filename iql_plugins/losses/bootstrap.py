@@ -7,9 +7,9 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Size, Tensor, nn
 
-from iql_plugins.batch import Batch
-from iql_plugins.functional import td_lambda_target, td_target
 from iql_plugins.keys import AcceptedKeys
+from iql_plugins.losses.batch import Batch
+from iql_plugins.losses.functional import td_lambda_target, td_target
 
 __all__ = [
     "TD0Estimator",
@@ -120,7 +120,7 @@ def _unit_interval(name: str, value: float | Tensor) -> Tensor:
 
 @final
 class TD0Estimator(ValueEstimator):
-    """One-step target; see :func:`~iql_plugins.functional.td_target`."""
+    """One-step target; see :func:`~iql_plugins.losses.functional.td_target`."""
 
     value_type = ValueEstimators.TD0
     needs_trajectories = False
@@ -211,7 +211,7 @@ class TD1Estimator(_TrajectoryEstimator):
 
 @final
 class TDLambdaEstimator(_TrajectoryEstimator):
-    r"""See :func:`~iql_plugins.functional.td_lambda_target`.
+    r"""See :func:`~iql_plugins.losses.functional.td_lambda_target`.
 
     Args:
         gamma: discount per environment step, in [0, 1].

@@ -21,8 +21,8 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from iql_plugins.distributions import Categorical, TanhMeanNormal, TanhNormal
-from iql_plugins.encoders import Encoded, ObservationEncoder
+from iql_plugins.networks.distributions import Categorical, TanhMeanNormal, TanhNormal
+from iql_plugins.networks.encoders import Encoded, ObservationEncoder
 
 __all__ = [
     "MLP",

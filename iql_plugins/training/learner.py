@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from iql_plugins import _compat
-from iql_plugins.captured import CapturedStep
 from iql_plugins.config import IQLConfig
-from iql_plugins.functional import Health
-from iql_plugins.gradients import OUTPUTS, LossGradients, compiler_available
 from iql_plugins.keys import flat_name
-from iql_plugins.loss import IQLLoss
-from iql_plugins.rates import Rate, Rates
-from iql_plugins.targets import SoftUpdate
+from iql_plugins.losses.functional import Health
+from iql_plugins.losses.iql import IQLLoss
+from iql_plugins.losses.targets import SoftUpdate
+from iql_plugins.training.cuda_graph import CapturedStep
+from iql_plugins.training.gradients import OUTPUTS, LossGradients, compiler_available
+from iql_plugins.training.rates import Rate, Rates
 
 __all__ = ["DivergenceError", "Groups", "Learner", "adam", "cosine_decay", "resolve_compile", "schedule_factor"]
 
@@ -101,7 +101,7 @@ class Learner:
         actor_schedule_steps: horizon of the actor's cosine decay, held at its end; None keeps the rate.
         polyak: share of the critics in each update of their targets.
         max_grad_norm: the largest norm of each network's gradient; None for no clipping.
-        compile: whether to compile losses and gradients, see :class:`~iql_plugins.gradients.LossGradients`.
+        compile: whether to compile losses and gradients, see :class:`~iql_plugins.training.gradients.LossGradients`.
         mode: of the compilation; ``"reduce-overhead"`` captures losses and gradients as a CUDA graph.
         capture: whether the whole step becomes one CUDA graph, optimisers and targets included, after a few ordinary
             steps. It is captured again when settings, rates or tensors are replaced, or batches have another shape,
@@ -375,7 +375,7 @@ class Learner:
 
         Returns:
             ``loss_actor``, ``loss_qvalue``, ``loss_value``, ``entropy``, and the fields of
-            :class:`~iql_plugins.functional.Health`; empty if no step was taken since the last call.
+            :class:`~iql_plugins.losses.functional.Health`; empty if no step was taken since the last call.
 
         Raises:
             DivergenceError: see :meth:`check_finite`.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iql_plugins.evaluation import has_hooks, plain_module
 from iql_plugins.networks import MLP
+from iql_plugins.networks.calls import has_hooks, plain_module
 
-__all__ = ["Perceptron"]
+__all__ = ["CriticEnsemble"]
 
 _ELEMENTWISE = (
     nn.Identity,
@@ -31,7 +31,7 @@ _ELEMENTWISE = (
 
 
 @dataclass(frozen=True)
-class Perceptron:
+class CriticEnsemble:
     """The layers of a critic that concatenates its inputs and passes them through linear and elementwise layers.
 
     Attributes:
@@ -41,7 +41,7 @@ class Perceptron:
     layers: tuple[str, ...]
 
     @classmethod
-    def read(cls, critic: nn.Module) -> "Perceptron | None":
+    def read(cls, critic: nn.Module) -> "CriticEnsemble | None":
         """The layers of a critic built of our ``MLP`` or, with one input, of ``nn.Sequential``; None for any other."""
         body = plain_module(critic)
         joins = body is not None and type(body).forward is MLP.forward

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from iql_plugins import _compat
-from iql_plugins.loss import IQLLoss
+from iql_plugins.losses.iql import IQLLoss
 
 __all__ = ["MOST_GRAPHS", "Graph", "LossGradients", "compiled", "compiler_available", "slots", "traced"]
 

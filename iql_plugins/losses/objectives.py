@@ -18,8 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from iql_plugins import functional
-from iql_plugins.plugins import host
+from iql_plugins.losses import functional
 from iql_plugins.ranges import Range
 
 __all__ = [
@@ -116,7 +115,7 @@ class PolicyExtraction:
 
 
 def exponential_weight(of: Quantities) -> Tensor:
-    """``[*B]`` :func:`~iql_plugins.functional.advantage_weight`: min(exp(temperature advantage), max_weight)."""
+    """``[*B]`` :func:`~iql_plugins.losses.functional.advantage_weight`: min(exp(temperature advantage), max_weight)."""
     return functional.advantage_weight(of.advantage.detach(), of.setting("temperature"), of.setting("max_weight"))
 
 
@@ -184,8 +183,11 @@ def policy_extraction(name: str) -> PolicyExtraction:
 def _entry(kind: type[_Kind], name: object) -> _Kind:
     table: dict[str, _Kind] = _TABLES[kind]
     if name not in table:
-        plugins = host().objectives(_check)
-        register(*[entry for entry in plugins if entry.name not in _TABLES[type(entry)]])
+        # Whoever has the name of one that ships needs no plugins, and no pluggy.
+        from iql_plugins import plugins
+
+        found = plugins.host().objectives(_check)
+        register(*[entry for entry in found if entry.name not in _TABLES[type(entry)]])
     if not isinstance(name, str) or name not in table:
         raise ValueError(f"{_KINDS[kind]} must be one of {', '.join(map(repr, table))}, got {name!r}")
     return table[name]

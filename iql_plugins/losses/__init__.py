@@ -1,0 +1,1 @@
+"""The losses: equations, objectives, bootstrap targets, and who owns the parameters."""

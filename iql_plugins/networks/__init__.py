@@ -1,0 +1,27 @@
+"""The paper's networks, and what they are made of."""
+
+from iql_plugins.networks.builders import (
+    LOG_STD_RANGE,
+    MLP,
+    GaussianHead,
+    OrthogonalLinear,
+    categorical_actor,
+    critic,
+    default_value_function,
+    discrete_critic,
+    gaussian_actor,
+    value_function,
+)
+
+__all__ = [
+    "LOG_STD_RANGE",
+    "MLP",
+    "GaussianHead",
+    "OrthogonalLinear",
+    "categorical_actor",
+    "critic",
+    "default_value_function",
+    "discrete_critic",
+    "gaussian_actor",
+    "value_function",
+]

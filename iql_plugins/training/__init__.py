@@ -1,0 +1,1 @@
+"""What trains and what is trained: agent, learner, gradients, several seeds, several processes."""
