@@ -55,7 +55,7 @@ def test_the_example_of_d3rlpy_trains_saves_and_exports(tmp_path: Path) -> None:
 
 
 def test_every_example_is_run_by_a_test() -> None:
-    tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     for example in (ROOT / "examples").glob("*.py"):
         assert f'"{example.name}"' in tests, example.name
 

@@ -87,7 +87,7 @@ def test_the_command_line_knows_a_native_file_by_its_suffix() -> None:
     assert suffixes == {"tensor": ".safetensors", "sb3": ".zip", "d3rlpy": ".d3", "torchrl": ".pt"}
 
 
-BENCHMARKS = Path(__file__).parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MEMORY = """
 import gc, sys
 from pathlib import Path

@@ -474,7 +474,7 @@ def test_two_processes_do_not_train_in_one_directory(run: Run, tmp_path: Path) -
 
 
 def environment() -> dict[str, str]:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
@@ -743,7 +743,7 @@ def test_iql_is_above_the_data_of_others(name: str, options: list[str], run: Run
     ],
 )
 def test_the_results_that_are_kept_hold_what_is_claimed(name: str, claim: str) -> None:
-    path = Path(__file__).parent / "learning" / "results" / f"{name}.json"
+    path = Path(__file__).parents[1] / "learning" / "results" / f"{name}.json"
     document = json.loads(path.read_text())
     assert document["summary"][claim] is True
     assert document["summary"]["above_data"] is True
@@ -842,7 +842,7 @@ def changes(folder: Path) -> list[Any]:
     return [unit["changes"] for unit in json.loads((folder / "results.json").read_text())["by_seed"]]
 
 
-#: Of which there is no other value without a plugin's: test_objectives.py has one.
+#: Of which there is no other value without a plugin's: core/test_objectives.py has one.
 OF_PLUGINS = {"value_objective", "policy_extraction", "objective_options"}
 
 

@@ -77,7 +77,7 @@ import iql_torchrl
 import iql_torchrl.losses
 from iql_torchrl import plugin
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 Networks = tuple[nn.Module, nn.Module, nn.Module]
 
 
