@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields
 from iql_d3rlpy import IQLConfig as D3rlpyConfig
 from iql_d3rlpy.algorithm import named
 from iql_plugins.config import IQLConfig, hyperparameters
-from iql_sb3.iql import NAMES, NETWORK_NAMES, OWN
+from iql_sb3.conversion import NAMES, NETWORK_NAMES, OWN
 
 #: Where d3rlpy has them, if not in a field of the configuration.
 D3RLPY = {

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from iql_plugins.plugins import framework_later
 
 if TYPE_CHECKING:
-    from iql_d3rlpy.algorithm import IQL, DiscreteIQL, DiscreteIQLConfig, IQLConfig, from_agent, to_agent
+    from iql_d3rlpy.algorithm import IQL, DiscreteIQL, DiscreteIQLConfig, IQLConfig, from_agent, load, to_agent
     from iql_d3rlpy.buffer import FastReplayBuffer, as_fast_buffer
     from iql_d3rlpy.datasets import to_replay_buffer
-    from iql_d3rlpy.files import load
     from iql_d3rlpy.scalers import BoundedActionScaler
 
 _MODULES = {
@@ -26,7 +25,7 @@ _MODULES = {
     "FastReplayBuffer": "buffer",
     "as_fast_buffer": "buffer",
     "to_replay_buffer": "datasets",
-    "load": "files",
+    "load": "algorithm",
     "BoundedActionScaler": "scalers",
 }
 

@@ -20,7 +20,7 @@ from d3rlpy.optimizers.optimizers import make_optimizer_field
 from d3rlpy.preprocessing import MinMaxActionScaler
 from tensordict.utils import NestedKey
 
-from iql_d3rlpy import ddp, networks
+from iql_d3rlpy import ddp, files, networks
 from iql_d3rlpy.batches import observation_keys
 from iql_d3rlpy.buffer import FastReplayBuffer, UnsupportedBufferError, as_fast_buffer, columns
 from iql_d3rlpy.export import export_policy
@@ -338,9 +338,6 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
             RuntimeError: if there is nothing to save yet.
             ValueError: if the networks came with an agent from elsewhere, and are none that the file can describe.
         """
-        # Its classes are found by the names that this module registers.
-        from iql_d3rlpy import files
-
         impl = implementation(self)
         if self._config.origin is not None and (custom := impl.agent.custom_parts()):
             raise ValueError(
@@ -415,6 +412,20 @@ def implementation(algorithm: BaseIQL) -> IQLImpl:
         raise RuntimeError(IMPL_NOT_INITIALIZED_ERROR)
     impl: IQLImpl = algorithm.impl
     return impl
+
+
+def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
+    """The algorithm of a ``.d3`` file of ours. As d3rlpy's loader, but that no code of the file is run.
+
+    Args:
+        path: the file.
+        device: as that of ``d3rlpy.load_learnable``.
+
+    Raises:
+        FileNotFoundError, CheckpointError: see :func:`iql_d3rlpy.files.load`.
+    """
+    algorithm: BaseIQL = files.load(path, device, BaseIQLConfig)
+    return algorithm
 
 
 def from_agent(agent: Agent) -> BaseIQL:

@@ -8,10 +8,9 @@ from typing import Any, BinaryIO
 
 import torch
 from d3rlpy import __version__
-from d3rlpy.base import LearnableConfigWithShape
+from d3rlpy.base import LearnableConfig, LearnableConfigWithShape
 
 from iql_d3rlpy._compat import device_name
-from iql_d3rlpy.algorithm import BaseIQL, BaseIQLConfig
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.limits import WeightLimit
@@ -46,11 +45,11 @@ class Registered(str):
         return str(self), checkpoint.checksum(str(self))
 
 
-def save(algorithm: BaseIQL, path: str | os.PathLike[str]) -> None:
+def save(algorithm: Any, path: str | os.PathLike[str]) -> None:
     """Writes what ``d3rlpy.load_learnable`` reads: all of it, or nothing.
 
     Args:
-        algorithm: has an implementation.
+        algorithm: of ours; has an implementation.
         path: replaced in one step.
     """
     model = io.BytesIO()
@@ -60,12 +59,13 @@ def save(algorithm: BaseIQL, path: str | os.PathLike[str]) -> None:
     checkpoint.write_bytes(path, pickle.dumps(document))
 
 
-def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
+def load(path: str | os.PathLike[str], device: Any, kind: type[LearnableConfig]) -> Any:
     """The algorithm of a file that :func:`save` wrote. As d3rlpy's loader, but that no code of the file is run.
 
     Args:
         path: the file.
         device: as that of ``d3rlpy.load_learnable``.
+        kind: of the configuration.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -82,13 +82,13 @@ def load(path: str | os.PathLike[str], device: Any = None) -> BaseIQL:
             _check_memo(file)
             document = _Reader(file).load()
         config = LearnableConfigWithShape.deserialize(document["config"])
-        if not isinstance(config.config, BaseIQLConfig):
+        if not isinstance(config.config, kind):
             raise TypeError(
                 f"it holds a {type(config.config).__name__} of {type(config.config).__module__}, which "
                 "d3rlpy.load_learnable loads"
             )
         with WeightLimit.of_file(len(document["torch"])):
-            algorithm: BaseIQL = config.create(device)
+            algorithm = config.create(device)
         algorithm.impl.load_model(io.BytesIO(document["torch"]))
     except Exception as error:
         raise CheckpointError(

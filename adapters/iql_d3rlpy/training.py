@@ -10,9 +10,8 @@ import torch
 from d3rlpy.logging import NoopAdapterFactory
 from tensordict import TensorDictBase
 
-from iql_d3rlpy.algorithm import BaseIQL, from_agent, to_agent
+from iql_d3rlpy.algorithm import BaseIQL, from_agent, load, to_agent
 from iql_d3rlpy.datasets import to_replay_buffer
-from iql_d3rlpy.files import load
 from iql_plugins.hookspecs import Training
 from iql_plugins.spaces import Discrete
 

@@ -3,46 +3,36 @@
 import contextlib
 import copy
 import io
-import operator
 import os
 import pathlib
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ConvertCallback, ProgressBarCallback
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, check_for_correct_spaces, configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
-from tensordict import TensorDictBase
 
 from iql_plugins import checkpoint
-from iql_plugins.config import ActorSchedule, Compile, IQLConfig, hyperparameters
-from iql_plugins.data.intake import check_numbers
+from iql_plugins.config import ActorSchedule, Compile, IQLConfig
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.keys import next_key
 from iql_plugins.losses.functional import LossFunction
-from iql_plugins.networks.encoders import is_plain
-from iql_plugins.spaces import Box, Space, Spaces
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.gradients import compiler_available
-from iql_plugins.training.learner import NETWORKS, Learner, resolve_compile
+from iql_plugins.training.learner import NETWORKS, Learner
 from iql_sb3 import datasets
+from iql_sb3.conversion import agent_in, changeable, config_of, model_of, without_environment
 from iql_sb3.files import add_agent
+from iql_sb3.offline import LearnerState, OfflineLearning, loaded_dataset, steps_of
 from iql_sb3.policies import (
     Actor,
-    AgentPolicy,
     CnnPolicy,
     Critic,
     IQLPolicy,
@@ -50,23 +40,14 @@ from iql_sb3.policies import (
     MultiInputPolicy,
     set_hyperparameters,
 )
-from iql_sb3.reader import transitions
-from iql_sb3.spaces import gymnasium_spaces, is_stand_in, layout_spaces, stand_in
+from iql_sb3.spaces import check_fits, is_stand_in, layout_spaces, stand_in
 
 __all__ = ["IQL"]
 
 Rates = float | Schedule | Mapping[str, float | Schedule]
 
-#: What the model calls the core's hyper-parameters, and what its policy does, where the names differ.
-NAMES = {"n_steps": "actor_schedule_steps", "discount": "gamma", "polyak": "tau"}
-NETWORK_NAMES = {"hidden_sizes": "net_arch", "actor_dropout": "dropout"}
-_RATES = tuple(f"{name}_learning_rate" for name in NETWORKS)
-#: Those that are the model's own arguments and attributes, and of these those that count from the next step on.
-OWN = [name for name in hyperparameters("loss", "target", "learner", "batches", "data") if name not in _RATES]
-_CHANGEABLE = [name for name in hyperparameters("loss", "target", "learner") if name in OWN and name != "compile"]
 
-
-class IQL(OffPolicyAlgorithm):
+class IQL(OfflineLearning):
     r"""Implicit Q-Learning: offline from a dataset, online as any off-policy algorithm, or the one after the other.
 
     Kostrikov et al. 2021 (arXiv:2110.06169). Losses and gradient steps are the core's
@@ -201,10 +182,10 @@ class IQL(OffPolicyAlgorithm):
             )
         if not 0.0 <= offline_ratio <= 1.0:
             raise ValueError(f"offline_ratio must be in [0, 1], got {offline_ratio}")
-        loaded = None if dataset is None else _loaded(dataset, trust_pickle)
+        loaded = None if dataset is None else loaded_dataset(dataset, trust_pickle)
         derived = env is None and observation_space is None and loaded is not None
         if env is None:
-            env = _without_environment(observation_space, action_space, loaded, required=_init_setup_model)
+            env = without_environment(observation_space, action_space, loaded, required=_init_setup_model)
         elif observation_space is not None or action_space is not None:
             raise ValueError("give an environment or spaces, not both: the environment has spaces")
         super().__init__(
@@ -315,7 +296,7 @@ class IQL(OffPolicyAlgorithm):
             super()._setup_model()
         finally:
             self.policy_kwargs, self.buffer_size = given, size
-        self._steps = _steps_of(self.replay_buffer)
+        self._steps = steps_of(self.replay_buffer)
         if purely_offline:
             self.replay_buffer = None
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
@@ -337,7 +318,7 @@ class IQL(OffPolicyAlgorithm):
         # The state of another kind of device's generator means nothing to this one's.
         if self._generator_state is not None and self._generator_state[0] == self.generator.device.type:
             self.generator.set_state(torch.from_numpy(self._generator_state[1]))
-        self.optimizer = _LearnerState(self.learner)
+        self.optimizer = LearnerState(self.learner)
         self.policy.optimizer = self.learner.optimizers[0]
         self._applied = None
         self._apply_hyperparameters()
@@ -364,110 +345,7 @@ class IQL(OffPolicyAlgorithm):
         Raises:
             ValueError: for one out of range; names it.
         """
-        sizes = self.policy_kwargs.get("net_arch") or IQLConfig.hidden_sizes
-        given = {name: getattr(self, NAMES.get(name, name)) for name in OWN}
-        networks = {name: NETWORK_NAMES.get(name, name) for name in hyperparameters("networks")}
-        given |= {name: self.policy_kwargs[own] for name, own in networks.items() if own in self.policy_kwargs}
-        given |= {f"{name}_learning_rate": schedule(1.0) for name, schedule in self._rates.items()}
-        given["hidden_sizes"] = tuple(sizes["pi"] if isinstance(sizes, Mapping) else sizes)
-        return IQLConfig(**given)
-
-    # Data
-
-    @property
-    def has_dataset(self) -> bool:
-        """Whether a dataset is loaded."""
-        return self._offline is not None
-
-    def load_dataset(self, source: object, *, trust_pickle: bool = False) -> None:
-        """Loads the dataset that :meth:`learn_offline` learns from, and :meth:`learn` mixes into its batches.
-
-        It is kept once, beside the replay buffer. Before the first gradient step its statistics make the
-        normalisation, if there is one; later ones leave it as it is.
-
-        Args:
-            source: what :func:`iql_plugins.data.load_dataset` takes, or a replay buffer of Stable-Baselines3.
-            trust_pickle: whether it may be a pickle, which can run any code.
-
-        Raises:
-            ValueError: if it cannot be read or does not fit the spaces, has values that are not finite, or actions that
-                no clipping explains; names what. The model is as it was.
-        """
-        self._set_dataset(*_loaded(source, trust_pickle))
-
-    def _set_dataset(self, dataset: TensorDictBase, _: Spaces | None, buffer: ReplayBuffer | None) -> None:
-        known = self.policy.spaces
-        if buffer is None:
-            dataset = _channels_first(dataset, known)
-            datasets.check_spaces(dataset, known)
-            clipped = check_numbers(dataset, known, clip_all_actions=self.clip_all_actions).count
-        else:
-            _check_buffer(buffer, self.observation_space, self.action_space)
-            clipped = self._clipped_in(buffer)
-        normalize = self._vec_normalize_env
-        if normalize is not None and (self.normalize_observations or self._scales_rewards_twice()):
-            raise ValueError(
-                "the environment is in a VecNormalize already: leave normalize_observations, reward_scale and "
-                "reward_shift as they are, or do without it"
-            )
-        if self.learner.step_count == 0:
-            if not self._has_statistics:
-                fitted = Normalizers.fit(dataset, known, self.config)
-                self.policy.normalizers.load_state_dict(fitted.to(self.device).state_dict())
-                self._has_statistics = True
-            if normalize is not None:
-                datasets.start_statistics(normalize, dataset)
-        self._offline = datasets.OfflineData(
-            dataset,
-            self.policy.inputs,
-            scaled=buffer is not None,
-            raw=normalize is not None,
-            n_steps=self._n_steps(),
-            device=self.device,
-        )
-        self._clipped_actions = clipped
-
-    def _clipped_in(self, buffer: ReplayBuffer) -> int:
-        """Transitions of a replay buffer whose actions are clipped; ``ValueError`` if it cannot be trained on."""
-        excess = datasets.check_buffer(buffer, self.policy.spaces.action, clip_all_actions=self.clip_all_actions)
-        return excess.count
-
-    def _take_experience(self) -> None:
-        """Looks at what the replay buffer holds before a training: it may have been loaded, or set by hand."""
-        if self.replay_buffer is not None and self.replay_buffer.size():
-            self._clipped_actions += self._clipped_in(self.replay_buffer)
-
-    def _scales_rewards_twice(self) -> bool:
-        normalize = self._vec_normalize_env
-        scaled = self.reward_scale != 1.0 or self.reward_shift != 0.0
-        return normalize is not None and normalize.norm_reward and scaled
-
-    def _normalization(self) -> datasets.Normalization | None:
-        if self.reward_scale == 1.0 and self.reward_shift == 0.0:
-            return self._vec_normalize_env
-        return datasets.Rewards(self.policy.normalizers, self._vec_normalize_env)
-
-    def _batch(self, size: int, offline_ratio: float) -> dict[str, torch.Tensor]:
-        """A batch of which the given share comes from the dataset, all of it where there is nothing else."""
-        online = 0 if self.replay_buffer is None else self.replay_buffer.size()
-        if self._offline is None and not online:
-            raise ValueError(
-                "there is nothing to learn from: load_dataset(source) or load_replay_buffer(path) before, or learn() "
-                "in an environment"
-            )
-        offline = 0 if self._offline is None else round(offline_ratio * size) if online else size
-        normalization = self._normalization()
-        parts = []
-        if offline:
-            assert self._offline is not None
-            parts.append(self._offline.batch(offline, self.generator, self.gamma, normalization))
-        if offline < size:
-            assert self.replay_buffer is not None
-            with datasets.numpy_random(self.generator):
-                parts.append(datasets.replay(self.replay_buffer, size - offline, normalization, self.policy.inputs))
-        if len(parts) == 1:
-            return parts[0]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return config_of(self)
 
     # Training
 
@@ -495,10 +373,6 @@ class IQL(OffPolicyAlgorithm):
         finally:
             self.policy.set_training_mode(training)
 
-    def _n_steps(self) -> int:
-        """Of a transition of the replay buffer that there is, or will be with an environment."""
-        return self._steps if self.replay_buffer is None else _steps_of(self.replay_buffer)
-
     def _update_learning_rate(self, optimizers: Any = None) -> None:
         self._apply_learning_rates()
         self._logger.record("train/learning_rate", self.learner.learning_rate("critic"))
@@ -517,7 +391,7 @@ class IQL(OffPolicyAlgorithm):
 
     def _apply_hyperparameters(self) -> None:
         """Attributes of an algorithm can be changed at any time, and count from the next step on."""
-        wanted = tuple([copy.copy(getattr(self, NAMES.get(name, name))) for name in _CHANGEABLE])
+        wanted = tuple([copy.copy(value) for value in changeable(self)])
         if wanted == self._applied:
             return
         config, loss, learner = self.config, self.policy.loss, self.learner
@@ -578,115 +452,6 @@ class IQL(OffPolicyAlgorithm):
         self._n_updates = self.learner.step_count
         self._logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
-    def learn_offline(
-        self,
-        gradient_steps: int,
-        callback: MaybeCallback = None,
-        log_interval: int | None = 1000,
-        tb_log_name: str = "IQL",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> "IQL":
-        """Learns from the dataset, or without one from what is in the replay buffer; the environment is not stepped.
-
-        To callbacks, the logger, the progress bar and the schedules a gradient step is a step. There is no rollout:
-        ``on_rollout_start`` and ``on_rollout_end`` are not called.
-
-        Args:
-            gradient_steps: how many, at least 0.
-            callback: called after each of them.
-            log_interval: gradient steps from one line of the log to the next; None writes none.
-            tb_log_name: name of the run for TensorBoard; :meth:`learn` has the same, and goes on in it with
-                ``reset_num_timesteps=False``.
-            reset_num_timesteps: whether to count, and schedule, from the beginning.
-            progress_bar: whether to show one.
-
-        Returns:
-            The model.
-
-        Raises:
-            TypeError: if ``gradient_steps`` or ``log_interval`` is no integer.
-            ValueError: if one of them is too small, there is nothing to learn from, or the replay buffer has values
-                that are not finite, or actions that no clipping explains.
-            DivergenceError: if losses or weights are no longer finite.
-        """
-        gradient_steps = _count("gradient_steps", gradient_steps, least=0)
-        if log_interval is not None:
-            log_interval = _count("log_interval", log_interval, least=1)
-        total_timesteps, callback = self._setup_learn_offline(
-            gradient_steps, callback, tb_log_name, reset_num_timesteps, progress_bar
-        )
-        offline_ratio = 1.0
-        # Callbacks that count episodes read it.
-        dones = np.zeros(self.n_envs, dtype=bool)
-        callback.on_training_start(locals(), globals())
-        self._learns_offline = True
-        try:
-            with _bars_count_gradient_steps(callback):
-                while self.num_timesteps < total_timesteps:
-                    self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-                    self._train(1, self.batch_size, offline_ratio)
-                    self.num_timesteps += 1
-                    callback.update_locals(locals())
-                    if not callback.on_step():
-                        break
-                    if log_interval is not None and self.num_timesteps % log_interval == 0:
-                        self.dump_logs()
-        finally:
-            self._learns_offline = False
-        if self.num_timesteps:
-            self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-        self.learner.check_finite()
-        callback.on_training_end()
-        return self
-
-    def _setup_learn_offline(
-        self,
-        gradient_steps: int,
-        callback: MaybeCallback,
-        tb_log_name: str,
-        reset_num_timesteps: bool,
-        progress_bar: bool,
-    ) -> tuple[int, BaseCallback]:
-        """What ``_setup_learn`` does, but for the environment, which is left alone."""
-        if self._offline is None and not (self.replay_buffer is not None and self.replay_buffer.size()):
-            raise ValueError("there is nothing to learn from: load_dataset(source) or load_replay_buffer(path) before")
-        if self._offline is None:
-            self._take_experience()
-        self._compile(gradient_steps)
-        self.start_time = time.time_ns()
-        if self.ep_info_buffer is None or reset_num_timesteps:
-            self.ep_info_buffer = deque(maxlen=self._stats_window_size)
-            self.ep_success_buffer = deque(maxlen=self._stats_window_size)
-        if reset_num_timesteps:
-            self.num_timesteps = 0
-            self._episode_num = 0
-        self._num_timesteps_at_start = self.num_timesteps
-        self._total_timesteps = self.num_timesteps + gradient_steps
-        if not self._custom_logger:
-            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name, reset_num_timesteps)
-        if progress_bar:
-            if isinstance(callback, list):
-                callback = CallbackList(callback)
-            elif not isinstance(callback, BaseCallback):
-                callback = ConvertCallback(callback)
-            callback = CallbackList([callback, ProgressBarCallback()])
-        return self._total_timesteps, self._init_callback(callback)
-
-    def _compile(self, gradient_steps: int) -> None:
-        """Goes on with compiled losses and gradients where a training is long enough, and the networks are plain."""
-        old, policy = self.learner, self.policy
-        plain = policy.actor.features_extractor is None and isinstance(self.observation_space, spaces.Box)
-        if self.compile != "auto" or old.compiled or not plain:
-            return
-        if resolve_compile("auto", gradient_steps, self.device) == "yes":
-            config = self.config.replace(compile="yes")
-            self.learner = Learner.from_config(
-                policy.loss, config, seed=old.seed, make_optimizers=lambda groups: old.optimizers
-            )
-            self.learner.load_state_dict(old.state_dict())
-            self.optimizer = _LearnerState(self.learner)
-
     def learn(
         self,
         total_timesteps: int,
@@ -743,7 +508,7 @@ class IQL(OffPolicyAlgorithm):
         if is_stand_in(self.env):
             wrapped = self._wrap_env(env, self.verbose)
             if self._spaces_from_dataset:
-                _check_fits(layout_spaces(wrapped.observation_space, wrapped.action_space), self.policy.spaces)
+                check_fits(layout_spaces(wrapped.observation_space, wrapped.action_space), self.policy.spaces)
             else:
                 check_for_correct_spaces(wrapped, self.observation_space, self.action_space)
             self._replace_stand_in(wrapped)
@@ -780,12 +545,6 @@ class IQL(OffPolicyAlgorithm):
             )
 
     # Saving, loading and moving
-
-    def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:
-        """As in any algorithm, but that callbacks of :meth:`learn_offline` do not write a buffer that holds nothing."""
-        if self._learns_offline and self.replay_buffer is not None and not self.replay_buffer.size():
-            return
-        super().save_replay_buffer(path)
 
     def _excluded_save_params(self) -> list[str]:
         own = ["actor", "critic", "critic_target", "learner", "generator", "_offline", "_rates", "_agent", "_applied"]
@@ -833,7 +592,7 @@ class IQL(OffPolicyAlgorithm):
         behind = bool(self._normalized_by_env) or self._vec_normalize_env is not None
         # A model that cannot be described is saved all the same.
         with contextlib.suppress(TypeError, ValueError):
-            add_agent(content, self._as_agent(), self.policy, normalized_by_env=behind)
+            add_agent(content, agent_in(self), self.policy, normalized_by_env=behind)
         if not isinstance(path, str | pathlib.Path):
             path.write(content.getbuffer())
             return
@@ -896,35 +655,7 @@ class IQL(OffPolicyAlgorithm):
             ValueError: if the environment does not fit, or the agent's networks or optimisers cannot be built again
                 when the model is loaded.
         """
-        if custom := agent.custom_parts():
-            raise ValueError(
-                f"{', '.join(custom)} of the agent are not the default ones, which a saved model is built from: "
-                "give a policy class of your own to IQL(...), and load the weights into it"
-            )
-        if len(agent.learner.optimizers) != 1:
-            raise ValueError(f"the agent's learner must have one optimiser, it has {len(agent.learner.optimizers)}")
-        config = agent.config
-        observation_space, action_space = gymnasium_spaces(agent.spaces)
-        model = cls(
-            MlpPolicy if is_plain(list(agent.spaces.observations.values())) else AgentPolicy,
-            stand_in(observation_space, action_space) if env is None else env,
-            learning_rate={name: getattr(config, f"{name}_learning_rate") for name in NETWORKS},
-            policy_kwargs={
-                NETWORK_NAMES.get(name, name): list(value) if isinstance(value, tuple) else value
-                for name, value in config.of("networks").items()
-            },
-            **{NAMES.get(name, name): getattr(config, name) for name in OWN},
-            device=agent.device,
-            _init_setup_model=False,
-            **kwargs,
-        )
-        _check_fits(layout_spaces(model.observation_space, model.action_space), agent.spaces)
-        model._agent = agent
-        model._has_statistics = True
-        model._normalized_by_env = False if agent.learner.step_count else None
-        model.extra = agent.extra
-        model._setup_model()
-        return model
+        return model_of(cls, agent, env, **kwargs)
 
     def to_agent(self) -> Agent:
         """The agent in this model: its very loss, learner, normalisers and generator.
@@ -938,21 +669,7 @@ class IQL(OffPolicyAlgorithm):
                 "an agent takes the environment's observations, this policy those of a VecNormalize: use "
                 "normalize_observations=True in its place"
             )
-        return self._as_agent()
-
-    def _as_agent(self) -> Agent:
-        self._apply_hyperparameters()
-        agent = Agent(
-            self.policy.spaces,
-            self.config,
-            normalizers=self.policy.normalizers,
-            loss=self.policy.loss,
-            learner=self.learner,
-            seed=0,
-        )
-        agent.generator = self.generator
-        agent.extra = self.extra
-        return agent
+        return agent_in(self)
 
     def export(self, path: str | os.PathLike[str], format: Literal["onnx", "torchscript", "torch"] = "onnx") -> None:
         """Writes the deterministic policy as one file: what :meth:`predict` takes in, its actions out.
@@ -967,143 +684,10 @@ class IQL(OffPolicyAlgorithm):
         """
         from iql_sb3.export import export_policy
 
-        export_policy(self._as_agent(), path, format)
+        export_policy(agent_in(self), path, format)
 
 
 def _start(schedule: FloatSchedule) -> float:
     """The rate that a schedule multiplies: that of its beginning, or the default one if it rises from 0."""
     constant = isinstance(schedule.value_schedule, ConstantSchedule)
     return schedule(1.0) if constant else schedule(1.0) or IQLConfig.critic_learning_rate
-
-
-class _LearnerState:
-    """What continues a training, as Stable-Baselines3 saves and loads a module."""
-
-    def __init__(self, learner: Learner) -> None:
-        self._learner = learner
-
-    def state_dict(self) -> dict[str, Any]:
-        return self._learner.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
-        self._learner.load_state_dict(state if strict else {**self._learner.state_dict(), **state})
-
-
-def _count_one(bar: ProgressBarCallback) -> bool:
-    bar.pbar.update(1)
-    return True
-
-
-@contextlib.contextmanager
-def _bars_count_gradient_steps(callback: BaseCallback) -> Iterator[None]:
-    """Inside, progress bars of the framework's count one for each step, and not one for each environment."""
-    found, bars = [callback], []
-    while found:
-        each = found.pop()
-        if isinstance(each, CallbackList):
-            found += each.callbacks
-        elif type(each) is ProgressBarCallback:
-            bars.append(each)
-    for bar in bars:
-        vars(bar)["_on_step"] = partial(_count_one, bar)
-    try:
-        yield
-    finally:
-        for bar in bars:
-            vars(bar).pop("_on_step", None)
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name} must be an integer, got {value!r}") from error
-    if isinstance(value, bool) or count < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    return count
-
-
-def _loaded(source: object, trust_pickle: bool) -> tuple[TensorDictBase, Spaces | None, ReplayBuffer | None]:
-    if isinstance(source, ReplayBuffer):
-        return transitions(source, f"the {type(source).__name__}"), None, source
-    return *datasets.load(source, trust_pickle), None
-
-
-def _without_environment(
-    observation_space: spaces.Space[Any] | None,
-    action_space: spaces.Space[Any] | None,
-    loaded: tuple[TensorDictBase, Spaces | None, ReplayBuffer | None] | None,
-    required: bool,
-) -> Any:
-    """A stand-in for the environment, with spaces from whoever has them."""
-    if (observation_space is None) != (action_space is None):
-        raise ValueError("give both observation_space and action_space, or none")
-    if observation_space is not None and action_space is not None:
-        return stand_in(observation_space, action_space)
-    if loaded is not None:
-        dataset, known, buffer = loaded
-        if buffer is not None:
-            return stand_in(buffer.observation_space, buffer.action_space)
-        return stand_in(*gymnasium_spaces(known or Spaces.from_dataset(dataset)))
-    if required:
-        raise ValueError("IQL needs an environment, a dataset, or observation_space and action_space")
-    return None
-
-
-def _steps_of(buffer: ReplayBuffer | None) -> int:
-    """Steps of a replay buffer's transitions: a class of the user's own has those of its own."""
-    return buffer.n_steps if isinstance(buffer, NStepReplayBuffer) else 1
-
-
-def _check_buffer(buffer: ReplayBuffer, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-    if isinstance(action_space, spaces.Box) and buffer.action_space != action_space:
-        raise ValueError(f"the replay buffer's action space is {buffer.action_space}, the environment's {action_space}")
-    _check_fits(
-        layout_spaces(buffer.observation_space, buffer.action_space), layout_spaces(observation_space, action_space)
-    )
-
-
-def _check_fits(given: Spaces, own: Spaces) -> None:
-    """Raises ``ValueError`` that names the first difference that matters to networks: bounds of observations do not."""
-    if given.observations.keys() != own.observations.keys():
-        names = [sorted(map(str, spaces_.observations)) for spaces_ in (given, own)]
-        raise ValueError(f"the observations must be {names[1]}, got {names[0]}")
-    for key, space in own.observations.items():
-        other = given.observations[key]
-        same = (
-            isinstance(other, Box) and other.shape == space.shape and other.dtype == space.dtype
-            if isinstance(space, Box)
-            else other == space
-        )
-        if not same:
-            # Without the bounds: an image has one for each of its pixels.
-            named = [f"{s.dtype} of shape {s.shape}" if isinstance(s, Box) else str(s) for s in (space, other)]
-            raise ValueError(f"the space of {key!r} must be {named[0]}, got {named[1]}")
-    if not _equal_actions(given.action, own.action):
-        raise ValueError(
-            f"the action space must be {own.action}, got {given.action}; a dataset alone does not tell the bounds: "
-            "pass observation_space and action_space with it"
-        )
-
-
-def _equal_actions(first: Space, second: Space) -> bool:
-    if not isinstance(first, Box) or not isinstance(second, Box) or first.shape != second.shape:
-        return first == second
-    # Gymnasium keeps bounds in float32.
-    bounds, others = ([box.low or (), box.high or ()] for box in (first, second))
-    return bool(np.allclose(bounds, others, rtol=1e-6, atol=0.0))
-
-
-def _channels_first(dataset: TensorDictBase, known: Spaces) -> TensorDictBase:
-    """Images with channels last, as environments have them, where the policy's spaces have them first."""
-    result = dataset
-    for key, space in known.observations.items():
-        image = dataset.get(key, None)
-        if not isinstance(space, Box) or not space.is_image or not isinstance(image, torch.Tensor):
-            continue
-        channels, height, width = space.shape
-        if tuple(image.shape[1:]) == (height, width, channels) != space.shape:
-            result = result.copy() if result is dataset else result
-            for name in (key, next_key(key)):
-                result.set(name, dataset.get(name).movedim(-1, 1))
-    return result

@@ -9,7 +9,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
 
-__all__ = ["SpacesEnv", "gymnasium_spaces", "is_stand_in", "layout_spaces", "stand_in"]
+__all__ = ["SpacesEnv", "check_fits", "gymnasium_spaces", "is_stand_in", "layout_spaces", "stand_in"]
 
 
 def layout_spaces(observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> Spaces:
@@ -94,3 +94,34 @@ def stand_in(observation_space: spaces.Space[Any], action_space: spaces.Space[An
 def is_stand_in(env: VecEnv | None) -> bool:
     """Whether a vectorised environment is one of :func:`stand_in`."""
     return env is not None and isinstance(env.unwrapped, DummyVecEnv) and isinstance(env.unwrapped.envs[0], SpacesEnv)
+
+
+def check_fits(given: Spaces, own: Spaces) -> None:
+    """Raises ``ValueError`` that names the first difference that matters to networks: bounds of observations do not."""
+    if given.observations.keys() != own.observations.keys():
+        names = [sorted(map(str, spaces_.observations)) for spaces_ in (given, own)]
+        raise ValueError(f"the observations must be {names[1]}, got {names[0]}")
+    for key, space in own.observations.items():
+        other = given.observations[key]
+        same = (
+            isinstance(other, Box) and other.shape == space.shape and other.dtype == space.dtype
+            if isinstance(space, Box)
+            else other == space
+        )
+        if not same:
+            # Without the bounds: an image has one for each of its pixels.
+            named = [f"{s.dtype} of shape {s.shape}" if isinstance(s, Box) else str(s) for s in (space, other)]
+            raise ValueError(f"the space of {key!r} must be {named[0]}, got {named[1]}")
+    if not _equal_actions(given.action, own.action):
+        raise ValueError(
+            f"the action space must be {own.action}, got {given.action}; a dataset alone does not tell the bounds: "
+            "pass observation_space and action_space with it"
+        )
+
+
+def _equal_actions(first: Space, second: Space) -> bool:
+    if not isinstance(first, Box) or not isinstance(second, Box) or first.shape != second.shape:
+        return first == second
+    # Gymnasium keeps bounds in float32.
+    bounds, others = ([box.low or (), box.high or ()] for box in (first, second))
+    return bool(np.allclose(bounds, others, rtol=1e-6, atol=0.0))

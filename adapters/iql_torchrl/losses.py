@@ -22,13 +22,13 @@ import iql_plugins
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key, shown
 from iql_plugins.losses.batch import Batch, to_batch_shape
 from iql_plugins.losses.bootstrap import ValueEstimator, supported_value_type
+from iql_plugins.losses.parameters import ESTIMATOR
 from iql_plugins.networks import parameters
 from iql_plugins.networks.distributions import at_least_float32
 from iql_torchrl import _compat
 
 __all__ = ["DiscreteIQLLoss", "IQLLoss"]
 
-_ESTIMATOR = "_value_estimator"
 _ESTIMATOR_KEYS = ("value", "reward", "done", "terminated")
 # Hyper-parameters that the core's estimators have, too, or that say how TorchRL's compute, not what.
 _COMMON = {"gamma", "lmbda", "time_dim", "differentiable"}
@@ -219,7 +219,7 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
     @property
     def _own_estimator(self) -> ValueEstimatorBase | None:
         """The estimator that makes the target by an equation of its own."""
-        module = self._modules[_ESTIMATOR]
+        module = self._modules[ESTIMATOR]
         return module if isinstance(module, ValueEstimatorBase) else None
 
     @property
@@ -246,14 +246,14 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
 
     @property
     def _value_estimator(self) -> Any:
-        return self._modules.get(_ESTIMATOR) if self._shown_estimator is None else self._shown_estimator
+        return self._modules.get(ESTIMATOR) if self._shown_estimator is None else self._shown_estimator
 
     @_value_estimator.setter
     def _value_estimator(self, estimator: Any) -> None:
         # LossModule says None where the default is still to be made.
         if estimator is not None:
             self.value_estimator = estimator
-        elif _ESTIMATOR in self._modules:
+        elif ESTIMATOR in self._modules:
             self._register_estimator(self._new_estimator(supported_value_type(self.default_value_estimator)))
             self._estimator_in_state = False
 
@@ -307,7 +307,7 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
     def _use(self, estimator: ValueEstimatorBase, value_type: Any) -> None:
         if estimator is self._shown_estimator:
             return
-        self._modules[_ESTIMATOR] = estimator
+        self._modules[ESTIMATOR] = estimator
         self.__dict__["_shown_estimator"] = None
         self.value_type = value_type
 

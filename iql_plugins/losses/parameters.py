@@ -14,7 +14,8 @@ from iql_plugins.networks import default_value_function, parameters
 __all__ = ["LossParameters"]
 
 NETWORKS = ("actor_network", "value_network", "qvalue_network")
-_ESTIMATOR = "_value_estimator"
+#: The name of the value estimator among the modules, and in ``state_dict()``.
+ESTIMATOR = "_value_estimator"
 
 
 class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
@@ -264,7 +265,7 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
 
     def _estimator_state(self) -> dict[str, Tensor]:
         """The value estimator's entries of ``state_dict``, whether or not it has them now."""
-        return {f"{_ESTIMATOR}.{name}": buffer for name, buffer in self._modules[_ESTIMATOR].named_buffers()}
+        return {f"{ESTIMATOR}.{name}": buffer for name, buffer in self._modules[ESTIMATOR].named_buffers()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads our own state dict or TorchRL's; all is checked before anything changes.
@@ -289,7 +290,7 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
         # whether missing names matter: some of a loss without the rest never makes sense.
         given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         checked = self._checked(given, strict=bool(prefix and given))
-        if any(key.startswith(_ESTIMATOR) for key in given):
+        if any(key.startswith(ESTIMATOR) for key in given):
             self._estimator_in_state = True
         for key in given:
             del state_dict[f"{prefix}{key}"]
@@ -299,7 +300,7 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
     def _checked(self, given: Mapping[str, Any], strict: bool) -> dict[str, Any]:
         """A state dict as the loss's modules load it, or ``RuntimeError``."""
         own = super().state_dict(keep_vars=True)
-        if not any(key.startswith(_ESTIMATOR) for key in given):
+        if not any(key.startswith(ESTIMATOR) for key in given):
             given = {**given, **self._estimator_state()}
         # TorchRL saves buffers that are not persistent, too.
         transient = {
@@ -363,7 +364,7 @@ def _raise_differences(what: str, own: Mapping[str, Any], given: Mapping[str, An
         problems.append(f"it has no {', '.join(sorted(missing))}")
     if strict and (unexpected := given.keys() - own.keys()):
         hint = ""
-        if any(key.startswith(_ESTIMATOR) for key in unexpected):
+        if any(key.startswith(ESTIMATOR) for key in unexpected):
             hint = " (saved with another value estimator: call make_value_estimator first)"
         problems.append(f"it has unexpected {', '.join(sorted(unexpected))}{hint}")
     for key in own.keys() & given.keys():

@@ -15,7 +15,7 @@ from iql_plugins.losses import functional, replicas
 from iql_plugins.losses.batch import BatchReader, keyword_tensors
 from iql_plugins.losses.bootstrap import ValueEstimator, ValueEstimators, make_estimator, supported_value_type
 from iql_plugins.losses.functional import Reduction
-from iql_plugins.losses.parameters import NETWORKS, LossParameters
+from iql_plugins.losses.parameters import ESTIMATOR, NETWORKS, LossParameters
 from iql_plugins.networks import parameters
 from iql_plugins.ranges import choice
 
@@ -23,7 +23,6 @@ __all__ = ["ScalarOutputMode", "TorchRLContract", "check_written", "in_keys_of"]
 
 ScalarOutputMode = Literal["exclude", "non_tensor"]
 Self = TypeVar("Self", bound="TorchRLContract")
-_ESTIMATOR = "_value_estimator"
 _NO_UPDATER = (
     "The loss has target critics, but no SoftUpdate or HardUpdate was made for it: unless you update "
     "target_qvalue_network_params yourself, the critics learn from targets that never move."
@@ -207,7 +206,7 @@ class TorchRLContract(LossParameters):
 
     @property
     def _estimator(self) -> ValueEstimator:
-        estimator = self._modules[_ESTIMATOR]
+        estimator = self._modules[ESTIMATOR]
         assert isinstance(estimator, ValueEstimator)
         return estimator
 
@@ -253,7 +252,7 @@ class TorchRLContract(LossParameters):
 
     def _register_estimator(self, estimator: ValueEstimator) -> None:
         estimator.tensor_keys = self._tensor_keys
-        self._modules[_ESTIMATOR] = estimator
+        self._modules[ESTIMATOR] = estimator
         self.value_type = estimator.value_type
 
     # Calls

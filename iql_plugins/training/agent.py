@@ -25,6 +25,7 @@ from iql_plugins.keys import flat_name
 from iql_plugins.limits import WeightLimit
 from iql_plugins.losses.bootstrap import ValueEstimator, ValueEstimators
 from iql_plugins.losses.iql import DiscreteIQLLoss, IQLLoss
+from iql_plugins.losses.parameters import ESTIMATOR, NETWORKS
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
 from iql_plugins.networks.encoders import ObservationEncoder, is_plain
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
@@ -412,9 +413,9 @@ class Agent:
                 default = build_loss(self.spaces, self.config)
         except ValueError:
             # The default networks do not take these spaces.
-            return list(_NETWORKS)
+            return list(NETWORKS)
         custom = [
-            name for name in _NETWORKS if _structure(getattr(self.loss, name)) != _structure(getattr(default, name))
+            name for name in NETWORKS if _structure(getattr(self.loss, name)) != _structure(getattr(default, name))
         ]
         custom += [name for name in _OPTIONS if _option(self.loss, name) != _option(default, name)]
         # A framework's class has the name of the core's.
@@ -441,7 +442,6 @@ class Agent:
         )
 
 
-_NETWORKS = ("actor_network", "value_network", "qvalue_network")
 _DTYPE = "dtype"
 #: Settings of a loss that are not hyper-parameters.
 _OPTIONS = (
@@ -457,7 +457,7 @@ _OPTIONS = (
 
 def _option(loss: IQLLoss, name: str) -> Any:
     value = getattr(loss, name, None)
-    estimator = dict(loss.named_children())["_value_estimator"]
+    estimator = dict(loss.named_children())[ESTIMATOR]
     if name == "value_type" and not isinstance(estimator, ValueEstimator):
         # A framework's own, with an equation of its own, may go by the name of one of ours.
         return type(estimator).__name__
