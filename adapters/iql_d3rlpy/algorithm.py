@@ -481,8 +481,9 @@ def to_agent(algorithm: BaseIQL) -> Agent:
             low, high = action_bounds(config.action_scaler)
             action = Box((len(low),), "float32", low, high)
         spaces = Spaces(agent.spaces.observation, action)
-        normalizers = normalizers_of(config, spaces, impl.keys)
-        agent.spaces, agent.normalizers = spaces, normalizers.to(agent.device)
+        # The algorithm's own agent has the units of its networks; nothing of it changes because somebody looks.
+        agent = copy.copy(agent)
+        agent.spaces, agent.normalizers = spaces, normalizers_of(config, spaces, impl.keys).to(agent.device)
     return agent
 
 

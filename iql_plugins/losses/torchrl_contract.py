@@ -213,7 +213,6 @@ class TorchRLContract(LossParameters):
     @property
     def value_estimator(self) -> ValueEstimator:
         """What makes the target of Q; TD(0) with a discount of 0.99 unless :meth:`make_value_estimator` was called."""
-        self._estimator_in_state = True
         return self._estimator
 
     @value_estimator.setter
