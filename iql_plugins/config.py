@@ -1,6 +1,7 @@
 """Every hyper-parameter of the algorithm once, checked, with the presets of the paper's authors and of CORL."""
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal
@@ -164,7 +165,7 @@ class IQLConfig:
 
     def of(self, *homes: Home) -> dict[str, Any]:
         """The hyper-parameters that these take, by name."""
-        return {name: getattr(self, name) for name in hyperparameters(*homes)}
+        return {name: copy(getattr(self, name)) for name in hyperparameters(*homes)}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "IQLConfig":

@@ -16,6 +16,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from inspect import isfunction, ismethod
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import pluggy
@@ -107,6 +108,7 @@ class Host:
         self._failed: dict[str, PluginError] = {}
         self._adapters: dict[str, Adapter] = {}
         self._built_in: Mapping[str, object] = {}
+        self._lock = RLock()
 
     def available(self) -> dict[str, PluginInfo]:
         """The plugins that may be used, by name and sorted; from metadata alone.
@@ -201,10 +203,12 @@ class Host:
         from iql_plugins.data.dataset import UnknownSourceError
         from iql_plugins.data.readers import built_in, unknown
 
-        if not self._built_in:
-            self._built_in = built_in(self.read_dataset)
-            for name, reader in self._built_in.items():
-                self._manager.register(reader, f"built-in {name}")
+        with self._lock:
+            if not self._built_in:
+                own = built_in(self.read_dataset)
+                for name, reader in own.items():
+                    self._manager.register(reader, f"built-in {name}")
+                self._built_in = own
         reasons: list[str] = []
         for reader in self._built_in.values():
             try:
@@ -236,6 +240,8 @@ class Host:
         raise UnknownSourceError(message) from (failures[0] if failures else None)
 
     def _read_by(self, name: str, plugin: object, source: object, options: "Options") -> "Dataset | None":
+        from tensordict import TensorDictBase
+
         from iql_plugins.data.dataset import Dataset, DatasetError, check_dataset
 
         try:
@@ -247,8 +253,9 @@ class Host:
             raise self._error(name, f"failed in iql_read_dataset(): {type(error).__name__}: {error}") from error
         if dataset is None:
             return None
-        if not isinstance(dataset, Dataset):
+        if not isinstance(dataset, Dataset) or not isinstance(dataset.tensors, TensorDictBase):
             kind = type(dataset).__name__
+            kind += f" of {type(dataset.tensors).__name__}" if isinstance(dataset, Dataset) else ""
             raise self._error(name, f"must return a Dataset or None from iql_read_dataset(), got {kind}")
         check_dataset(dataset.tensors, dataset.source, finite=options.finite)
         action = dataset.tensors.get("action")

@@ -443,7 +443,7 @@ def from_agent(agent: Agent) -> BaseIQL:
         (DiscreteIQLConfig, spaces.action.n) if isinstance(spaces.action, Discrete) else (IQLConfig, spaces.action.size)
     )
     fields: dict[str, Any] = {
-        **{theirs: getattr(core, name) for name, theirs in named(kind).items()},
+        **{theirs: core.of()[name] for name, theirs in named(kind).items()},
         "compile_graph": core.compile == "yes",
         "actor_optim_factory": optimizers,
         "critic_optim_factory": optimizers,

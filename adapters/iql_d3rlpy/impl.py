@@ -156,8 +156,10 @@ class IQLImpl(QLearningAlgoImplBase):  # type: ignore[misc]
         if mapped is None:
             raise TypeError(f"the batch must be a TorchMiniBatch of d3rlpy, got {type(batch).__name__}")
         tensors = dict(mapped.items(True, True))
-        for position, key in zip(observation_keys(batch.observations), self.keys, strict=True):
-            tensors[key], tensors[next_key(key)] = tensors.pop(position), tensors.pop(next_key(position))
+        positions = observation_keys(batch.observations)
+        observed = [(tensors.pop(position), tensors.pop(next_key(position))) for position in positions]
+        for key, (before, after) in zip(self.keys, observed, strict=True):
+            tensors[key], tensors[next_key(key)] = before, after
         tensors = self._with_dtypes(tensors)
         action = tensors["action"]
         # d3rlpy's tensors of actions are floats.

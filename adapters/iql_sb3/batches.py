@@ -28,6 +28,8 @@ def map_batch(batch: object) -> TensorDictBase | None:
     if not isinstance(batch, tuple) or not set(getattr(batch, "_fields", ())) >= _FIELDS:
         return None
     samples: Any = batch
+    if not isinstance(samples.actions, Tensor) or not isinstance(samples.dones, Tensor):
+        return None
     terminated = samples.dones.bool()
     tensors: dict[NestedKey, Tensor] = {}
     for prefix, observations in (((), samples.observations), (("next",), samples.next_observations)):

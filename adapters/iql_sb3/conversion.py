@@ -69,7 +69,7 @@ def model_of(kind: "type[IQL]", agent: Agent, env: GymEnv | None, **kwargs: Any)
             NETWORK_NAMES.get(name, name): list(value) if isinstance(value, tuple) else value
             for name, value in config.of("networks").items()
         },
-        **{NAMES.get(name, name): getattr(config, name) for name in OWN},
+        **{NAMES.get(name, name): config.of()[name] for name in OWN},
         device=agent.device,
         _init_setup_model=False,
         **kwargs,

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from iql_plugins.data.columns import require_read
-from iql_plugins.data.dataset import Dataset, DatasetError, Options, reading, require_space, row_bytes
+from iql_plugins.data.dataset import Dataset, DatasetError, Options, reading, require_space
 from iql_plugins.data.readers import tensordicts
 from iql_plugins.spaces import Box, Spaces
 
@@ -49,27 +49,30 @@ def read_dataset(source: object, options: Options) -> Dataset | None:
             spaces = Spaces.from_gymnasium(buffer.observation_space, buffer.action_space)
         except (TypeError, ValueError) as error:
             raise DatasetError(f"{name}: {error}") from error
-        dataset = transitions(buffer, name)
+        if options.memmap_dir is None or buffer.n_envs > 1 or buffer.full:
+            # Steps of several environments, or of a ring that is full, are not in order: a copy of them is.
+            share = 1.0 if buffer.full else buffer.pos / buffer.buffer_size
+            size = int(share * sum(array.nbytes for array in _arrays(buffer)))
+            require_space(size, name, replace(options, memmap_dir=None))
+        # The buffer's memory changes when it goes on.
+        dataset = transitions(buffer, name, copy=options.memmap_dir is None)
         dataset.set("action", _unscaled(dataset.get("action"), spaces, name))
-        if options.memmap_dir is None:
-            # The buffer's memory changes when it goes on.
-            require_space(sum(len(dataset) * row_bytes(tensor) for tensor in dataset.values(True, True)), name, options)
-            dataset = dataset.clone()
         if options.discrete is None:
             options = replace(options, discrete=spaces.discrete)
         loaded = tensordicts.load(dataset, options, name)
         return replace(loaded, spaces=spaces, timeouts_recorded=bool(buffer.handle_timeout_termination))
 
 
-def transitions(buffer: Any, name: str) -> TensorDict:
+def transitions(buffer: Any, name: str, *, copy: bool = False) -> TensorDict:
     """The transitions in a replay buffer of one step by the key layout, continuous actions in [-1, 1].
 
-    They are in the order of time, one environment's after another's; those of one environment in a buffer that is
-    not full share the buffer's memory. Goals that hindsight replay makes when it samples are no part of it.
+    They are in the order of time, one environment's after another's; without ``copy``, those of one environment in a
+    buffer that is not full share its memory. Goals that hindsight replay makes when it samples are no part of it.
 
     Args:
         buffer: of Stable-Baselines3.
         name: of the buffer, for messages.
+        copy: whether to share no memory with the buffer.
 
     Raises:
         DatasetError: if the buffer is empty, or :func:`check_buffer` objects.
@@ -86,8 +89,8 @@ def transitions(buffer: Any, name: str) -> TensorDict:
         steps: Any = slice(first, first + length)
         if first + length > size:
             steps = np.arange(first, first + length) % size
-        ordered = array[steps].swapaxes(0, 1)
-        return torch.from_numpy(ordered.reshape(length * buffer.n_envs, *array.shape[2:]))
+        ordered = array[steps].swapaxes(0, 1).reshape(length * buffer.n_envs, *array.shape[2:])
+        return torch.from_numpy(ordered.copy() if copy and np.may_share_memory(ordered, array) else ordered)
 
     def observations(offset: int) -> Any:
         arrays: Any = buffer.observations
@@ -114,6 +117,12 @@ def transitions(buffer: Any, name: str) -> TensorDict:
         },
         batch_size=[length * buffer.n_envs],
     )
+
+
+def _arrays(buffer: Any) -> list[Any]:
+    """What a buffer has of each step."""
+    columns = [column for key, column in vars(buffer).items() if key in _READ]
+    return [array for each in columns for array in (each.values() if isinstance(each, dict) else [each])]
 
 
 def check_buffer(buffer: Any, name: str) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -157,11 +158,19 @@ class IQL:
             batch = tensors
         elif tensors:
             raise TypeError(f"give a batch or keyword tensors, not both; got both, with {sorted(tensors)}")
+        if isinstance(batch, Mapping) and not isinstance(batch, TensorDictBase):
+            batch = {
+                name: torch.as_tensor(value) if isinstance(value, np.ndarray) else value
+                for name, value in batch.items()
+            }
+            for name, value in batch.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         mapped = map_batch(batch, self.agent.spaces.observations)
         if mapped is None:
-            kind = type(batch).__name__
-            names = f" of {sorted(batch)}" if isinstance(batch, Mapping) else ""
-            raise TypeError(f"the batch must be a TensorDict, or keyword tensors, got {kind}{names}")
+            raise TypeError(
+                f"the batch must be a TensorDict, or keyword tensors, got {type(batch).__name__}: {batch!r:.50}"
+            )
         self.agent.learner.step(self.agent.normalizers(mapped))
 
     def fit(self, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None) -> "IQL":

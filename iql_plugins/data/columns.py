@@ -23,15 +23,15 @@ from difflib import get_close_matches
 
 from tensordict.utils import NestedKey
 
-from iql_plugins.data.dataset import DatasetError, one_line
+from iql_plugins.data.dataset import DatasetError, UnknownSourceError, one_line
 from iql_plugins.keys import shown
 
 __all__ = [
     "METADATA",
     "SYNONYMS",
     "TORCHRL_METADATA",
-    "any_known",
     "readable",
+    "require_any",
     "require_read",
     "unread",
 ]
@@ -81,9 +81,14 @@ TORCHRL_METADATA = frozenset({
 })  # fmt: skip
 
 
-def any_known(given: Iterable[str]) -> bool:
-    """Whether one of a source's columns is read at all."""
-    return any(key.split("/")[0] in _COLUMNS for key in given)
+def require_any(name: str, given: Iterable[str]) -> None:
+    """Raises :class:`UnknownSourceError` for a source of which no column is read: another reader may know it."""
+    given = list(given)
+    if not any(key.split("/")[0] in _COLUMNS for key in given):
+        try:
+            readable(name, given)
+        except DatasetError as error:
+            raise UnknownSourceError(str(error)) from error
 
 
 def readable(name: str, given: Iterable[str]) -> dict[str, str]:

@@ -134,17 +134,17 @@ class IQLLoss(NetworkQuantities):
         objective_options: Mapping[str, float] | None = None,
         check_finite: bool = False,
     ) -> None:
-        settings = {
+        settings: dict[str, Any] = {
             "temperature": temperature,
             "expectile": expectile,
             "max_weight": max_weight,
             "loss_function": loss_function,
             "value_objective": value_objective,
             "policy_extraction": policy_extraction,
-            "objective_options": dict(objective_options or {}),
+            "objective_options": {} if objective_options is None else objective_options,
         }
         check(**settings)
-        check_options(value_objective, policy_extraction, objective_options or {})
+        check_options(value_objective, policy_extraction, settings["objective_options"])
         super().__init__(
             actor_network,
             qvalue_network,
@@ -159,7 +159,7 @@ class IQLLoss(NetworkQuantities):
             check_finite=check_finite,
         )
         for name, value in settings.items():
-            setattr(self, name, value)
+            setattr(self, name, dict(value) if isinstance(value, Mapping) else value)
 
     def forward(self, tensordict: TensorDictBase | None = None, **tensors: Tensor) -> Any:
         """All losses of a batch.

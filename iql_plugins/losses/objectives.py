@@ -12,8 +12,9 @@ An entry is there by its name everywhere that a hyper-parameter is: in the losse
 line, in checkpoints, in compiled steps.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
@@ -131,6 +132,9 @@ Objective = ValueObjective | PolicyExtraction
 _Kind = TypeVar("_Kind", ValueObjective, PolicyExtraction)
 _TABLES: dict[type, dict[str, Any]] = {ValueObjective: {}, PolicyExtraction: {}}
 _KINDS = {ValueObjective: "value_objective", PolicyExtraction: "policy_extraction"}
+#: Kind and name of the entries that are a plugin's: whoever asks the plugins again gets them again.
+_OF_PLUGINS: set[tuple[type, str]] = set()
+_LOCK = RLock()
 
 
 def register(*entries: Objective) -> None:
@@ -138,15 +142,28 @@ def register(*entries: Objective) -> None:
 
     Raises:
         TypeError: for anything else.
-        ValueError: for a name that is taken.
+        ValueError: for a name that is taken, or an option that has the name of a hyper-parameter.
     """
-    _check(entries)
-    for entry in entries:
-        _TABLES[type(entry)][entry.name] = entry
+    with _LOCK:
+        _check(entries, {(kind, name) for kind, table in _TABLES.items() for name in table})
+        for entry in entries:
+            _TABLES[type(entry)][entry.name] = entry
 
 
-def _check(entries: Iterable[object]) -> None:
-    taken = {(kind, name) for kind, table in _TABLES.items() for name in table}
+def _register_plugins() -> None:
+    """Adds the entries of installed plugins that are not in the tables yet."""
+    # Whoever has the name of an entry that ships needs no plugins, and no pluggy.
+    from iql_plugins import plugins
+
+    with _LOCK:
+        taken = {(kind, name) for kind, table in _TABLES.items() for name in table} - _OF_PLUGINS
+        for entry in plugins.host().objectives(lambda entries: _check(entries, taken)):
+            _TABLES[type(entry)].setdefault(entry.name, entry)
+            _OF_PLUGINS.add((type(entry), entry.name))
+
+
+def _check(entries: Iterable[object], taken: Set[tuple[type, str]]) -> None:
+    taken = set(taken)
     for entry in entries:
         if not isinstance(entry, ValueObjective | PolicyExtraction):
             raise TypeError(f"an objective must be a ValueObjective or a PolicyExtraction, got {type(entry).__name__}")
@@ -154,6 +171,11 @@ def _check(entries: Iterable[object]) -> None:
         if key in taken:
             raise ValueError(f"the {_KINDS[key[0]]} {entry.name!r} is there already: take another name")
         taken.add(key)
+        if entry.options:
+            from iql_plugins.config import hyperparameters
+
+            if shared := sorted(entry.options.keys() & set(hyperparameters())):
+                raise ValueError(f"an option of {entry.name!r} has the name of a hyper-parameter: {', '.join(shared)}")
 
 
 register(
@@ -183,11 +205,7 @@ def policy_extraction(name: str) -> PolicyExtraction:
 def _entry(kind: type[_Kind], name: object) -> _Kind:
     table: dict[str, _Kind] = _TABLES[kind]
     if name not in table:
-        # Whoever has the name of one that ships needs no plugins, and no pluggy.
-        from iql_plugins import plugins
-
-        found = plugins.host().objectives(_check)
-        register(*[entry for entry in found if entry.name not in _TABLES[type(entry)]])
+        _register_plugins()
     if not isinstance(name, str) or name not in table:
         raise ValueError(f"{_KINDS[kind]} must be one of {', '.join(map(repr, table))}, got {name!r}")
     return table[name]
@@ -197,9 +215,12 @@ def options(value: str, policy: str) -> dict[str, Option]:
     """The options of two objectives, by name.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for a name that is none, and for two that have an option of one name.
     """
-    return {**value_objective(value).options, **policy_extraction(policy).options}
+    of_value, of_policy = value_objective(value).options, policy_extraction(policy).options
+    if shared := sorted(of_value.keys() & of_policy.keys()):
+        raise ValueError(f"{value!r} and {policy!r} both have the option {', '.join(shared)}: they do not go together")
+    return {**of_value, **of_policy}
 
 
 def check_options(value: str, policy: str, given: Mapping[str, Any]) -> None:

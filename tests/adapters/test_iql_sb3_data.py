@@ -173,6 +173,11 @@ def test_a_replay_buffer_becomes_a_dataset_in_the_order_of_time(n_envs: int, ste
     )
     goes_on = ~done[:, :-1]
     assert torch.equal(following[:, :-1][goes_on], observed[:, 1:][goes_on])
+    slots = [(step % 10, env) for env in range(n_envs) for step in range(steps - length, steps)]
+    ends = [bool(buffer.dones[slot] and not buffer.timeouts[slot]) for slot in slots]
+    assert dataset["next", "terminated"].squeeze(-1).tolist() == ends
+    np.testing.assert_array_equal(dataset["observation"].numpy(), [buffer.observations[slot] for slot in slots])
+    np.testing.assert_array_equal(dataset["action"].numpy(), [buffer.actions[slot] for slot in slots])
     theirs = load_dataset(buffer)
     assert (dataset.exclude("action") == theirs.exclude("action")).all()
     buffer.observations[:] = 9.0

@@ -17,10 +17,13 @@ from strangers import good
 import iql_plugins
 from iql_plugins import plugins
 from iql_plugins.cli import main
-from iql_plugins.data import Dataset, DatasetError, Options
+from iql_plugins.config import IQLConfig
+from iql_plugins.data import Dataset, DatasetError, Options, UnknownSourceError
 from iql_plugins.data.doctor import examine
-from iql_plugins.plugins import Host
-from iql_plugins.spaces import Discrete, Spaces
+from iql_plugins.keys import flat_name
+from iql_plugins.plugins import Host, NotRecognizedError
+from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.training.agent import Agent
 
 #: Four actions, of which the dataset has three.
 CARTPOLE = Spaces(SPACES["discrete"].observation, Discrete(4))
@@ -122,6 +125,24 @@ def test_its_observations_may_be_a_dictionary_in_turn() -> None:
     assert data["next", "observation", "right"].shape == (6, 2)
 
 
+def test_its_metadata_may_be_anything() -> None:
+    metadata = {"metadata/algorithm": np.bytes_(b"SAC"), "metadata": {"iteration": np.int64(3)}, "infos/qpos": [0.0]}
+    assert len(iql_plugins.load_dataset(columns() | metadata)) == 6
+
+
+def test_what_has_none_of_our_columns_is_left_to_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states: dict[str, Any] = {"my_states": np.zeros(3), "my_version": 1}
+    np.savez(tmp_path / "d.npz", my_states=states["my_states"])
+    for unknown in (states, tmp_path / "d.npz"):
+        with pytest.raises(UnknownSourceError, match="'my_states' is not a column that is read"):
+            iql_plugins.load_dataset(unknown)
+    mine = Dataset(make_dataset(SPACES["continuous"], 4).cpu(), "mine")
+    host = Host(find=lambda: [good(iql_read_dataset=lambda source: mine)])  # type: ignore[list-item]
+    monkeypatch.setattr(plugins, "host", lambda: host)
+    for known in (states, tmp_path / "d.npz"):
+        assert iql_plugins.read_dataset(known) is mine
+
+
 def test_what_is_wrong_with_it_is_named() -> None:
     with pytest.raises(DatasetError, match="the dict of arrays: 'reward_s' is not a column that is read; did you mean"):
         iql_plugins.load_dataset({**columns(), "reward_s": np.zeros(6)})
@@ -169,8 +190,12 @@ def test_training_maps_batches_by_the_function_of_the_hook(monkeypatch: pytest.M
     iql = IQL.build(spaces, hidden_sizes=(4,), compile="no")
     iql.update(make_dataset(spaces, 4))
     assert len(seen) == 1
-    with pytest.raises(TypeError, match=r"must be a TensorDict, or keyword tensors, got dict of \['observation'\]"):
-        iql.update({"observation": np.zeros(3)})
+    batch = {flat_name(key): tensor for key, tensor in make_dataset(spaces, 4).items(True, True)}
+    iql.update({**batch, "action": batch["action"].cpu().numpy()})
+    with pytest.raises(TypeError, match="action must be a tensor, got list"):
+        iql.update({**batch, "action": [0.0] * 4})
+    with pytest.raises(TypeError, match="must be a TensorDict, or keyword tensors, got int: 3"):
+        iql.update(3)  # type: ignore[arg-type]
 
 
 def test_torchrls_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,6 +217,40 @@ def test_d3rlpys_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 3
     with pytest.raises(TypeError, match="the batch must be a TorchMiniBatch of d3rlpy, got dict"):
         algorithm.impl.inner_update({}, 1)
+
+
+@pytest.mark.parametrize("names", [["1", "2"], [str(number) for number in range(11)]])
+def test_d3rlpys_observations_go_where_they_belong_whatever_their_names_are(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """d3rlpy's tuples are ``"0"``, ``"1"``, ...; an agent's names may be numbers, too, which sort as texts."""
+    pytest.importorskip("d3rlpy")
+    from d3rlpy.torch_utility import TorchMiniBatch
+
+    import iql_d3rlpy
+
+    spaces = Spaces({name: Box((1,)) for name in names}, Box((1,), low=(-1.0,), high=(1.0,)))
+    dataset = make_dataset(spaces, 20).cpu()
+    for name in names:
+        for key in (("observation", name), ("next", "observation", name)):
+            dataset[key] = torch.full((20, 1), float(name), device="cpu")
+    config = IQLConfig(batch_size=4, hidden_sizes=(4,), compile="no")
+    algorithm = iql_d3rlpy.from_agent(Agent(spaces, config, seed=0))
+    seen: list[Any] = []
+    monkeypatch.setattr(algorithm.impl.agent.learner, "step", lambda batch: seen.append(batch) or ...)
+    algorithm.impl.agent.learner.last_losses = torch.zeros(4)
+    buffer = iql_d3rlpy.to_replay_buffer(dataset)
+    algorithm.impl.update(TorchMiniBatch.from_batch(buffer.sample_transition_batch(4), 0.99, False, "cpu"), 1)
+    for name in names:
+        for prefix in ("observation", "next_observation"):
+            assert (seen[0][f"{prefix}_{name}"] == float(name)).all()
+
+
+def test_foreign_named_tuples_are_not_stable_baselines3s() -> None:
+    fields = ("observations", "actions", "next_observations", "dones", "rewards")
+    arrays = collections.namedtuple("arrays", fields)(*[np.zeros((4, 1))] * 5)
+    with pytest.raises(NotRecognizedError):
+        iql_plugins.map_batch(arrays)
 
 
 def test_stable_baselines3s_training_does_whatever_class_the_samples_have(monkeypatch: pytest.MonkeyPatch) -> None:

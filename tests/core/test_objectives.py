@@ -44,6 +44,7 @@ OPTIONS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def tables(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two entries, in tables that are this test's alone."""
+    monkeypatch.setattr(objectives, "_OF_PLUGINS", set())
     monkeypatch.setattr(objectives, "_TABLES", {kind: dict(table) for kind, table in objectives._TABLES.items()})
     entries: list[Any] = [*entry_points(group=plugins.PROJECT), good(iql_objectives=lambda: [TILTED, CLONED])]
     host = host_of(*entries)
@@ -148,6 +149,33 @@ def test_a_plugin_that_breaks_its_word_harms_no_other(monkeypatch: pytest.Monkey
     assert "failed in iql_objectives()" in (errors["b"] or "")
     assert errors["c"] is None
     assert "the value_objective 'tilted' is there already" in (errors["d"] or "")
+
+
+def test_a_wrong_name_blames_nobody_whose_entries_are_in_use() -> None:
+    assert objectives.value_objective("tilted").name == "tilted"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="must be one of 'expectile', 'tilted', got 'typo'"):
+            objectives.value_objective("typo")
+    assert plugins.host().available()["good"].error is None
+
+
+def test_names_of_options_are_nobody_elses() -> None:
+    own = {"temperature": LEVEL}
+    with pytest.raises(ValueError, match="an option of 'hot' has the name of a hyper-parameter: temperature"):
+        objectives.register(ValueObjective("hot", quantile_regression, exponential_weight, own))
+    objectives.register(PolicyExtraction("level", cloned, {"level": LEVEL}))
+    with pytest.raises(ValueError, match="'tilted' and 'level' both have the option level: they do not go together"):
+        IQLConfig(value_objective="tilted", policy_extraction="level")
+
+
+def test_options_are_a_mapping_and_each_ones_own() -> None:
+    agent = make_agent("continuous", **OPTIONS)
+    networks = agent.loss.actor_network, agent.loss.get_stateful_net("qvalue_network"), agent.loss.value_network
+    with pytest.raises(ValueError, match=r"objective_options must be a mapping, got \[\('level', 1\)\]"):
+        iql_plugins.IQLLoss(*networks, objective_options=[("level", 1)])  # type: ignore[arg-type]
+    agent.loss.objective_options["level"] = 0.1
+    agent.config.of("loss")["objective_options"]["level"] = 0.2
+    assert agent.config.objective_options["level"] == 0.5
 
 
 # Through every adapter

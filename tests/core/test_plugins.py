@@ -6,6 +6,7 @@ import sys
 import types
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -178,11 +179,30 @@ def test_what_a_reader_returns_is_checked() -> None:
     bare = host_of(good(iql_read_dataset=lambda source: tensors), strict=True)
     with pytest.raises(PluginError, match=r"must return a Dataset or None from iql_read_dataset\(\), got TensorDict"):
         bare.read_dataset("mine", Options())
+    held = host_of(good(iql_read_dataset=lambda source: Dataset({"a": 1}, "mine")), strict=True)  # type: ignore[arg-type]
+    with pytest.raises(
+        PluginError, match=r"must return a Dataset or None from iql_read_dataset\(\), got Dataset of dict"
+    ):
+        held.read_dataset("mine", Options())
     host = host_of(good(iql_read_dataset=lambda source: Dataset(tensors, "mine")))
     with pytest.raises(DatasetError, match=r"mine must have discrete actions, plugin 'good' read torch.float32"):
         host.read_dataset("mine", Options(discrete=True))
     tensors["next", "reward"][2] = torch.nan
     assert host.read_dataset("mine", Options(discrete=False, finite=False)).tensors is tensors
+
+
+def test_several_threads_may_read_first() -> None:
+    tensors = make_dataset(SPACES["continuous"], 4).cpu()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for _ in range(10):
+                host = host_of(good())
+                results = [threads.submit(host.read_dataset, tensors, Options()) for _ in range(4)]
+                assert all(len(result.result().tensors) == 4 for result in results)
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_source_that_looks_like_a_readers_says_why_it_is_not(tmp_path: Path) -> None:

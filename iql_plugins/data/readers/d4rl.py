@@ -4,8 +4,8 @@ from pathlib import Path
 
 from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Column, Transitions
-from iql_plugins.data.columns import any_known, readable
-from iql_plugins.data.dataset import Dataset, DatasetError, Options, UnknownSourceError, file_of
+from iql_plugins.data.columns import readable, require_any
+from iql_plugins.data.dataset import Dataset, Options, file_of
 from iql_plugins.hookspecs import hookimpl
 
 __all__: list[str] = []
@@ -22,12 +22,7 @@ def iql_read_dataset(source: object, options: Options) -> Dataset | None:
     if path is None:
         return None
     with hdf5.opened(path) as file:
-        known = any_known(file)
-        if not known:
-            try:
-                readable(str(path), file)
-            except DatasetError as error:
-                raise UnknownSourceError(str(error)) from error
+        require_any(str(path), file)
     return _load(path, options)
 
 

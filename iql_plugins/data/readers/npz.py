@@ -15,7 +15,7 @@ import numpy as np
 
 from iql_plugins.checkpoint import naming
 from iql_plugins.data.arrays import Array, Transitions
-from iql_plugins.data.columns import readable
+from iql_plugins.data.columns import readable, require_any
 from iql_plugins.data.dataset import Dataset, DatasetError, Options, existing_parent, file_of, one_line, reading
 from iql_plugins.hookspecs import hookimpl
 
@@ -43,6 +43,7 @@ def load(path: Path, options: Options) -> Dataset:
     discrete actions. Pickled objects are never loaded. With ``memmap_dir``, no column needs to fit into memory.
 
     Raises:
+        UnknownSourceError: if none of its columns is read; another reader may know it.
         DatasetError: if it is no such archive, or has a column that is neither read nor metadata.
     """
     name = str(path)
@@ -65,6 +66,7 @@ def _members(path: Path, options: Options, stack: ExitStack) -> dict[str, "_Memb
         parent = existing_parent(Path(options.memmap_dir))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=parent, prefix=".unpacked-")))
     files = [(info.filename.removesuffix(".npy"), info) for info in archive.infolist() if not info.is_dir()]
+    require_any(str(path), [key for key, _ in files])
     read = readable(str(path), [key for key, _ in files])
     members: dict[str, _Member] = {}
     for key, info in files:
