@@ -109,6 +109,16 @@ def test_the_networks_are_those_of_the_core(kind: str, place: str) -> None:
     assert to_agent(algorithm).custom_parts() == []
 
 
+def test_to_agent_changes_nothing_of_the_algorithm(kind: str, place: str) -> None:
+    algorithm = built(kind, place)
+    own = algorithm.impl.agent
+    before = own.spaces, own.normalizers
+    agent = to_agent(algorithm)
+    assert (own.spaces, own.normalizers) == before
+    assert algorithm.impl.agent is own
+    assert all(getattr(agent, part) is getattr(own, part) for part in ("loss", "learner", "generator"))
+
+
 def copy_layers(source: nn.Module, target: nn.Module, index: int | None = None) -> None:
     """Copies the linear layers of one network into another's, or into slice ``index`` of stacked ones."""
     layers = [[m for m in each.modules() if isinstance(m, nn.Linear)] for each in (source, target)]

@@ -263,6 +263,15 @@ def test_a_load_that_is_refused_does_not_add_the_estimator_to_the_state_dict(kin
     assert "_value_estimator.gamma" not in loss.state_dict()
 
 
+def test_to_look_at_the_estimator_does_not_add_it_to_the_state_dict(kind: str) -> None:
+    loss = make_loss(kind)
+    before = list(loss.state_dict())
+    assert loss.value_estimator.gamma.item() == pytest.approx(0.99)
+    assert list(loss.state_dict()) == before
+    loss.make_value_estimator(gamma=0.9)
+    assert "_value_estimator.gamma" in loss.state_dict()
+
+
 # As part of a larger module
 
 
