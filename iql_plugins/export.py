@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +24,20 @@ from iql_plugins.ranges import choice
 from iql_plugins.spaces import Box, Discrete, Space
 from iql_plugins.training.agent import Agent
 
-__all__ = ["ExportError", "Format", "PolicyModule", "export_policy", "exporters_quiet", "random_observations"]
+__all__ = [
+    "ExportError",
+    "Format",
+    "PolicyModule",
+    "export_policy",
+    "exporters_quiet",
+    "onnx_content",
+    "random_observations",
+    "torchscript_content",
+]
 
-Format = Literal["onnx", "torch"]
+Format = Literal["onnx", "torchscript", "torch"]
 
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2"}
+SUFFIXES = {"onnx": ".onnx", "torchscript": ".ts", "torch": ".pt2"}
 #: The largest difference between an exported policy's actions and the agent's, relative to the range of actions.
 TOLERANCE = 1e-5
 #: Observations that the two are compared on.
@@ -143,14 +152,15 @@ def export_policy(agent: Agent, path: str | os.PathLike[str], format: Format = "
     What was written is loaded and compared with ``agent.act`` on 1000 random observations before it gets its name. The
     agent is left as it was, on any error as well.
 
-    ========= ==================================================================================================
-    format    how to run it
-    ========= ==================================================================================================
-    ``onnx``  ``onnxruntime.InferenceSession(path).run(None, {"observation": array})[0]``; a Dict observation has an
-              input for each entry, ``observation_NAME``
-    ``torch`` ``torch.export.load(path).module()(tensor)``; a Dict observation has an argument for each entry,
-              sorted by name
-    ========= ==================================================================================================
+    =============== ============================================================================================
+    format          how to run it
+    =============== ============================================================================================
+    ``onnx``        ``onnxruntime.InferenceSession(path).run(None, {"observation": array})[0]``; a Dict observation
+                    has an input for each entry, ``observation_NAME``
+    ``torch``       ``torch.export.load(path).module()(tensor)``; a Dict observation has an argument for each entry,
+                    sorted by name
+    ``torchscript`` ``torch.jit.load(path)(tensor)``, likewise
+    =============== ============================================================================================
 
     Observations are float32 (uint8 images, int64 integers) with a batch dimension of any size.
 
@@ -176,12 +186,12 @@ def export_policy(agent: Agent, path: str | os.PathLike[str], format: Format = "
     if target.is_dir():
         raise IsADirectoryError(f"{str(target)!r} is a folder: give the file to write")
     policy = PolicyModule(agent)
-    write, load = (_write_onnx, _load_onnx) if format == "onnx" else (_write_torch, _load_torch)
+    write, load = _FORMATS[format]
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder:
         temporary = Path(folder) / f"policy{SUFFIXES[format]}"
         try:
             with exporters_quiet():
-                write(policy, random_observations(agent, 2, seed=1), temporary)
+                temporary.write_bytes(write(policy, random_observations(agent, 2, seed=1)))
                 act = load(temporary)
         except ImportError:
             raise
@@ -192,20 +202,53 @@ def export_policy(agent: Agent, path: str | os.PathLike[str], format: Format = "
     return difference
 
 
-def _write_onnx(policy: PolicyModule, example: Sequence[Tensor], path: Path) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
+def onnx_content(
+    policy: nn.Module, example: Sequence[Tensor], *, inputs: Sequence[str], output: str, packages: Sequence[str]
+) -> bytes:
+    """A module of several observations and one output as ONNX, of batches of any size.
+
+    Args:
+        policy: takes one tensor ``[B, ...]`` for each of ``inputs``.
+        example: what it is traced with.
+        inputs: their names.
+        output: the output's name.
+        packages: what must be installed.
+
+    Raises:
+        ImportError: for a missing package; says how to install it.
+    """
+    for package in packages:
         _imported(package)
-    torch.onnx.export(
+    program = torch.onnx.export(
         policy,
         tuple(example),
-        os.fspath(path),
-        input_names=policy.input_names,
-        output_names=["action"],
-        dynamic_shapes=_dynamic(policy),
-        external_data=False,
+        input_names=list(inputs),
+        output_names=[output],
+        dynamic_shapes=_dynamic(example),
         dynamo=True,
         verbose=False,
     )
+    content: bytes = program.model_proto.SerializeToString()  # type: ignore[union-attr]
+    return content
+
+
+def torchscript_content(policy: nn.Module, example: Sequence[Tensor]) -> bytes:
+    """A module as TorchScript; weights are constants of it."""
+
+    def act(*observations: Tensor) -> Tensor:
+        action: Tensor = policy(*observations)
+        return action
+
+    file = io.BytesIO()
+    with torch.no_grad():
+        # The trace of a function: that of a module looks at all attributes of tensordict's, some of which raise.
+        torch.jit.save(torch.jit.trace(act, tuple(example), check_trace=False), file)
+    return file.getvalue()
+
+
+def _write_onnx(policy: PolicyModule, example: Sequence[Tensor]) -> bytes:
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    return onnx_content(policy, example, inputs=policy.input_names, output="action", packages=packages)
 
 
 def _load_onnx(path: Path) -> Callable[..., Tensor]:
@@ -226,12 +269,12 @@ def _imported(package: str) -> Any:
         raise ImportError(f"ONNX files need {package}: pip install 'iql-plugins[onnx]'") from error
 
 
-def _write_torch(policy: PolicyModule, example: Sequence[Tensor], path: Path) -> None:
-    program = torch.export.export(policy, tuple(example), dynamic_shapes=_dynamic(policy), strict=False)
+def _write_torch(policy: PolicyModule, example: Sequence[Tensor]) -> bytes:
+    program = torch.export.export(policy, tuple(example), dynamic_shapes=_dynamic(example), strict=False)
     # In memory first: where torch cannot write to a file, it ends the process.
     content = io.BytesIO()
     torch.export.save(program, content)
-    path.write_bytes(content.getvalue())
+    return content.getvalue()
 
 
 def _load_torch(path: Path) -> Callable[..., Tensor]:
@@ -239,10 +282,25 @@ def _load_torch(path: Path) -> Callable[..., Tensor]:
     return module
 
 
-def _dynamic(policy: PolicyModule) -> Any:
+def _load_torchscript(path: Path) -> Callable[..., Tensor]:
+    module: Callable[..., Tensor] = torch.jit.load(path, map_location="cpu")
+    return module
+
+
+_FORMATS: Mapping[
+    str, tuple[Callable[[PolicyModule, Sequence[Tensor]], bytes], Callable[[Path], Callable[..., Tensor]]]
+]
+_FORMATS = {
+    "onnx": (_write_onnx, _load_onnx),
+    "torchscript": (torchscript_content, _load_torchscript),
+    "torch": (_write_torch, _load_torch),
+}
+
+
+def _dynamic(example: Sequence[Tensor]) -> Any:
     batch = torch.export.Dim("batch")
     # One entry for forward's one variadic argument.
-    return (tuple({0: batch} for _ in policy.input_names),)
+    return (tuple({0: batch} for _ in example),)
 
 
 def _compare(agent: Agent, policy: PolicyModule, act: Callable[..., Tensor]) -> float:

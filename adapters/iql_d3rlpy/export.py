@@ -1,8 +1,6 @@
 """A policy with its scalers as one file, for elsewhere."""
 
 import copy
-import importlib
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from iql_d3rlpy.impl import IQLImpl
 from iql_plugins import checkpoint
-from iql_plugins.export import exporters_quiet
+from iql_plugins.export import exporters_quiet, onnx_content, torchscript_content
 
 __all__ = ["export_policy"]
 
@@ -25,7 +23,7 @@ def export_policy(impl: IQLImpl, config: Any, path: str | os.PathLike[str]) -> N
         config: has the scalers.
         path: ``.onnx`` or ``.pt``; replaced in one step.
     """
-    write = {".onnx": _onnx, ".pt": _torchscript}.get(Path(path).suffix)
+    write: Any = {".onnx": _onnx, ".pt": torchscript_content}.get(Path(path).suffix)
     if write is None:
         raise ValueError(f"a policy is saved as .onnx or .pt, got {os.fspath(path)!r}")
     policy = _Policy(impl, config)
@@ -61,32 +59,5 @@ class _Policy(nn.Module):
 
 
 def _onnx(policy: _Policy, example: tuple[Tensor, ...]) -> bytes:
-    for package in ("onnx", "onnxscript"):
-        try:
-            importlib.import_module(package)
-        except ImportError as error:
-            raise ImportError(f"ONNX files need {package}: pip install 'iql-plugins[onnx]'") from error
-    batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        policy,
-        example,
-        input_names=[f"input_{index}" for index in range(len(example))],
-        output_names=["output_0"],
-        # One entry for forward's one variadic argument.
-        dynamic_shapes=(tuple({0: batch} for _ in example),),
-        dynamo=True,
-        verbose=False,
-    )
-    content: bytes = program.model_proto.SerializeToString()  # type: ignore[union-attr]
-    return content
-
-
-def _torchscript(policy: _Policy, example: tuple[Tensor, ...]) -> bytes:
-    def act(*observations: Tensor) -> Tensor:
-        action: Tensor = policy(*observations)
-        return action
-
-    # The trace of a function: that of a module looks at all attributes of tensordict's, some of which raise.
-    file = io.BytesIO()
-    torch.jit.save(torch.jit.trace(act, example, check_trace=False), file)
-    return file.getvalue()
+    inputs = [f"input_{index}" for index in range(len(example))]
+    return onnx_content(policy, example, inputs=inputs, output="output_0", packages=("onnx", "onnxscript"))

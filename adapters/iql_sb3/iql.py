@@ -675,14 +675,17 @@ class IQL(OfflineLearning):
         """Writes the deterministic policy as one file: what :meth:`predict` takes in, its actions out.
 
         Args:
-            path: replaced in one step.
-            format: ``"onnx"``, ``"torchscript"``, or ``"torch"`` for ``torch.export``.
+            path: replaced in one step, once the actions were compared.
+            format: ``"onnx"``, ``"torchscript"``, or ``"torch"`` for ``torch.export``; see
+                :func:`iql_plugins.export.export_policy`.
 
         Raises:
             ValueError: for another format.
             ImportError: for a missing package; says how to install it.
+            ExportError: if the policy's networks cannot be exported, or what was written acts differently.
         """
-        from iql_sb3.export import export_policy
+        # What it needs is imported by those who export.
+        from iql_plugins.export import export_policy
 
         export_policy(agent_in(self), path, format)
 

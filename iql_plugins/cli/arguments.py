@@ -139,8 +139,8 @@ class Export:
 
     policy: Policy
     """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
-    format: Literal["onnx", "torch"] = "onnx"
-    """onnx, or torch.export's .pt2."""
+    format: Literal["onnx", "torchscript", "torch"] = "onnx"
+    """onnx, torchscript, or torch.export's .pt2."""
     output: str | None = None
     """The file to write; by default beside the policy, with the format's suffix."""
     adapter: Annotated[str | None, tyro.conf.arg(name="from")] = None

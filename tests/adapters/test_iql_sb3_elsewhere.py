@@ -90,7 +90,7 @@ def test_an_export_scales_clips_and_normalises(tmp_path: Path) -> None:
     expected, _ = model.predict(observations.numpy(), deterministic=True)
     np.testing.assert_allclose(actions, expected, atol=1e-5)
     assert np.abs(expected).max() > 0.01
-    with pytest.raises(ValueError, match="'onnx', 'torchscript' or 'torch'"):
+    with pytest.raises(ValueError, match="'onnx', 'torchscript', 'torch'"):
         model.export(tmp_path / "policy.pt", format="keras")
     with pytest.raises(FileNotFoundError, match="no folder"):
         model.export(tmp_path / "nowhere" / "policy.pt", format="torchscript")

@@ -66,10 +66,12 @@ def test_an_onnx_file_acts_like_the_agent_whatever_the_batch_size(kind: str, tmp
 
 
 @pytest.mark.parametrize("kind", ["continuous", "dict", "image"])
-def test_a_torch_file_acts_like_the_agent_whatever_the_batch_size(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("written", ["torch", "torchscript"])
+def test_a_file_of_torch_acts_like_the_agent_whatever_the_batch_size(kind: str, written: Any, tmp_path: Path) -> None:
     agent = make_agent(kind)
-    export_policy(agent, tmp_path / "policy.pt2", "torch")
-    module = torch.export.load(tmp_path / "policy.pt2").module()
+    export_policy(agent, tmp_path / "policy", written)
+    load = torch.jit.load if written == "torchscript" else lambda path: torch.export.load(path).module()
+    module = load(tmp_path / "policy")
     for count in (1, 7):
         observations, given = observed(agent, count)
         torch.testing.assert_close(module(*observations), agent.act(given).cpu())
@@ -107,7 +109,8 @@ def test_a_policy_that_acts_differently_is_not_written(tmp_path: Path, monkeypat
         path = tmp_path / f"{kind}.pt2"
         path.write_bytes(b"the one before")
         acting = {"continuous": lambda action: action + 0.01, "discrete": lambda action: 5 - action}[kind]
-        monkeypatch.setattr(export, "_load_torch", lambda _, agent=agent, acting=acting: _differently(agent, acting))
+        written = export._FORMATS["torch"][0], lambda _, agent=agent, acting=acting: _differently(agent, acting)
+        monkeypatch.setitem(export._FORMATS, "torch", written)  # type: ignore[arg-type]
         with pytest.raises(ExportError, match=r"differ by|takes other actions"):
             export_policy(agent, path, "torch")
         assert path.read_bytes() == b"the one before"

@@ -197,9 +197,8 @@ def of_stable_baselines3(agent: Agent, path: Path) -> None:
     iql_sb3.IQL.from_agent(agent).save(str(path.with_suffix("")))
 
 
-def torchscript_of_stable_baselines3(agent: Agent, path: Path) -> None:
-    pytest.importorskip("stable_baselines3")
-    from iql_sb3.export import export_policy
+def torchscript(agent: Agent, path: Path) -> None:
+    from iql_plugins.export import export_policy
 
     export_policy(agent, path, "torchscript")
 
@@ -218,7 +217,7 @@ WRITERS: dict[str, tuple[str, Callable[[Agent, Path], None]]] = {
     "the common checkpoint": (".safetensors", Agent.save),
     "Stable-Baselines3's zip": (".zip", native("sb3")),
     "Stable-Baselines3's save": (".zip", of_stable_baselines3),
-    "Stable-Baselines3's TorchScript": (".pt", torchscript_of_stable_baselines3),
+    "TorchScript": (".ts", torchscript),
     "d3rlpy's file": (".d3", native("d3rlpy")),
     "d3rlpy's model": (".pt", d3rlpys("save_model")),
     "d3rlpy's policy": (".pt", d3rlpys("save_policy")),
