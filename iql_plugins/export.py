@@ -18,6 +18,7 @@ from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from iql_plugins.checkpoint import naming
 from iql_plugins.keys import flat_name
 from iql_plugins.networks.calls import distribution
 from iql_plugins.ranges import choice
@@ -189,17 +190,27 @@ def export_policy(agent: Agent, path: str | os.PathLike[str], format: Format = "
     write, load = _FORMATS[format]
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=f".{target.name}.") as folder:
         temporary = Path(folder) / f"policy{SUFFIXES[format]}"
-        try:
-            with exporters_quiet():
-                temporary.write_bytes(write(policy, random_observations(agent, 2, seed=1)))
-                act = load(temporary)
-        except ImportError:
-            raise
-        except Exception as error:
-            raise ExportError(f"the policy cannot be exported to {format}: {type(error).__name__}: {error}") from error
+        with _exporting(format):
+            content = write(policy, random_observations(agent, 2, seed=1))
+        with naming(target):
+            temporary.write_bytes(content)
+        with _exporting(format):
+            act = load(temporary)
         difference = _compare(agent, policy, act)
         os.replace(temporary, target)
     return difference
+
+
+@contextmanager
+def _exporting(format: str) -> Iterator[None]:
+    """Makes whatever exporters raise an :class:`ExportError`."""
+    try:
+        with exporters_quiet():
+            yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ExportError(f"the policy cannot be exported to {format}: {type(error).__name__}: {error}") from error
 
 
 def onnx_content(

@@ -1,5 +1,6 @@
 """An exported policy acts like the agent, needs nothing of the package, and leaves the agent alone."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def test_an_onnx_file_acts_like_the_agent_whatever_the_batch_size(kind: str, tmp
 def test_a_file_of_torch_acts_like_the_agent_whatever_the_batch_size(kind: str, written: Any, tmp_path: Path) -> None:
     agent = make_agent(kind)
     export_policy(agent, tmp_path / "policy", written)
+    # torch deprecates TorchScript; whoever asks for it knows.
+    warnings.simplefilter("ignore")
     load = torch.jit.load if written == "torchscript" else lambda path: torch.export.load(path).module()
     module = load(tmp_path / "policy")
     for count in (1, 7):
