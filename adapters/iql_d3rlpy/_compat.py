@@ -12,7 +12,7 @@ from d3rlpy.dataset import (
     TransitionPickerProtocol,
 )
 
-__all__ = ["device_name", "picker_settings", "transitions", "writer_preprocessor"]
+__all__ = ["device_name", "held_transitions", "picker_settings", "writer_preprocessor"]
 
 
 def picker_settings(picker: TransitionPickerProtocol) -> tuple[int | None, int, float | None]:
@@ -46,7 +46,7 @@ def device_name(device: Any) -> str:
     return str(device) if device else "cpu"
 
 
-def transitions(buffer: BufferProtocol) -> Sequence[tuple[Any, int]]:
+def held_transitions(buffer: BufferProtocol) -> Sequence[tuple[Any, int]]:
     """An episode and a step for each transition, in the order of their coming: to index them takes a queue's time."""
     held: Sequence[tuple[Any, int]] = buffer._transitions
     return held

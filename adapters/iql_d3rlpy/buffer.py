@@ -20,7 +20,7 @@ from d3rlpy.dataset import (
 )
 from tensordict.utils import NestedKey
 
-from iql_d3rlpy._compat import picker_settings, transitions
+from iql_d3rlpy._compat import held_transitions, picker_settings
 from iql_d3rlpy.batches import observation_keys
 from iql_plugins.data.dataset import REWARD, chunks
 from iql_plugins.data.intake import Part
@@ -256,7 +256,7 @@ class _Columns:
             self._start_over()
         added = []
         # A queue takes its time to find a position in its middle, but none to go through all of them.
-        for transition in reversed(transitions(self._buffer)):
+        for transition in reversed(held_transitions(self._buffer)):
             if transition is self._last:
                 break
             added.append(transition)

@@ -16,7 +16,7 @@ from iql_plugins.data.dataset import REWARD, require_single_steps
 from iql_plugins.data.episodes import episode_ends
 from iql_plugins.data.intake import ActionExcess, check_columns
 from iql_plugins.data.normalizers import CHUNK, Normalizers
-from iql_plugins.data.packed import transitions
+from iql_plugins.data.packed import batch_source
 from iql_plugins.keys import flat_name, next_key, shown
 from iql_plugins.spaces import Box, Space, Spaces
 from iql_sb3.batches import map_batch
@@ -191,7 +191,7 @@ class OfflineData:
     ) -> None:
         self._inputs, self._scaled, self.raw, self.n_steps, self._device = inputs, scaled, raw, n_steps, device
         self._observed = [name for key in inputs.spaces.observations for name in (key, next_key(key))]
-        self._transitions = transitions(dataset, self._transform, device)
+        self._transitions = batch_source(dataset, self._transform, device)
         if n_steps > 1:
             reward = dataset.get(_REWARD).reshape(-1).to(device)
             self._rewards = reward if raw else inputs.normalizers.reward(reward)

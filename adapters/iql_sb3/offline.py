@@ -28,7 +28,7 @@ from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.learner import Learner, resolve_compile
 from iql_sb3 import datasets
 from iql_sb3.policies import IQLPolicy
-from iql_sb3.reader import transitions
+from iql_sb3.reader import ring_transitions
 from iql_sb3.spaces import check_fits, layout_spaces
 
 __all__ = ["LearnerState", "OfflineLearning", "loaded_dataset", "steps_of"]
@@ -328,7 +328,7 @@ def _count(name: str, value: Any, least: int) -> int:
 def loaded_dataset(source: object, trust_pickle: bool) -> tuple[TensorDictBase, Spaces | None, ReplayBuffer | None]:
     """By the key layout, with the spaces that the source tells, and the replay buffer that it is, if it is one."""
     if isinstance(source, ReplayBuffer):
-        return transitions(source, f"the {type(source).__name__}"), None, source
+        return ring_transitions(source, f"the {type(source).__name__}"), None, source
     return *datasets.load(source, trust_pickle), None
 
 

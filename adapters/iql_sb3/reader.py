@@ -13,7 +13,7 @@ from iql_plugins.data.dataset import Dataset, DatasetError, Options, reading, re
 from iql_plugins.data.readers import tensordicts
 from iql_plugins.spaces import Box, Spaces
 
-__all__ = ["check_buffer", "read_dataset", "transitions"]
+__all__ = ["check_buffer", "read_dataset", "ring_transitions"]
 
 _READ = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
 
@@ -55,7 +55,7 @@ def read_dataset(source: object, options: Options) -> Dataset | None:
             size = int(share * sum(array.nbytes for array in _arrays(buffer)))
             require_space(size, name, replace(options, memmap_dir=None))
         # The buffer's memory changes when it goes on.
-        dataset = transitions(buffer, name, copy=options.memmap_dir is None)
+        dataset = ring_transitions(buffer, name, copy=options.memmap_dir is None)
         dataset.set("action", _unscaled(dataset.get("action"), spaces, name))
         if options.discrete is None:
             options = replace(options, discrete=spaces.discrete)
@@ -63,7 +63,7 @@ def read_dataset(source: object, options: Options) -> Dataset | None:
         return replace(loaded, spaces=spaces, timeouts_recorded=bool(buffer.handle_timeout_termination))
 
 
-def transitions(buffer: Any, name: str, *, copy: bool = False) -> TensorDict:
+def ring_transitions(buffer: Any, name: str, *, copy: bool = False) -> TensorDict:
     """The transitions in a replay buffer of one step by the key layout, continuous actions in [-1, 1].
 
     They are in the order of time, one environment's after another's; without ``copy``, those of one environment in a

@@ -11,12 +11,12 @@ from torch import Tensor
 from iql_plugins.data.normalizers import CHUNK
 from iql_plugins.keys import flat_name
 
-__all__ = ["MappedDataset", "PackedDataset", "Transitions", "transitions"]
+__all__ = ["BatchSource", "MappedDataset", "PackedDataset", "batch_source"]
 
 Transform = Callable[[TensorDictBase], TensorDictBase]
 
 
-class Transitions(Protocol):
+class BatchSource(Protocol):
     """A dataset from which batches are drawn."""
 
     def __len__(self) -> int:
@@ -26,9 +26,9 @@ class Transitions(Protocol):
         """The transitions ``index`` (``[B]`` int64) by keyword name, each ``[B, ...]``."""
 
 
-def transitions(
+def batch_source(
     dataset: TensorDictBase, transform: Transform | None = None, device: torch.device | str | None = None
-) -> Transitions:
+) -> BatchSource:
     """A dataset ready to be sampled: packed on ``device``, or left on disk if it is memory-mapped.
 
     Args:

@@ -20,7 +20,7 @@ from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.config import IQLConfig, hyperparameters
 from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.data.packed import Transitions, transitions
+from iql_plugins.data.packed import BatchSource, batch_source
 from iql_plugins.keys import flat_name
 from iql_plugins.limits import WeightLimit
 from iql_plugins.losses.bootstrap import ValueEstimator, ValueEstimators
@@ -208,14 +208,14 @@ class Agent:
         if excess.count:
             _LOGGER.warning("%s: they are clipped, as the environment clips them", excess)
 
-    def transitions(self, dataset: TensorDictBase) -> Transitions:
+    def transitions(self, dataset: TensorDictBase) -> BatchSource:
         """A dataset in the environment's units as batches for the learner; what the loss does not read is left out.
 
         Raises:
             ValueError: if the dataset is empty, or as :meth:`check`.
         """
         self.check(dataset)
-        return transitions(dataset.select(*self.loss.accepted_keys, strict=False), self.normalizers, self.device)
+        return batch_source(dataset.select(*self.loss.accepted_keys, strict=False), self.normalizers, self.device)
 
     @overload
     def act(self, observation: Tensor | Mapping[str, Tensor], deterministic: bool = True) -> Tensor: ...

@@ -246,12 +246,13 @@ def _trained(state: Mapping[str, Tensor]) -> list[str]:
     return [name for name, tensor in state.items() if tensor.requires_grad]
 
 
-#: What torch itself keeps in a module. A mode is told apart from settings: it is that of every module inside, too.
-_OF_TORCH = vars(nn.Module()).keys()
+#: What torch itself keeps in a module, and whether an estimator was used, which is of account for ``state_dict()`` alone.
+#: A mode is told apart from settings: it is that of every module inside, too.
+_NO_SETTING = vars(nn.Module()).keys() | {"_estimator_in_state"}
 
 
 def _set_on(module: nn.Module) -> tuple[Hashable, ...]:
-    return type(module), *[(name, _constant(value)) for name, value in vars(module).items() if name not in _OF_TORCH]
+    return type(module), *[(name, _constant(value)) for name, value in vars(module).items() if name not in _NO_SETTING]
 
 
 def _constant(value: Any) -> Hashable:

@@ -25,7 +25,7 @@ from iql_plugins.training.agent import build_loss
 from iql_plugins.training.learner import DivergenceError
 from iql_sb3 import IQL
 from iql_sb3.batches import map_batch
-from iql_sb3.reader import transitions
+from iql_sb3.reader import ring_transitions
 from iql_sb3.spaces import layout_spaces
 
 SMALL: dict[str, Any] = {"batch_size": 16, "buffer_size": 500, "policy_kwargs": {"net_arch": [8]}, "seed": 0}
@@ -159,7 +159,7 @@ def test_actions_of_a_dataset_are_scaled_as_the_buffer_stores_them() -> None:
 def test_a_replay_buffer_becomes_a_dataset_in_the_order_of_time(n_envs: int, steps: int, shared: bool) -> None:
     kwargs = {"optimize_memory_usage": True, "handle_timeout_termination": False} if shared else {}
     buffer = filled_buffer(10 * n_envs, steps, n_envs, **kwargs)
-    dataset = transitions(buffer, "the buffer")
+    dataset = ring_transitions(buffer, "the buffer")
     length = 7 if steps == 7 else 10 - shared
     rewards = dataset["next", "reward"].reshape(n_envs, length)
     expected = torch.arange(steps - length, steps, dtype=torch.float32) + 1000.0 * torch.arange(n_envs).unsqueeze(-1)
@@ -197,7 +197,7 @@ def test_a_buffer_with_an_array_that_is_not_read_is_refused() -> None:
 
 @pytest.mark.parametrize("key", ["steps_to_next_obs", ("next", "discount")])
 def test_n_step_transitions_are_refused_rather_than_read_as_single_steps(key: Any) -> None:
-    dataset = transitions(filled_buffer(), "the buffer").clone()
+    dataset = ring_transitions(filled_buffer(), "the buffer").clone()
     dataset[key] = torch.full((30, 1), 3, device="cpu")
     model = model_of()
     with pytest.raises(DatasetError, match=r"has .*(steps_to_next_obs|discount).*: give single steps, .*n_steps"):
@@ -221,7 +221,7 @@ def test_a_buffer_is_kept_once() -> None:
     models[1].load_dataset(buffer)
     assert len(models[1]._offline) == rows - 1
     assert resident_bytes() - before < 1.3 * size
-    dataset = transitions(buffer, "the buffer")
+    dataset = ring_transitions(buffer, "the buffer")
     assert dataset["observation"].data_ptr() == buffer.observations.ctypes.data
 
 

@@ -15,7 +15,7 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from iql_plugins import IQLLoss
-from iql_plugins.data.packed import transitions
+from iql_plugins.data.packed import batch_source
 from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.training import gradients
 from iql_plugins.training.gradients import MOST_GRAPHS, LossGradients, compiler_available
@@ -63,7 +63,7 @@ def test_the_graph_computes_what_autograd_does(kind: str, graphs: list[Any]) -> 
 def test_the_graph_takes_every_kind_of_observation(kind: str, graphs: list[Any]) -> None:
     dataset = make_dataset(SPACES[kind])
     agent = make_agent(kind, dataset, actor_dropout=0.5)
-    source = transitions(dataset, agent.normalizers)
+    source = batch_source(dataset, agent.normalizers)
     both(agent.loss, source.batch(torch.arange(8)), LossGradients(agent.loss, compile=True))
 
 
@@ -171,7 +171,7 @@ def test_weights_that_are_loaded_count_from_the_next_call(kind: str, graphs: lis
 
 def test_evaluation_mode_is_another_graph(graphs: list[Any]) -> None:
     loss = make_agent("continuous", actor_dropout=0.5).loss
-    batch = transitions(make_dataset(SPACES["continuous"])).batch(torch.arange(8))
+    batch = batch_source(make_dataset(SPACES["continuous"])).batch(torch.arange(8))
     compiled = LossGradients(loss, compile=True)
     trained, evaluated = compiled(batch), None
     loss.eval()
@@ -400,7 +400,7 @@ def test_a_compiled_training_is_the_eager_one(kind: str) -> None:
     for name, tensor in eager.items():
         torch.testing.assert_close(compiled[name], tensor, atol=1e-5, rtol=1e-5)
     # What a compiler makes of a check differs, but it is one, and nothing was trained.
-    batch = transitions(dataset, agents[1].normalizers).batch(torch.arange(8))
+    batch = batch_source(dataset, agents[1].normalizers).batch(torch.arange(8))
     invalid: list[dict[str, torch.Tensor]] = [{"next_reward": torch.zeros(8, 2)}]
     if kind == "discrete":
         invalid += [{"action": torch.full((8, 1), action)} for action in (-1, 4)]

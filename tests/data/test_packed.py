@@ -10,7 +10,7 @@ from tensordict import MemoryMappedTensor, TensorDict
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import packed as module
 from iql_plugins.data.normalizers import Normalizers
-from iql_plugins.data.packed import MappedDataset, PackedDataset, transitions
+from iql_plugins.data.packed import MappedDataset, PackedDataset, batch_source
 from iql_plugins.keys import flat_name
 
 
@@ -43,7 +43,7 @@ def test_a_batch_is_transformed_as_its_rows_would_be(kind: str) -> None:
     dataset = make_dataset(SPACES[kind])
     transform = Normalizers.fit(dataset, SPACES[kind], IQLConfig(normalize_observations=True, reward_scale=2.0))
     index = torch.randint(ROWS, (33,))
-    assert_rows(transitions(dataset, transform).batch(index), transform(dataset), index)
+    assert_rows(batch_source(dataset, transform).batch(index), transform(dataset), index)
 
 
 def test_a_packed_dataset_takes_its_size_once() -> None:
@@ -65,7 +65,7 @@ def test_a_mapped_dataset_stays_on_disk(tmp_path: Path) -> None:
     dataset = make_dataset(SPACES["continuous"])
     mapped = dataset.memmap(tmp_path)
     transform = Normalizers.fit(mapped, SPACES["continuous"], IQLConfig(normalize_observations=True))
-    source = transitions(mapped, transform, "cpu")
+    source = batch_source(mapped, transform, "cpu")
     assert isinstance(source, MappedDataset)
     assert len(source) == ROWS
     index = torch.randint(ROWS, (33,), device="cpu")
@@ -76,7 +76,7 @@ def test_a_mapped_dataset_stays_on_disk(tmp_path: Path) -> None:
 
 def test_a_selection_of_a_mapped_dataset_is_mapped(tmp_path: Path) -> None:
     mapped = make_dataset(SPACES["continuous"]).memmap(tmp_path)
-    assert isinstance(transitions(mapped.select("observation", ("next", "reward"))), MappedDataset)
+    assert isinstance(batch_source(mapped.select("observation", ("next", "reward"))), MappedDataset)
 
 
 def test_batches_are_where_they_are_asked_for(device: torch.device, tmp_path: Path) -> None:
@@ -84,5 +84,5 @@ def test_batches_are_where_they_are_asked_for(device: torch.device, tmp_path: Pa
     transform = Normalizers.fit(dataset, SPACES["continuous"], IQLConfig(normalize_observations=True)).to(device)
     index = torch.randint(ROWS, (4,), device=device)
     for source in (dataset, dataset.memmap(tmp_path)):
-        batch = transitions(source, transform, device).batch(index)
+        batch = batch_source(source, transform, device).batch(index)
         assert {tensor.device.type for tensor in batch.values()} == {device.type}
