@@ -246,8 +246,8 @@ def _trained(state: Mapping[str, Tensor]) -> list[str]:
     return [name for name, tensor in state.items() if tensor.requires_grad]
 
 
-#: What torch itself keeps in a module, and whether an estimator was used, which is of account for ``state_dict()`` alone.
-#: A mode is told apart from settings: it is that of every module inside, too.
+#: What torch itself keeps in a module, and whether an estimator was used, which ``state_dict()`` alone reads. A mode is
+#: told apart from settings: it is that of every module inside, too.
 _NO_SETTING = vars(nn.Module()).keys() | {"_estimator_in_state"}
 
 
