@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from iql_plugins.config import IQLConfig
 from iql_plugins.losses.iql import IQLLoss
-from iql_plugins.networks import MLP, categorical_actor, discrete_critic, gaussian_actor, value_function
+from iql_plugins.networks.builders import MLP, Role, networks_for
 from iql_plugins.networks.encoders import ObservationEncoder
-from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import assemble_loss, build_loss
 
 __all__ = ["build", "perceptrons"]
@@ -75,26 +75,20 @@ def build(config: Any, core: IQLConfig, spaces: Spaces, shape: Sequence[Any], ke
     boxes = [Box(tuple(size)) for size in (shape if len(keys) > 1 else [shape])]
     inputs = list(keys)
 
-    def options(factory: Any) -> dict[str, Any]:
-        encoder = factory.create(shape)
+    def options(role: Role) -> dict[str, Any]:
+        encoder = getattr(config, f"{role}_encoder_factory").create(shape)
         size = compute_output_size([shape], encoder)
         made = _Encoder(boxes, encoder, size)
         return {"observation_size": size, "hidden_sizes": (), "in_keys": inputs, "encoder": made}
 
-    action = spaces.action
-    critics: list[nn.Module] = []
-    actor: nn.Module
-    if isinstance(action, Discrete):
-        actor = categorical_actor(action_count=action.n, **options(config.actor_encoder_factory))
-        for _ in range(core.n_critics):
-            critics.append(discrete_critic(action_count=action.n, **options(config.critic_encoder_factory)))
-    else:
-        size = action.size
-        actor = gaussian_actor(action_size=size, squashed=core.squashed, **options(config.actor_encoder_factory))
-        for _ in range(core.n_critics):
-            body = _StateAction(config.critic_encoder_factory, shape, size, len(inputs))
-            critics.append(TensorDictModule(body, in_keys=[*inputs, "action"], out_keys=["state_action_value"]))
-    value = value_function(**options(config.value_encoder_factory))
+    def critic_of() -> TensorDictModule:
+        assert isinstance(spaces.action, Box)
+        body = _StateAction(config.critic_encoder_factory, shape, spaces.action.size, len(inputs))
+        return TensorDictModule(body, in_keys=[*inputs, "action"], out_keys=["state_action_value"])
+
+    actor, critics, value = networks_for(
+        spaces.action, options, n_critics=core.n_critics, squashed=core.squashed, critic_of=critic_of
+    )
     qvalue = critics[0] if core.n_critics == 1 else critics
     return assemble_loss(core, actor, qvalue, value, discrete=spaces.discrete)
 

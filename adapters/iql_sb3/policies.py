@@ -10,7 +10,6 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -19,7 +18,7 @@ from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.losses.iql import IQLLoss
-from iql_plugins.networks import MLP, categorical_actor, critic, discrete_critic, gaussian_actor, value_function
+from iql_plugins.networks.builders import Role, networks_for
 from iql_plugins.networks.calls import distribution, outputs
 from iql_plugins.networks.encoders import ObservationEncoder, is_plain
 from iql_plugins.spaces import Box, Discrete, Spaces
@@ -38,6 +37,8 @@ __all__ = [
     "set_hyperparameters",
 ]
 
+#: What Stable-Baselines3 calls the networks in ``net_arch``.
+_ARCHITECTURE = {"actor": "pi", "critic": "qf", "value": "vf"}
 NetArch = Sequence[int] | Mapping[str, Sequence[int]]
 
 
@@ -326,39 +327,26 @@ class IQLPolicy(BasePolicy):
         plain = vectors and self.features_extractor_class is FlattenExtractor
         shared = None if plain or not self.share_features_extractor else self._encoder(keys)
 
-        def options(network: str) -> dict[str, Any]:
+        config = IQLConfig(n_critics=self.n_critics)
+
+        def options(role: Role) -> dict[str, Any]:
             encoder = None if plain else shared or self._encoder(keys)
             boxes = [space for space in self.spaces.observations.values() if isinstance(space, Box)]
-            size = sum(box.size for box in boxes) if encoder is None else encoder.size
-            hidden = self.layer_sizes[network]
-            return {"observation_size": size, "hidden_sizes": hidden, "in_keys": keys, "encoder": encoder}
+            return {
+                "observation_size": sum(box.size for box in boxes) if encoder is None else encoder.size,
+                "hidden_sizes": self.layer_sizes[_ARCHITECTURE[role]],
+                "activation": self.activation_fn,
+                "in_keys": keys,
+                "encoder": encoder,
+            }
 
-        action, count = self.spaces.action, self.n_critics
-        config = IQLConfig(n_critics=count)
-        if isinstance(action, Discrete):
-            actor = categorical_actor(action_count=action.n, dropout=self.dropout, **options("pi"))
-            critics = [discrete_critic(action_count=action.n, **options("qf")) for _ in range(count)]
-        else:
-            size, dropout, squashed = action.size, self.dropout, self.squashed
-            actor = gaussian_actor(action_size=size, dropout=dropout, squashed=squashed, **options("pi"))
-            critics = [critic(action_size=size, **options("qf")) for _ in range(count)]
-        networks = self._activated(actor, critics, value_function(**options("vf")))
+        networks = networks_for(
+            self.spaces.action, options, n_critics=self.n_critics, dropout=self.dropout, squashed=self.squashed
+        )
         return assemble_loss(config, *networks, discrete=self.spaces.discrete, separate_losses=shared is not None)
 
     def _encoder(self, keys: Sequence[NestedKey]) -> FeaturesEncoder:
         return FeaturesEncoder(keys, self.observation_space, self.make_features_extractor(), self.normalize_images)
-
-    def _activated(
-        self, actor: nn.Module, critics: list[TensorDictModule], value: nn.Module
-    ) -> tuple[nn.Module, list[TensorDictModule], nn.Module]:
-        """The networks with this policy's activation function between their layers."""
-        for network in (actor, *critics, value):
-            for perceptron in network.modules():
-                if isinstance(perceptron, MLP) and self.activation_fn is not nn.ReLU:
-                    for index, layer in enumerate(perceptron.layers):
-                        if isinstance(layer, nn.ReLU):
-                            perceptron.layers[index] = self.activation_fn()
-        return actor, critics, value
 
     def make_optimizers(self, groups: Groups) -> list[Optimizer]:
         """The one optimiser of all networks; the learner's own Adam unless something else was asked for."""

@@ -10,6 +10,7 @@ from iql_plugins.networks.builders import (
     default_value_function,
     discrete_critic,
     gaussian_actor,
+    networks_for,
     value_function,
 )
 
@@ -23,5 +24,6 @@ __all__ = [
     "default_value_function",
     "discrete_critic",
     "gaussian_actor",
+    "networks_for",
     "value_function",
 ]

@@ -5,9 +5,9 @@ it goes straight into :class:`~iql_plugins.IQLLoss`; a module of your own works 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -23,6 +23,7 @@ from torch.distributions import Distribution
 
 from iql_plugins.networks.distributions import Categorical, TanhMeanNormal, TanhNormal
 from iql_plugins.networks.encoders import Encoded, ObservationEncoder
+from iql_plugins.spaces import Discrete, Space
 
 __all__ = [
     "MLP",
@@ -32,10 +33,14 @@ __all__ = [
     "critic",
     "discrete_critic",
     "gaussian_actor",
+    "networks_for",
     "value_function",
 ]
 
 LOG_STD_RANGE = (-5.0, 2.0)
+
+Activation = Callable[[], nn.Module]
+Role = Literal["actor", "critic", "value"]
 
 
 class OrthogonalLinear(nn.Linear):
@@ -53,7 +58,7 @@ class OrthogonalLinear(nn.Linear):
 
 
 class MLP(nn.Module):
-    """A ReLU perceptron over the concatenation of its inputs.
+    """A perceptron over the concatenation of its inputs.
 
     Args:
         in_features: total size of the inputs' last dimensions.
@@ -61,16 +66,22 @@ class MLP(nn.Module):
         hidden_sizes: width of each hidden layer.
         dropout: probability of dropping a hidden unit in training mode; the authors use 0.1 in the
             actor for kitchen and Adroit.
+        activation: makes what comes behind each hidden layer; the authors' is ReLU.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, hidden_sizes: Sequence[int] = (256, 256), dropout: float = 0.0
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_sizes: Sequence[int] = (256, 256),
+        dropout: float = 0.0,
+        activation: Activation = nn.ReLU,
     ) -> None:
         super().__init__()
         sizes = [in_features, *hidden_sizes]
         layers: list[nn.Module] = []
         for size, next_size in pairwise(sizes):
-            layers += [OrthogonalLinear(size, next_size), nn.ReLU()]
+            layers += [OrthogonalLinear(size, next_size), activation()]
             if dropout:
                 layers.append(nn.Dropout(dropout))
         self.layers = nn.Sequential(*layers, OrthogonalLinear(sizes[-1], out_features))
@@ -112,6 +123,7 @@ def gaussian_actor(
     *,
     hidden_sizes: Sequence[int] = (256, 256),
     dropout: float = 0.0,
+    activation: Activation = nn.ReLU,
     log_std_range: tuple[float, float] = LOG_STD_RANGE,
     squashed: bool = False,
     low: Tensor | float = -1.0,
@@ -128,6 +140,7 @@ def gaussian_actor(
         action_size: number of action dimensions.
         hidden_sizes: width of each hidden layer.
         dropout: see :class:`MLP`.
+        activation: see :class:`MLP`.
         log_std_range: see :class:`GaussianHead`.
         squashed: whether to squash samples (:class:`TanhNormal`) and not the mean alone
             (:class:`TanhMeanNormal`, the paper's).
@@ -140,7 +153,7 @@ def gaussian_actor(
     >>> actor(observation=torch.zeros(5, 3))[-1].shape
     torch.Size([5, 1])
     """
-    body = _body(MLP(observation_size, action_size, hidden_sizes, dropout), encoder)
+    body = _body(MLP(observation_size, action_size, hidden_sizes, dropout, activation), encoder)
     head = GaussianHead(body, action_size, log_std_range)
     return ProbabilisticTensorDictSequential(
         TensorDictModule(head, in_keys=list(in_keys), out_keys=["loc", "scale"]),
@@ -154,6 +167,7 @@ def categorical_actor(
     *,
     hidden_sizes: Sequence[int] = (256, 256),
     dropout: float = 0.0,
+    activation: Activation = nn.ReLU,
     in_keys: Sequence[NestedKey] = ("observation",),
     encoder: ObservationEncoder | None = None,
 ) -> ProbabilisticTensorDictSequential:
@@ -164,13 +178,14 @@ def categorical_actor(
         action_count: number of actions n; actions are 0 to n - 1.
         hidden_sizes: width of each hidden layer.
         dropout: see :class:`MLP`.
+        activation: see :class:`MLP`.
         in_keys: the observations that are concatenated.
         encoder: see :func:`gaussian_actor`.
 
     >>> categorical_actor(4, 2)(observation=torch.zeros(5, 4))[-1].shape
     torch.Size([5])
     """
-    body = _body(MLP(observation_size, action_count, hidden_sizes, dropout), encoder)
+    body = _body(MLP(observation_size, action_count, hidden_sizes, dropout, activation), encoder)
     return ProbabilisticTensorDictSequential(
         TensorDictModule(body, in_keys=list(in_keys), out_keys=["logits"]),
         ProbabilisticTensorDictModule(
@@ -211,6 +226,7 @@ def critic(
     action_size: int,
     *,
     hidden_sizes: Sequence[int] = (256, 256),
+    activation: Activation = nn.ReLU,
     in_keys: Sequence[NestedKey] = ("observation",),
     action_key: NestedKey = "action",
     encoder: ObservationEncoder | None = None,
@@ -221,6 +237,7 @@ def critic(
         observation_size: total size of the observations' last dimensions.
         action_size: number of action dimensions.
         hidden_sizes: width of each hidden layer.
+        activation: see :class:`MLP`.
         in_keys: the observations that are concatenated.
         action_key: the action that is concatenated behind them.
         encoder: see :func:`gaussian_actor`.
@@ -228,7 +245,7 @@ def critic(
     >>> critic(3, 1)(observation=torch.zeros(5, 3), action=torch.zeros(5, 1)).shape
     torch.Size([5, 1])
     """
-    body = _body(MLP(observation_size + action_size, 1, hidden_sizes), encoder)
+    body = _body(MLP(observation_size + action_size, 1, hidden_sizes, activation=activation), encoder)
     return TensorDictModule(body, in_keys=[*in_keys, action_key], out_keys=["state_action_value"])
 
 
@@ -237,6 +254,7 @@ def discrete_critic(
     action_count: int,
     *,
     hidden_sizes: Sequence[int] = (256, 256),
+    activation: Activation = nn.ReLU,
     in_keys: Sequence[NestedKey] = ("observation",),
     encoder: ObservationEncoder | None = None,
 ) -> TensorDictModule:
@@ -246,13 +264,14 @@ def discrete_critic(
         observation_size: total size of the observations' last dimensions.
         action_count: number of actions n.
         hidden_sizes: width of each hidden layer.
+        activation: see :class:`MLP`.
         in_keys: the observations that are concatenated.
         encoder: see :func:`gaussian_actor`.
 
     >>> discrete_critic(4, 2)(observation=torch.zeros(5, 4)).shape
     torch.Size([5, 2])
     """
-    body = _body(MLP(observation_size, action_count, hidden_sizes), encoder)
+    body = _body(MLP(observation_size, action_count, hidden_sizes, activation=activation), encoder)
     return TensorDictModule(body, in_keys=list(in_keys), out_keys=["state_action_value"])
 
 
@@ -260,6 +279,7 @@ def value_function(
     observation_size: int,
     *,
     hidden_sizes: Sequence[int] = (256, 256),
+    activation: Activation = nn.ReLU,
     in_keys: Sequence[NestedKey] = ("observation",),
     encoder: ObservationEncoder | None = None,
 ) -> TensorDictModule:
@@ -268,14 +288,47 @@ def value_function(
     Args:
         observation_size: total size of the observations' last dimensions.
         hidden_sizes: width of each hidden layer.
+        activation: see :class:`MLP`.
         in_keys: the observations that are concatenated.
         encoder: see :func:`gaussian_actor`.
 
     >>> value_function(3)(observation=torch.zeros(5, 3)).shape
     torch.Size([5, 1])
     """
-    body = _body(MLP(observation_size, 1, hidden_sizes), encoder)
+    body = _body(MLP(observation_size, 1, hidden_sizes, activation=activation), encoder)
     return TensorDictModule(body, in_keys=list(in_keys), out_keys=["state_value"])
+
+
+def networks_for(
+    action: Space,
+    options: Callable[[Role], Mapping[str, Any]],
+    *,
+    n_critics: int = 1,
+    dropout: float = 0.0,
+    squashed: bool = False,
+    critic_of: Callable[[], nn.Module] | None = None,
+) -> tuple[ProbabilisticTensorDictSequential, list[nn.Module], TensorDictModule]:
+    """A policy, critics and V for a space of actions, built in this order.
+
+    Args:
+        action: the space.
+        options: the arguments of the functions above for ``"actor"``, ``"critic"`` and ``"value"``; asked anew for each
+            critic.
+        n_critics: number of critics, each built on its own.
+        dropout: of the actor.
+        squashed: see :func:`gaussian_actor`.
+        critic_of: makes a critic of continuous actions; None takes :func:`critic`.
+    """
+    critics: list[nn.Module]
+    if isinstance(action, Discrete):
+        actor = categorical_actor(action_count=action.n, dropout=dropout, **options("actor"))
+        critics = [discrete_critic(action_count=action.n, **options("critic")) for _ in range(n_critics)]
+    else:
+        size = action.size
+        actor = gaussian_actor(action_size=size, dropout=dropout, squashed=squashed, **options("actor"))
+        make = critic_of or (lambda: critic(action_size=size, **options("critic")))
+        critics = [make() for _ in range(n_critics)]
+    return actor, critics, value_function(**options("value"))
 
 
 def _body(perceptron: MLP, encoder: ObservationEncoder | None) -> nn.Module:

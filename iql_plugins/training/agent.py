@@ -26,7 +26,7 @@ from iql_plugins.limits import WeightLimit
 from iql_plugins.losses.bootstrap import ValueEstimator, ValueEstimators
 from iql_plugins.losses.iql import DiscreteIQLLoss, IQLLoss
 from iql_plugins.losses.parameters import ESTIMATOR, NETWORKS
-from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
+from iql_plugins.networks.builders import Role, networks_for
 from iql_plugins.networks.encoders import ObservationEncoder, is_plain
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
 from iql_plugins.training.gradients import compiler_available
@@ -56,21 +56,15 @@ def build_loss(spaces: Spaces, config: IQLConfig) -> IQLLoss:
     keys = list(spaces.observations)
     kinds = list(spaces.observations.values())
 
-    def options(*, dropout: bool = False) -> dict[str, Any]:
+    def options(role: Role) -> dict[str, Any]:
         encoder = None if is_plain(kinds) else ObservationEncoder(kinds)
         size = sum(kind.size for kind in kinds if isinstance(kind, Box)) if encoder is None else encoder.size
-        given = {"observation_size": size, "hidden_sizes": config.hidden_sizes, "in_keys": keys, "encoder": encoder}
-        return given | ({"dropout": config.actor_dropout} if dropout else {})
+        return {"observation_size": size, "hidden_sizes": config.hidden_sizes, "in_keys": keys, "encoder": encoder}
 
-    if isinstance(spaces.action, Discrete):
-        count = spaces.action.n
-        actor = categorical_actor(action_count=count, **options(dropout=True))
-        qvalue = discrete_critic(action_count=count, **options())
-    else:
-        size = spaces.action.size
-        actor = gaussian_actor(action_size=size, squashed=config.squashed, **options(dropout=True))
-        qvalue = critic(action_size=size, **options())
-    return assemble_loss(config, actor, qvalue, value_function(**options()), discrete=spaces.discrete)
+    actor, [qvalue], value = networks_for(
+        spaces.action, options, dropout=config.actor_dropout, squashed=config.squashed
+    )
+    return assemble_loss(config, actor, qvalue, value, discrete=spaces.discrete)
 
 
 def assemble_loss(
