@@ -32,6 +32,7 @@ from iql_sb3.conversion import agent_in, changeable, config_of, model_of, withou
 from iql_sb3.files import add_agent
 from iql_sb3.offline import LearnerState, OfflineLearning, loaded_dataset, steps_of
 from iql_sb3.policies import (
+    NO_EXPLORATION,
     Actor,
     CnnPolicy,
     Critic,
@@ -176,10 +177,7 @@ class IQL(OfflineLearning):
         _init_setup_model: bool = True,
     ) -> None:
         if use_sde or use_sde_at_warmup:
-            raise ValueError(
-                "IQL has no state-dependent exploration: its policy is a Gaussian with a deviation of its own; "
-                "leave use_sde and use_sde_at_warmup False, and pass action_noise to explore more"
-            )
+            raise ValueError(NO_EXPLORATION)
         if not 0.0 <= offline_ratio <= 1.0:
             raise ValueError(f"offline_ratio must be in [0, 1], got {offline_ratio}")
         loaded = None if dataset is None else loaded_dataset(dataset, trust_pickle)

@@ -37,6 +37,10 @@ __all__ = [
     "set_hyperparameters",
 ]
 
+NO_EXPLORATION = (
+    "IQL has no state-dependent exploration: its policy is a Gaussian with a deviation of its own; leave use_sde and "
+    "use_sde_at_warmup False, and pass action_noise to explore more"
+)
 #: What Stable-Baselines3 calls the networks in ``net_arch``.
 _ARCHITECTURE = {"actor": "pi", "critic": "qf", "value": "vf"}
 NetArch = Sequence[int] | Mapping[str, Sequence[int]]
@@ -233,8 +237,15 @@ class IQLPolicy(BasePolicy):
         optimizer_class: of the one optimiser of all networks.
         optimizer_kwargs: its arguments, besides the learning rate.
         normalize_observations: whether there is a mean and a deviation of observations, which a dataset gives.
+        use_sde: False: the policy has no state-dependent exploration.
+        log_std_init: of that exploration, as the next two: without it SAC's policy does not read them either.
+        use_expln: likewise.
+        clip_mean: likewise.
         loss: what an agent brings; None builds it.
         normalizers: likewise.
+
+    Raises:
+        ValueError: with ``use_sde``.
 
     Attributes:
         loss: owns the networks.
@@ -266,9 +277,15 @@ class IQLPolicy(BasePolicy):
         optimizer_class: type[Optimizer] = Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
         normalize_observations: bool = False,
+        use_sde: bool = False,
+        log_std_init: float = -3.0,
+        use_expln: bool = False,
+        clip_mean: float = 2.0,
         loss: IQLLoss | None = None,
         normalizers: Normalizers | None = None,
     ) -> None:
+        if use_sde:
+            raise ValueError(NO_EXPLORATION)
         super().__init__(
             observation_space,
             action_space,

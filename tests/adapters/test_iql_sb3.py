@@ -1066,6 +1066,20 @@ def test_several_environments_train_as_one(dataset: TensorDict) -> None:
 def test_state_dependent_exploration_is_refused() -> None:
     with pytest.raises(ValueError, match="no state-dependent exploration"):
         model_of(use_sde=True)
+    with pytest.raises(ValueError, match="no state-dependent exploration"):
+        model_of(policy_kwargs={"net_arch": [8], "use_sde": True})
+
+
+def test_what_sacs_policy_is_given_and_does_not_read_without_it_is_taken(tmp_path: Path) -> None:
+    given = {"use_sde": False, "log_std_init": -2, "use_expln": False, "clip_mean": 1.0}
+    first, second = (
+        model_of(seed=0, policy_kwargs={"net_arch": [8], **given}),
+        model_of(seed=0, policy_kwargs={"net_arch": [8]}),
+    )
+    for name, tensor in first.policy.state_dict().items():
+        assert torch.equal(tensor, second.policy.state_dict()[name]), name
+    first.save(tmp_path / "model.zip")
+    assert IQL.load(tmp_path / "model.zip").policy_kwargs == first.policy_kwargs
 
 
 @pytest.mark.parametrize(
