@@ -155,23 +155,24 @@ class Host:
             AdapterNotFoundError: if there is none; suggests the closest.
             PluginError: if it is broken, or its framework is not installed.
         """
-        if name not in self._adapters:
-            plugin = self._plugin(name)
-            if not hasattr(plugin, "iql_adapter"):
-                raise self._broken(name, "has no iql_adapter(): it is no adapter")
-            try:
-                [adapter] = self._hook_of("iql_adapter", plugin)()
-            except ImportError as error:
-                raise self._missing(name, error) from error
-            except (Exception, SystemExit) as error:
-                raise self._broken(name, f"failed in iql_adapter(): {type(error).__name__}: {error}") from error
-            if not isinstance(adapter, Adapter):
-                raise self._broken(name, f"must return an Adapter from iql_adapter(), got {type(adapter).__name__}")
-            if adapter.name != name:
-                raise self._broken(name, f"describes itself as {adapter.name!r}: the two names must be equal")
-            if adapter.framework is not None and find_spec(adapter.framework) is None:
-                raise self._missing(name, None)
-            self._adapters[name] = adapter
+        with self._lock:
+            if name not in self._adapters:
+                plugin = self._plugin(name)
+                if not hasattr(plugin, "iql_adapter"):
+                    raise self._broken(name, "has no iql_adapter(): it is no adapter")
+                try:
+                    [adapter] = self._hook_of("iql_adapter", plugin)()
+                except ImportError as error:
+                    raise self._missing(name, error) from error
+                except (Exception, SystemExit) as error:
+                    raise self._broken(name, f"failed in iql_adapter(): {type(error).__name__}: {error}") from error
+                if not isinstance(adapter, Adapter):
+                    raise self._broken(name, f"must return an Adapter from iql_adapter(), got {type(adapter).__name__}")
+                if adapter.name != name:
+                    raise self._broken(name, f"describes itself as {adapter.name!r}: the two names must be equal")
+                if adapter.framework is not None and find_spec(adapter.framework) is None:
+                    raise self._missing(name, None)
+                self._adapters[name] = adapter
         return self._adapters[name]
 
     def map_batch(self, batch: object) -> "TensorDictBase":
@@ -313,9 +314,14 @@ class Host:
 
     def _hook_of(self, hook: str, plugin: object) -> pluggy.HookCaller:
         """A hook as that plugin alone implements it."""
-        return self._manager.subset_hook_caller(hook, [p for p in self._manager.get_plugins() if p is not plugin])
+        with self._lock:
+            return self._manager.subset_hook_caller(hook, [p for p in self._manager.get_plugins() if p is not plugin])
 
     def _plugin(self, name: str) -> object:
+        with self._lock:
+            return self._loaded(name)
+
+    def _loaded(self, name: str) -> object:
         if (plugin := self._manager.get_plugin(name)) is not None:
             return plugin
         if name in self._failed:

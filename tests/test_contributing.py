@@ -89,6 +89,7 @@ def test_an_adapter() -> None:
     assert lines[1] == "pip install -e ./iql-tiny"
     assert '"pip", "install", *offline, project' in tested
     assert lines[2] == "pytest iql-tiny/test_tiny.py"
-    assert '"pytest"' in tested
+    assert '"-m", "pytest", "-q"' in tested
+    assert '"iql-tiny" / "test_tiny.py"' in tested
     assert lines[3] == "iql-plugins train --adapter tiny"
     assert '"train", "--adapter", "tiny"' in tested

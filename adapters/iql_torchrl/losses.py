@@ -231,6 +231,7 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
         """
         if self._own_estimator is None and self._shown_estimator is None:
             self._show(self._build(self.value_type))
+        # As TorchRL's, which is made when somebody looks at it, and then is in state_dict().
         self._estimator_in_state = True
         return self._value_estimator
 

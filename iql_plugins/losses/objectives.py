@@ -155,9 +155,10 @@ def _register_plugins() -> None:
     # Whoever has the name of an entry that ships needs no plugins, and no pluggy.
     from iql_plugins import plugins
 
+    taken = {(kind, name) for kind, table in _TABLES.items() for name in table} - _OF_PLUGINS
+    found = plugins.host().objectives(lambda entries: _check(entries, taken))
     with _LOCK:
-        taken = {(kind, name) for kind, table in _TABLES.items() for name in table} - _OF_PLUGINS
-        for entry in plugins.host().objectives(lambda entries: _check(entries, taken)):
+        for entry in found:
             _TABLES[type(entry)].setdefault(entry.name, entry)
             _OF_PLUGINS.add((type(entry), entry.name))
 

@@ -251,17 +251,21 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
     # Saving and loading
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As TorchRL's: stacked critics under one name each, with the estimator's entries once one was made or used."""
+        """As TorchRL's: stacked critics under one name each; the estimator's entries once one was made, set or used."""
         prefix: str = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         state = super().state_dict(*args, **kwargs)
         for name in self._tied:
             key = f"{prefix}qvalue_network_params.{name}"
             if key in state:
                 state[key] = state[key].expand(self._critic_count, *state[key].shape).contiguous()
-        if not self._estimator_in_state:
+        if not self._estimator_in_state and not self._estimator_is_set():
             for name in self._estimator_state():
                 state.pop(f"{prefix}{name}", None)
         return state
+
+    def _estimator_is_set(self) -> bool:
+        """Whether the value estimator is another one than a new loss has."""
+        return False
 
     def _estimator_state(self) -> dict[str, Tensor]:
         """The value estimator's entries of ``state_dict``, whether or not it has them now."""

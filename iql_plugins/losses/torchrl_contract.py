@@ -249,6 +249,14 @@ class TorchRLContract(LossParameters):
         parameter = next(self.parameters(), None)
         return estimator if parameter is None else estimator.to(parameter.device)
 
+    def _estimator_is_set(self) -> bool:
+        own = self._modules[ESTIMATOR]
+        new = self._new_estimator(supported_value_type(self.default_value_estimator))
+        if not isinstance(own, ValueEstimator):
+            return False
+        pairs = zip(own.buffers(), new.buffers(), strict=False)
+        return any(not buffer.is_meta and not torch.equal(buffer, other.to(buffer)) for buffer, other in pairs)
+
     def _register_estimator(self, estimator: ValueEstimator) -> None:
         estimator.tensor_keys = self._tensor_keys
         self._modules[ESTIMATOR] = estimator

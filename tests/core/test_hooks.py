@@ -7,7 +7,6 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -16,7 +15,6 @@ from strangers import good
 
 import iql_plugins
 from iql_plugins import plugins
-from iql_plugins.cli import main
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset, DatasetError, Options, UnknownSourceError
 from iql_plugins.data.doctor import examine
@@ -65,6 +63,9 @@ def test_the_doctor_and_load_dataset_ask_it(source: object) -> None:
 def test_the_command_line_trains_and_evaluates_in_the_environment_that_it_names(
     source: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("tyro")
+    from iql_plugins.cli import main
+
     options = ["--n-steps", "4", "--episodes", "1", "--baseline", "none", "--compile", "no", "--json"]
     assert main(["train", "--dataset", "tape://pendulum", *options, "--run-dir", str(tmp_path / "run")]) == 0
     assert json.loads(capfd.readouterr().out)["env"] == "Pendulum-v1"
@@ -75,6 +76,8 @@ def test_the_command_line_trains_and_evaluates_in_the_environment_that_it_names(
 
 def test_stable_baselines3_trains_on_it_in_the_spaces_that_it_names(source: object) -> None:
     pytest.importorskip("stable_baselines3")
+    import gymnasium
+
     from iql_sb3 import IQL
 
     model = IQL("MlpPolicy", None, dataset=source, batch_size=8)
@@ -156,6 +159,8 @@ def test_what_is_wrong_with_it_is_named() -> None:
 
 def test_stable_baselines3_trains_on_a_dictionary_of_arrays() -> None:
     pytest.importorskip("stable_baselines3")
+    import gymnasium
+
     from iql_sb3 import IQL
 
     spaces = gymnasium.spaces.Box(-np.inf, np.inf, (3,)), gymnasium.spaces.Box(-1.0, 1.0, (2,))
@@ -255,6 +260,7 @@ def test_foreign_named_tuples_are_not_stable_baselines3s() -> None:
 
 def test_stable_baselines3s_training_does_whatever_class_the_samples_have(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("stable_baselines3")
+    import gymnasium
     from sb3_helpers import NETWORKS, SMALL, RandomEnv
     from stable_baselines3.common.buffers import ReplayBuffer
 

@@ -13,7 +13,6 @@ from strangers import good, host_of
 
 import iql_plugins
 from iql_plugins import plugins
-from iql_plugins.cli import main
 from iql_plugins.config import IQLConfig
 from iql_plugins.losses import objectives
 from iql_plugins.losses.objectives import Option, PolicyExtraction, Quantities, ValueObjective, exponential_weight
@@ -234,6 +233,9 @@ def test_d3rlpys_algorithm_takes_them_and_its_file_knows_them(tmp_path: Path) ->
 
 
 def test_the_command_line_trains_with_them(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tyro")
+    from iql_plugins.cli import main
+
     options = ["--n-steps", "3", "--env", "Pendulum-v1", "--episodes", "1", "--evaluation-episodes", "1"]
     options += ["--baseline", "none", "--compile", "no", "--hidden-sizes", "4", "--json"]
     chosen = ["--value-objective", "tilted", "--objective-options", "level", "0.5"]

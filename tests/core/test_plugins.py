@@ -11,7 +11,6 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-import h5py
 import pytest
 import torch
 from agents import SPACES, make_dataset
@@ -198,14 +197,22 @@ def test_several_threads_may_read_first() -> None:
     try:
         with ThreadPoolExecutor(4) as threads:
             for _ in range(10):
+                mine = Dataset(tensors, "mine")
+                host = host_of(good(iql_read_dataset=lambda source, mine=mine: mine if source == "mine" else None))
+                for source in (tensors, "mine"):
+                    results = [threads.submit(host.read_dataset, source, Options()) for _ in range(4)]
+                    assert all(len(result.result().tensors) == 4 for result in results)
                 host = host_of(good())
-                results = [threads.submit(host.read_dataset, tensors, Options()) for _ in range(4)]
-                assert all(len(result.result().tensors) == 4 for result in results)
+                assert len({threads.submit(host.load, "good").result().name for _ in range(4)}) == 1
+                loads = [threads.submit(host_of(good()).load, "good") for _ in range(4)]
+                assert all(load.result().name == "good" for load in loads)
+                assert host.available()["good"].error is None
     finally:
         sys.setswitchinterval(interval)
 
 
 def test_a_source_that_looks_like_a_readers_says_why_it_is_not(tmp_path: Path) -> None:
+    h5py = pytest.importorskip("h5py")
     with h5py.File(tmp_path / "d.h5", "w") as file:
         file["observation_s"] = [1.0]
     with pytest.raises(UnknownSourceError, match=r"'observation_s' is not a column that is read; did you mean"):

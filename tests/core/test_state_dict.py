@@ -268,7 +268,12 @@ def test_to_look_at_the_estimator_does_not_add_it_to_the_state_dict(kind: str) -
     before = list(loss.state_dict())
     assert loss.value_estimator.gamma.item() == pytest.approx(0.99)
     assert list(loss.state_dict()) == before
-    loss.make_value_estimator(gamma=0.9)
+    loss.value_estimator.gamma.fill_(0.5)
+    other = make_loss(kind)
+    other.load_state_dict(loss.state_dict())
+    assert other.value_estimator.gamma.item() == 0.5, "what was set is saved"
+    loss = make_loss(kind)
+    loss.make_value_estimator()
     assert "_value_estimator.gamma" in loss.state_dict()
 
 
