@@ -29,6 +29,7 @@ __all__ = [
     "ExportError",
     "Format",
     "PolicyModule",
+    "as_one",
     "export_policy",
     "exporters_quiet",
     "onnx_content",
@@ -145,6 +146,13 @@ def random_observations(agent: Agent, count: int, seed: int = 0) -> list[Tensor]
         return torch.where(high - low < WIDEST_RANGE, uniform, noise)
 
     return [draw(key, space) for key, space in agent.spaces.observations.items()]
+
+
+def as_one(agent: Agent, observations: Sequence[Tensor]) -> Any:
+    """A tensor for each observation key as :meth:`~iql_plugins.training.agent.Agent.act` takes them."""
+    if not isinstance(agent.spaces.observation, Mapping):
+        return observations[0]
+    return {key[-1]: tensor for key, tensor in zip(agent.spaces.observations, observations, strict=True)}
 
 
 def export_policy(agent: Agent, path: str | os.PathLike[str], format: Format = "onnx") -> float:
@@ -316,10 +324,7 @@ def _dynamic(example: Sequence[Tensor]) -> Any:
 
 def _compare(agent: Agent, policy: PolicyModule, act: Callable[..., Tensor]) -> float:
     observations = random_observations(agent, CHECKS)
-    names = list(agent.spaces.observations)
-    given = {key[-1] if isinstance(key, tuple) else key: value for key, value in zip(names, observations, strict=True)}
-    nested = not (len(names) == 1 and isinstance(names[0], str))
-    expected = agent.act(given if nested else observations[0]).cpu()
+    expected = agent.act(as_one(agent, observations)).cpu()
     got = act(*observations)
     if got.shape != expected.shape:
         raise ExportError(f"the exported policy's actions have shape {tuple(got.shape)}, not {tuple(expected.shape)}")

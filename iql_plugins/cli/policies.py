@@ -14,15 +14,13 @@ from iql_plugins.cli.output import Result, table
 from iql_plugins.cli.rollouts import environment_spaces, recorded_environment, rollouts
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.cli.training import POLICY, adapter_training, evaluation_seeds
-from iql_plugins.export import SUFFIXES, ExportError, export_policy, random_observations
+from iql_plugins.export import CHECKS, SUFFIXES, ExportError, as_one, export_policy, random_observations
 from iql_plugins.plugins import PluginError, host
 from iql_plugins.training.agent import Agent
 
 __all__ = ["convert", "evaluate", "export"]
 
 COMMON_SUFFIX = ".safetensors"
-#: Observations that a converted policy is compared on.
-CHECKS = 1000
 
 
 def load_agent(path: str, adapter: str | None, trust_pickle: bool) -> Agent:
@@ -178,11 +176,6 @@ def _shapes(space: dict[str, Any]) -> Any:
 
 
 def _check_same(agent: Agent, other: Agent) -> None:
-    observations = random_observations(agent, CHECKS)
-    if isinstance(agent.spaces.observation, dict):
-        names = [key[-1] for key in agent.spaces.observations]
-        given: Any = dict(zip(names, observations, strict=True))
-    else:
-        given = observations[0]
+    given = as_one(agent, random_observations(agent, CHECKS))
     if not torch.equal(agent.act(given), other.act(given)):
         raise RuntimeError("the converted policy acts differently: nothing was written")

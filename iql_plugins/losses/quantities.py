@@ -269,7 +269,7 @@ class BatchQuantities:
     @_once
     def weight(self) -> Tensor:
         """``[*B]`` of the action, without gradient."""
-        return objectives.value_objective(self._loss.value_objective).weight(self)
+        return objectives.value_objective(self._loss.value_objective).weight(self).detach()
 
     @property
     def actor_loss(self) -> Tensor:
