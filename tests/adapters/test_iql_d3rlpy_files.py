@@ -2,13 +2,16 @@
 
 import io
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import d3rlpy
 import pytest
 import torch
-from d3rlpy_helpers import ACTION, VECTOR, assert_trains_on, config, dataset, fitted
+from d3rlpy.base import LearnableConfigWithShape
+from d3rlpy_helpers import ACTION, CONTINUOUS, VECTOR, assert_trains_on, config, dataset, fitted
 
 import iql_d3rlpy
 from iql_d3rlpy.files import Registered
@@ -105,3 +108,25 @@ def test_files_of_earlier_releases_load(kind: str, tmp_path: Path, place: str, m
         loaded = load(str(path), device=place)
         assert loaded.config == algorithm.config
     assert_trains_on(algorithm, loaded, dataset(kind))
+
+
+@pytest.mark.slow
+def test_json_needs_the_import_that_a_file_does_by_itself(tmp_path: Path) -> None:
+    """As the README says: JSON names the algorithm, and d3rlpy knows the names that were registered."""
+    saved(CONTINUOUS, "cpu:0", tmp_path / "algorithm.d3")
+    config_in_file = LearnableConfigWithShape.deserialize(
+        pickle.loads((tmp_path / "algorithm.d3").read_bytes())["config"]
+    )
+    (tmp_path / "params.json").write_text(config_in_file.serialize())
+    by_json = "d3rlpy.algos.DQN.from_json('params.json')"
+    by_file = "d3rlpy.load_learnable('algorithm.d3')"
+    for code, error in (
+        (by_json, "KeyError: 'iql_plugins_"),
+        (f"import iql_d3rlpy; {by_json}", None),
+        (by_file, None),
+        (f"{by_file}; {by_json}", None),
+    ):
+        command = [sys.executable, "-c", f"import d3rlpy; {code}"]
+        finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (finished.returncode == 0) == (error is None), finished.stderr
+        assert error is None or error in finished.stderr
