@@ -18,7 +18,7 @@ __all__ = ["main"]
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
 COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "adapters")
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
 
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0 when the command is done, 2 for a user's mistake, 130 after Ctrl-C, 1 if anything else went
-        wrong.
+        wrong, or ``inspect --fail-on`` found something.
     """
     from iql_plugins.cli.output import captured_stdout, json_text
 
@@ -62,7 +62,7 @@ def _status(given: Sequence[str], write: Write | None) -> int:
             show(result)
         else:
             write(result.document)
-        return DONE
+        return result.status
     except UserError as error:
         return _failed(str(error), MISTAKE, write)
     except KeyboardInterrupt as interrupt:

@@ -177,6 +177,8 @@ class Inspect:
     """File, folder or name."""
     env: str | None = None
     """gymnasium's id of the environment, whose bounds actions are held against."""
+    fail_on: Literal["never", "error", "warning", "note"] = "never"
+    """End with exit status 1 if there is a finding of this severity or a higher one: for checks of data by machines."""
     trust_pickle: Flag = False
     """Load a pickle, which can run any code."""
     json: Flag = False

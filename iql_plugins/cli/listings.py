@@ -106,14 +106,15 @@ def _framework(entry: dict[str, Any]) -> str:
 
 
 def inspect(arguments: Inspect) -> Result:
-    """What the doctor says of a dataset."""
+    """What is in a dataset, and what is wrong with it."""
     options: dict[str, Any] = {"trust_pickle": arguments.trust_pickle}
     if arguments.env is not None:
         spaces = environment_spaces(arguments.env)
         options |= {"discrete": spaces.discrete, "spaces": spaces}
     with mistakes(ValueError, ImportError, PluginError):
         report = examine(arguments.dataset, **options)
-    return Result(report.as_dict(), _report_parts(report))
+    failing = () if arguments.fail_on == "never" else report.findings_from(arguments.fail_on)
+    return Result(report.as_dict(), _report_parts(report), status=int(bool(failing)))
 
 
 def _report_parts(report: Report) -> list[Any]:
@@ -126,7 +127,7 @@ def _report_parts(report: Report) -> list[Any]:
     ]
     parts: list[Any] = [table([report.name, ""], counts)]
     for finding in report.findings:
-        parts.append(f"{finding.code}: {finding.message}\n    {finding.suggestion}")
+        parts.append(f"{finding.severity} {finding.code}: {finding.message}\n    {finding.suggestion}")
     return parts if report.findings else [*parts, "nothing was found to be wrong"]
 
 

@@ -357,7 +357,10 @@ def test_a_dataset_is_inspected(run: Run) -> None:
     assert document["returns"]["mean"] == pytest.approx(-325.8, abs=0.1)
     _, out, _ = run("inspect")
     assert "20000" in out
-    assert "no-terminals: no step is terminal" in out
+    assert "note no-terminals: no step is terminal" in out
+    assert run("inspect", "--fail-on", "warning")[0] == 0
+    assert run("inspect", "--fail-on", "note")[0] == 1
+    assert json.loads(run("inspect", "--fail-on", "note", "--json")[1])["findings"][0]["severity"] == "note"
 
 
 def test_actions_are_held_against_the_environments_bounds(run: Run, tmp_path: Path) -> None:

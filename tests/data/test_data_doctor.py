@@ -1,6 +1,7 @@
 """The doctor finds what is wrong with a dataset, and nothing where nothing is; episodes and their returns."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from requirements import data_of_others
 from tensordict import TensorDict
 
-from iql_plugins.data import DatasetError, dataset, load_dataset
-from iql_plugins.data.doctor import Finding, examine
+from iql_plugins.data import DatasetError, dataset, doctor, load_dataset
+from iql_plugins.data.doctor import SEVERITIES, Finding, examine
 from iql_plugins.data.episodes import episode_ends, episode_lengths, episode_numbers, episode_returns
 from iql_plugins.spaces import Box, Discrete, Spaces
 
@@ -356,3 +357,26 @@ def test_one_bad_reward_spoils_one_return() -> None:
     data = healthy((2, 3), "Tc")
     data["next", "reward"][1] = torch.nan
     assert episode_returns(data).isfinite().tolist() == [False, True]
+
+
+def test_every_code_has_one_severity_and_is_in_the_documentation() -> None:
+    sources = "".join(path.read_text() for path in Path(doctor.__file__).parent.glob("*.py"))
+    used = set(re.findall(r'Finding\(\s*"([a-z-]+)"', sources)) | set(re.findall(r'code = "([a-z-]+)"', sources))
+    documented = set(re.findall(r"``([a-z-]+)`` ", examine.__doc__ or ""))
+    declared = [code for codes in SEVERITIES.values() for code in codes]
+    assert len(declared) == len(set(declared))
+    assert documented == set(declared)
+    assert used <= set(declared)
+    assert len(used) > 25
+
+
+def test_findings_are_told_by_how_much_they_matter() -> None:
+    data = healthy(ends="cccc")
+    data["next", "reward"][2] = torch.nan
+    report = examine(data)
+    severities = {finding.code: finding.severity for finding in report.findings}
+    assert severities["no-terminals"] == "note"
+    assert severities["non-finite"] == "error"
+    assert [finding.code for finding in report.findings_from("error")] == ["non-finite"]
+    assert set(report.findings_from("note")) == set(report.findings)
+    assert {entry["code"]: entry["severity"] for entry in report.as_dict()["findings"]} == severities

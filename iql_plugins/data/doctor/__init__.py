@@ -9,11 +9,11 @@ from torch import Tensor
 
 from iql_plugins.data import Dataset, read_dataset
 from iql_plugins.data.doctor import actions, borders, episodes, relations, values
-from iql_plugins.data.doctor.view import Finding, View
+from iql_plugins.data.doctor.view import SEVERITIES, Finding, Severity, View
 from iql_plugins.documents import finite_json
 from iql_plugins.spaces import Box, Discrete, Spaces
 
-__all__ = ["Finding", "Report", "Statistics", "examine"]
+__all__ = ["SEVERITIES", "Finding", "Report", "Severity", "Statistics", "examine"]
 
 Bound = float | Sequence[float] | Tensor
 
@@ -57,9 +57,15 @@ class Report:
     findings: tuple[Finding, ...]
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON values; None in place of numbers that are not finite."""
-        document: dict[str, Any] = finite_json(asdict(self))
+        """The report as JSON values, each finding with its severity; None in place of numbers that are not finite."""
+        findings = [{"severity": finding.severity, **asdict(finding)} for finding in self.findings]
+        document: dict[str, Any] = finite_json(asdict(self) | {"findings": findings})
         return document
+
+    def findings_from(self, severity: Severity) -> tuple[Finding, ...]:
+        """Those that matter at least that much."""
+        mild = tuple(SEVERITIES)[: tuple(SEVERITIES).index(severity)]
+        return tuple(finding for finding in self.findings if finding.severity not in mild)
 
 
 def examine(
@@ -71,7 +77,7 @@ def examine(
     trust_pickle: bool = False,
     discrete: bool | None = None,
 ) -> Report:
-    """Counts, returns and shapes of a dataset, and findings with a suggestion each.
+    """Counts, returns and shapes of a dataset, and findings with a severity and a suggestion each.
 
     >>> report = examine("pendulum-v1-sac")
     >>> report.episodes, round(report.returns.mean, 1), [finding.code for finding in report.findings]

@@ -1,9 +1,9 @@
 """A dataset as the checks see it: what several of them need is computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,7 +16,20 @@ from iql_plugins.data.episodes import episode_ends, episode_lengths, episode_ret
 from iql_plugins.keys import next_key, shown
 from iql_plugins.spaces import Space
 
-__all__ = ["NEXT_OBSERVATION", "Finding", "Moments", "Rows", "View", "finite", "pairs", "same", "short", "which"]
+__all__ = [
+    "NEXT_OBSERVATION",
+    "SEVERITIES",
+    "Finding",
+    "Moments",
+    "Rows",
+    "Severity",
+    "View",
+    "finite",
+    "pairs",
+    "same",
+    "short",
+    "which",
+]
 
 NEXT_OBSERVATION: NestedKey = ("next", "observation")
 
@@ -27,12 +40,32 @@ SAMPLE_NUMBERS = 2**22
 Marks = np.ndarray[Any, np.dtype[np.uint64]]
 
 
+Severity = Literal["note", "warning", "error"]
+#: From the mildest on: true of sound data, too; what is learned may be worse for it; what is learned is something else.
+SEVERITIES: Mapping[Severity, frozenset[str]] = {
+    "note": frozenset({
+        "no-terminals", "early-timeouts", "unfinished-episode", "missing-final-observations", "reward-scale",
+        "actions-on-bounds", "constant-features", "constant-actions", "unused-actions",
+    }),
+    "warning": frozenset({
+        "outliers", "repeated-features", "stuck-features", "noise-features", "feature-scale", "rounded-observations",
+        "standardised", "terminal-and-timeout", "duplicate-episodes", "repeated-rows", "actions-outside-bounds",
+        "clipped-actions",
+    }),
+    "error": frozenset({
+        "non-finite", "shifted-features", "shifted-actions", "shifted-rewards", "observations-outside-bounds",
+        "timeouts-as-terminals", "terminals-as-timeouts", "inconsistent-observations", "continued-episodes",
+        "action-units", "unrelated-actions", "summed-rewards", "unrelated-rewards", "changed-units",
+    }),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing that is wrong, or worth a look.
 
     Attributes:
-        code: what it is, in a word or two.
+        code: what it is, in a word or two; one of :data:`SEVERITIES`.
         message: what was found.
         suggestion: what to do.
         row: the first transition that it is about; None where it is about none in particular.
@@ -44,6 +77,11 @@ class Finding:
     suggestion: str
     row: int | None = None
     count: int = 0
+
+    @property
+    def severity(self) -> Severity:
+        """How much it matters, which the code tells."""
+        return next(severity for severity, codes in SEVERITIES.items() if self.code in codes)
 
 
 @dataclass(frozen=True)
