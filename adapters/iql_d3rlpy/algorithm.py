@@ -96,6 +96,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
 
     actor_learning_rate: float = 3e-4
     critic_learning_rate: float = 3e-4
+    # These calls return dataclasses.field(), as in d3rlpy's own configurations.
     actor_optim_factory: OptimizerFactory = make_optimizer_field()  # noqa: RUF009
     critic_optim_factory: OptimizerFactory = make_optimizer_field()  # noqa: RUF009
     actor_encoder_factory: EncoderFactory = make_encoder_field()  # noqa: RUF009

@@ -11,7 +11,7 @@ import numpy as np
 from iql_plugins.data import hdf5
 from iql_plugins.data.arrays import Column, Concatenated, Transitions
 from iql_plugins.data.columns import require_read, unread
-from iql_plugins.data.dataset import Dataset, DatasetError, Options, file_of, reading, require_space
+from iql_plugins.data.dataset import Dataset, DatasetError, Options, file_of, is_of, reading, require_space
 
 __all__ = ["read_dataset"]
 
@@ -27,7 +27,7 @@ def read_dataset(source: object, options: Options) -> Dataset | None:
         DatasetError: for episodes that do not fit together, and for data that are not read.
         ImportError: for a file, without h5py; says how to install it.
     """
-    if any(kind.__module__.split(".")[0] == "d3rlpy" and kind.__name__ == _BUFFER for kind in type(source).__mro__):
+    if is_of(source, "d3rlpy", _BUFFER):
         return _read_buffer(source, options)
     path = file_of(source, ".hdf5", ".h5")
     if path is None:

@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch import Tensor
 
 from iql_plugins.data.columns import require_read
-from iql_plugins.data.dataset import Dataset, DatasetError, Options, reading, require_space
+from iql_plugins.data.dataset import Dataset, DatasetError, Options, is_of, reading, require_space
 from iql_plugins.data.readers import tensordicts
 from iql_plugins.spaces import Box, Spaces
 
@@ -39,8 +39,7 @@ def read_dataset(source: object, options: Options) -> Dataset | None:
         DatasetError: if it is empty, its spaces are other than Box, Discrete and Dict of these, or
             :func:`check_buffer` objects.
     """
-    kinds = type(source).__mro__
-    if all(kind.__module__.split(".")[0] != "stable_baselines3" or kind.__name__ != "ReplayBuffer" for kind in kinds):
+    if not is_of(source, "stable_baselines3", "ReplayBuffer"):
         return None
     buffer: Any = source
     name = options.name or f"the Stable-Baselines3 {type(buffer).__name__}"

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 
-from iql_plugins.data.dataset import Dataset, DatasetError, Options, reading, require_space, row_bytes
+from iql_plugins.data.dataset import Dataset, DatasetError, Options, is_of, reading, require_space, row_bytes
 from iql_plugins.data.readers import tensordicts
 
 __all__ = ["read_dataset"]
@@ -19,8 +19,7 @@ def read_dataset(source: object, options: Options) -> Dataset | None:
     Raises:
         DatasetError: if it is empty or does not hold TensorDicts, or its writer does not keep the order of time.
     """
-    kinds = type(source).__mro__
-    if all(kind.__module__.split(".")[0] != "torchrl" or kind.__name__ != "ReplayBuffer" for kind in kinds):
+    if not is_of(source, "torchrl", "ReplayBuffer"):
         return None
     buffer: Any = source
     name = options.name or f"the TorchRL {type(buffer).__name__}"

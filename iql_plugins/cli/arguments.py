@@ -51,7 +51,7 @@ _RESUME = (
 )
 
 
-class HelpRequest(Exception):  # noqa: N818
+class HelpRequest(Exception):  # noqa: N818 - it is no error
     """Help was asked for; its text is the argument."""
 
 

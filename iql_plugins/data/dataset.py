@@ -169,6 +169,11 @@ def require_space(size: int, name: str, options: Options) -> None:
         )
 
 
+def is_of(source: object, package: str, name: str) -> bool:
+    """Whether a source is an instance of a package's class, or of a subclass, without importing the package."""
+    return any(kind.__name__ == name and kind.__module__.split(".")[0] == package for kind in type(source).__mro__)
+
+
 def file_of(source: object, *suffixes: str) -> Path | None:
     """The file that a source is the path of, if it ends in one of these suffixes; else None.
 

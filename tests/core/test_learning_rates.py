@@ -199,7 +199,9 @@ def make(request: pytest.FixtureRequest, tmp_path: Path, device: torch.device) -
     """Makes the same algorithm again and again, a few steps old."""
     name, schedule = request.param
     if device.type != "cpu":
-        pytest.skip("the rates of a GPU are tensors, which the core's tests write into")
+        pytest.skip(
+            "on a GPU a rate is a tensor: that one which is written counts is tested once, of the core's learner"
+        )
 
     def made() -> Adapter:
         torch.manual_seed(0)

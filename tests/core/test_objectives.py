@@ -69,6 +69,19 @@ def test_the_loss_composes_the_two_that_it_is_given() -> None:
         torch.testing.assert_close(loss.value_loss(batch)[0], (levels * of.advantage.abs()).mean())
 
 
+def test_no_gradient_of_the_policys_reaches_v_through_a_weight() -> None:
+    """Also not where two plugins forgot to stop it."""
+    objectives.register(ValueObjective("leaking", quantile_regression, lambda of: of.advantage.exp(), {"level": LEVEL}))
+    objectives.register(PolicyExtraction("weighing", lambda of: -of.weight * of.log_prob))
+    given = {"value_objective": "leaking", "policy_extraction": "weighing"}
+    loss = build_loss(SPACES["continuous"], IQLConfig(hidden_sizes=(8,), **given))
+    loss.target_updater_attached()
+    batch = make_dataset(SPACES["continuous"], 8).to(next(loss.parameters()).device)
+    loss.select_out_keys("loss_actor")(batch)["loss_actor"].backward()
+    assert all(parameter.grad is None for parameter in loss.value_network.parameters())
+    assert any(parameter.grad is not None for parameter in loss.actor_network.parameters())
+
+
 @needs_compiler
 def test_a_compiled_step_follows_what_is_changed() -> None:
     spaces = SPACES["continuous"]
