@@ -21,6 +21,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from iql_plugins.data import DatasetError, load_dataset
+from iql_plugins.data import dataset as dataset_module
 from iql_plugins.training.agent import build_loss
 from iql_plugins.training.learner import DivergenceError
 from iql_sb3 import IQL
@@ -182,6 +183,18 @@ def test_a_replay_buffer_becomes_a_dataset_in_the_order_of_time(n_envs: int, ste
     assert (dataset.exclude("action") == theirs.exclude("action")).all()
     buffer.observations[:] = 9.0
     assert not (theirs["observation"] == 9.0).any(), "a dataset is no view of the buffer"
+
+
+def test_an_ordered_copy_of_a_buffer_must_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with ``memmap_dir``: steps of several environments are ordered in memory before they are written."""
+    buffer = filled_buffer(300, 100, 3)
+    rows = 300
+    # More than the numbers of rows take, less than the steps do.
+    monkeypatch.setattr(dataset_module, "available_memory", lambda: 33 * rows)
+    with pytest.raises(DatasetError, match=r"ReplayBuffer needs .* bytes, more than the 9,900 that are left"):
+        load_dataset(buffer, memmap_dir=tmp_path / "mapped")
+    monkeypatch.setattr(dataset_module, "available_memory", lambda: 330 * rows)
+    assert len(load_dataset(buffer, memmap_dir=tmp_path / "mapped")) == rows
 
 
 def test_a_buffer_with_an_array_that_is_not_read_is_refused() -> None:

@@ -1,8 +1,11 @@
 """Plugins are called: a reader made here serves every adapter, and training maps batches by the hook's function."""
 
 import collections
+import dataclasses
 import importlib
 import json
+import pickle
+import re
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -170,6 +173,24 @@ def test_stable_baselines3_trains_on_a_dictionary_of_arrays() -> None:
     assert torch.stack([p.detach().isfinite().all() for p in model.policy.parameters()]).all()
 
 
+# Pickles hold what other readers know
+
+
+def test_what_is_wrong_with_what_a_pickle_holds_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "d.pkl"
+    for held, message in (
+        (columns() | {"reward_s": np.zeros(6)}, "'reward_s' is not a column that is read"),
+        ("pendulum-v1-sac", "holds no replay buffer, but a str"),
+        (Path("d.npz"), "holds no replay buffer, but a PosixPath"),
+        (3, "holds no replay buffer: a builtins.int is no dataset"),
+    ):
+        path.write_bytes(pickle.dumps(held))
+        with pytest.raises(DatasetError, match=f"^{re.escape(str(path))}:? {message}"):
+            iql_plugins.load_dataset(path, trust_pickle=True)
+    path.write_bytes(pickle.dumps(columns()))
+    assert (iql_plugins.load_dataset(path, trust_pickle=True) == iql_plugins.load_dataset(columns())).all()
+
+
 # Batches: what maps a batch for the hook maps it for training
 
 
@@ -249,6 +270,18 @@ def test_d3rlpys_observations_go_where_they_belong_whatever_their_names_are(
     for name in names:
         for prefix in ("observation", "next_observation"):
             assert (seen[0][f"{prefix}_{name}"] == float(name)).all()
+
+
+def test_d3rlpys_discrete_actions_are_indices_also_where_a_batch_does_not_tell() -> None:
+    pytest.importorskip("d3rlpy")
+    from d3rlpy.torch_utility import TorchMiniBatch
+    from d3rlpy_helpers import DISCRETE, config, dataset, fitted
+
+    data = dataset(DISCRETE)
+    algorithm = fitted(config(DISCRETE).create("cpu:0"), data)
+    batch = TorchMiniBatch.from_batch(data.sample_transition_batch(4), 0.99, False, "cpu:0")
+    losses = algorithm.impl.inner_update(dataclasses.replace(batch, numpy_batch=None), 1)
+    assert np.isfinite(losses["q_loss"])
 
 
 def test_foreign_named_tuples_are_not_stable_baselines3s() -> None:
