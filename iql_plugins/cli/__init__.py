@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
-COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "adapters")
+COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "make-dataset", "adapters")
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -117,6 +117,10 @@ def _run(given: Sequence[str]) -> "Result":
             return policies.convert(arguments)
         case options.Inspect():
             return listings.inspect(arguments)
+        case options.MakeDataset():
+            from iql_plugins.cli import make_dataset
+
+            return make_dataset.run(arguments)
         case options.Adapters():
             return listings.adapters(arguments)
 

@@ -23,6 +23,7 @@ __all__ = [
     "Export",
     "HelpRequest",
     "Inspect",
+    "MakeDataset",
     "Train",
     "parse",
 ]
@@ -195,11 +196,28 @@ class Adapters:
     """Print one JSON document on stdout, and nothing else."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MakeDataset:
+    """Makes a dataset from installed packages alone, the same bytes whenever it is repeated on the same versions.
+
+    Without a name: lists the recipes. A call that was killed is gone on with by the next one.
+    """
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """The recipe."""
+    out: str = "."
+    """The folder of the file, NAME-SEED.npz."""
+    seed: int = 0
+    """Of all that is drawn."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
 class _OfPlugin:
     """Stands for a plugin's command in the help."""
 
 
-Arguments = Train | Evaluate | Export | Convert | Inspect | Adapters
+Arguments = Train | Evaluate | Export | Convert | Inspect | MakeDataset | Adapters
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -216,6 +234,7 @@ def parse(arguments: Sequence[str]) -> Arguments:
         "export": Export,
         "convert": Convert,
         "inspect": Inspect,
+        "make-dataset": MakeDataset,
         "adapters": Adapters,
     }
     commands: Any = Annotated[Train, train]

@@ -124,11 +124,25 @@ def _make(env: str) -> Any:
     gymnasium = imported("gymnasium")
     with _quiet():
         try:
+            _register(env)
             return gymnasium.make(env, disable_env_checker=True)
         except (gymnasium.error.Error, ImportError) as error:
             # gymnasium's own errors say what to do.
             hint = _missing(env) if isinstance(error, ImportError) else ""
             raise UserError(f"the environment {env!r} cannot be made: {' '.join(str(error).split())}{hint}") from error
+
+
+#: Packages that register environments when they are imported, and how the ids of these begin.
+_REGISTRARS = {"gymnasium_robotics": ("PointMaze_", "AntMaze_"), "ogbench": ("pointmaze-", "antmaze-")}
+
+
+def _register(env: str) -> None:
+    """Imports the package that knows an id that gymnasium does not, if it is one of the known ones."""
+    if env in imported("gymnasium").registry:
+        return
+    for package, prefixes in _REGISTRARS.items():
+        if env.startswith(prefixes):
+            imported(package, "benchmarks")
 
 
 def _missing(env: str) -> str:

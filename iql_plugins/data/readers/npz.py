@@ -1,14 +1,17 @@
 """NumPy archives (``.npz``) with the columns of D4RL."""
 
+import json
 import math
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy as copied
+from dataclasses import replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo, is_zipfile
 
 import numpy as np
@@ -18,8 +21,12 @@ from iql_plugins.data.arrays import Array, Transitions
 from iql_plugins.data.columns import readable, require_any
 from iql_plugins.data.dataset import Dataset, DatasetError, Options, existing_parent, file_of, one_line, reading
 from iql_plugins.hookspecs import hookimpl
+from iql_plugins.spaces import Spaces
 
-__all__ = ["load"]
+__all__ = ["PROVENANCE", "load"]
+
+#: The member that says how `iql-plugins make-dataset` made the others: a JSON object, as text.
+PROVENANCE = "metadata"
 
 #: NumPy's own limit of a header, and its length and magic before it; a longer one is not even unpacked.
 _HEADER_BYTES = 12 + 10_000
@@ -55,7 +62,8 @@ def load(path: Path, options: Options) -> Dataset:
         with ExitStack() as stack:
             members = _members(path, options, stack)
             unpacked = sum(member.nbytes for member in members.values())
-            return Transitions.from_columns(name, members).load(options, unpacked)
+            dataset = Transitions.from_columns(name, members).load(options, unpacked)
+            return replace(dataset, **_described(path))
 
 
 def _members(path: Path, options: Options, stack: ExitStack) -> dict[str, "_Member"]:
@@ -74,6 +82,16 @@ def _members(path: Path, options: Options, stack: ExitStack) -> dict[str, "_Memb
             copy = None if folder is None else folder / f"{len(members)}.npy"
             members[key] = _Member(archive, info, f"{path}: {key!r}", copy)
     return members
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """The spaces and the environment's id that a file says; those of others say nothing, or mean something else."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            document = json.loads(str(content[PROVENANCE]))
+        return {"spaces": Spaces.from_json(document["spaces"]), "env": str(document["env"])}
+    except (KeyError, TypeError, ValueError):
+        return {}
 
 
 class _Member:

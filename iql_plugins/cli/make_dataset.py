@@ -1,0 +1,175 @@
+"""``iql-plugins make-dataset``: data that anyone can make again."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from iql_plugins import checkpoint
+from iql_plugins.cli.arguments import MakeDataset
+from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.cli.output import Result, note, table
+from iql_plugins.cli.recipes import RECIPES
+from iql_plugins.cli.recipes.recipe import Columns, Parts, Recipe, archive
+from iql_plugins.cli.rollouts import environment_spaces
+from iql_plugins.cli.workers import locked
+from iql_plugins.data.readers.npz import PROVENANCE
+
+__all__ = ["run"]
+
+#: What a dataset's numbers may depend on.
+_PACKAGES = ("numpy", "gymnasium", "gymnasium-robotics", "mujoco", "ogbench", "stable-baselines3", "torch")
+
+
+def run(arguments: MakeDataset) -> Result:
+    """Makes a dataset, or goes on making it.
+
+    Raises:
+        UserError: for a recipe that there is none of, a package that is missing, or another file in its place.
+    """
+    if arguments.name is None:
+        entries = [
+            {"name": recipe.name, "env": recipe.env, "summary": recipe.summary, "missing": _missing(recipe)}
+            for recipe in RECIPES.values()
+        ]
+        lines = [f"{entry['name']}: {entry['summary']}" + _hint(entry["missing"]) for entry in entries]
+        return Result({"recipes": entries}, ["\n".join(lines)])
+    recipe = _recipe(arguments.name)
+    if (package := _missing(recipe)) is not None:
+        raise UserError(f"{recipe.name} needs a package that is not installed: {package}")
+    if arguments.seed < 0:
+        raise UserError(f"--seed must be at least 0, got {arguments.seed}")
+    folder = Path(arguments.out)
+    made_with = _versions()
+    with mistakes(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{recipe.name}-{arguments.seed}.npz"
+    recorded = {"recipe": recipe.name, "seed": arguments.seed, "versions": made_with}
+    if file.exists():
+        provenance = _provenance(file)
+        if {name: provenance.get(name) for name in recorded} != recorded:
+            raise UserError(f"{str(file)!r} is there already, and was made by something else: move it, or take --out")
+        note(f"{file} is there already")
+        return _result(file, provenance)
+    work = folder / f".{recipe.shares or recipe.name}-{arguments.seed}"
+    with mistakes(OSError):
+        work.mkdir(exist_ok=True)
+        with locked(work):
+            _start_over_unless(work / "versions.json", made_with)
+            with _progress() as report, _quiet():
+                columns = recipe.make(arguments.seed, Parts(work, report))
+            provenance = _described(recipe, columns, recorded)
+            checkpoint.write_bytes(file, archive({**columns, PROVENANCE: np.array(json.dumps(provenance))}))
+        if recipe.shares is None:
+            shutil.rmtree(work)
+    return _result(file, provenance)
+
+
+def _recipe(name: str) -> Recipe:
+    if name in RECIPES:
+        return RECIPES[name]
+    close = get_close_matches(name, RECIPES, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise UserError(f"there is no recipe {name!r}: {hint}there are {', '.join(RECIPES)}")
+
+
+def _missing(recipe: Recipe) -> str | None:
+    """How to install what a recipe needs; None if it is there."""
+    needed = [recipe.package] if recipe.package else []
+    needed += ["stable_baselines3"] if "sb3" in recipe.extra else []
+    there = all(importlib.util.find_spec(package) is not None for package in needed)
+    return None if there else f"pip install 'iql-plugins[{recipe.extra}]'"
+
+
+def _hint(missing: Any) -> str:
+    return f" ({missing})" if missing else ""
+
+
+def _versions() -> dict[str, str]:
+    found = {"iql-plugins": version("iql-plugins")}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _start_over_unless(file: Path, made_with: dict[str, str]) -> None:
+    """Parts of other versions would not go together with what comes."""
+    text = json.dumps(made_with)
+    if file.exists() and file.read_text() == text:
+        return
+    for part in file.parent.glob("*.npz"):
+        part.unlink()
+    checkpoint.write_bytes(file, text.encode())
+
+
+def _described(recipe: Recipe, columns: Columns, recorded: dict[str, Any]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for name, rows in sorted(columns.items()):
+        digest.update(f"\0{name}\0{rows.dtype}\0{rows.shape}\0".encode() + np.ascontiguousarray(rows).tobytes())
+    ends = np.flatnonzero(columns["terminals"] | columns["timeouts"]) + 1
+    returns = [float(part.sum(dtype=np.float64)) for part in np.split(columns["rewards"], ends)[: len(ends)]]
+    return {
+        **recorded,
+        "env": recipe.env,
+        "spaces": environment_spaces(recipe.env).to_json(),
+        "summary": recipe.summary,
+        "transitions": len(columns["rewards"]),
+        "episodes": len(returns),
+        "returns": {"mean": float(np.mean(returns)), "min": min(returns), "max": max(returns)},
+        "sha256": digest.hexdigest(),
+    }
+
+
+def _provenance(file: Path) -> dict[str, Any]:
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            document = json.loads(str(content[PROVENANCE]))
+    except Exception:
+        # Whatever it is, it is none of ours.
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _result(file: Path, provenance: dict[str, Any]) -> Result:
+    document = {"file": str(file), "file_sha256": hashlib.sha256(file.read_bytes()).hexdigest(), **provenance}
+    returns = provenance["returns"]
+    rows = [
+        ["transitions", f"{provenance['transitions']:,}"],
+        ["episodes", f"{provenance['episodes']:,}"],
+        ["return", f"{returns['mean']:.1f} ({returns['min']:.1f} to {returns['max']:.1f})"],
+        ["environment", provenance["env"]],
+    ]
+    # Below the table, where no column breaks a line that is to be copied.
+    lines = [f"SHA-256 {document['file_sha256']}", f"iql-plugins train --dataset {file}"]
+    return Result(document, [table([str(file), ""], rows), *lines])
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on a terminal, a line for each part elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, what: note(f"{done} of {total} parts ({what})")
+        return
+    console = imported("rich.console").Console(stderr=True)
+    with imported("rich.progress").Progress(console=console) as bars:
+        task = bars.add_task("starts", total=None)
+        yield lambda done, total, what: bars.update(task, description=what, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what environments say about older versions of themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
