@@ -362,14 +362,8 @@ class IQL(OfflineLearning):
         learner = self.__dict__.get("learner")
         if learner is None or "_logger" not in self.__dict__:
             return
-        training = self.policy.training
-        # To look must not change what is learned: running statistics, say.
-        self.policy.set_training_mode(False)
-        try:
-            for name, value in learner.metrics().items():
-                self._logger.record(f"train/{name}", value)
-        finally:
-            self.policy.set_training_mode(training)
+        for name, value in learner.metrics().items():
+            self._logger.record(f"train/{name}", value)
 
     def _update_learning_rate(self, optimizers: Any = None) -> None:
         self._apply_learning_rates()
