@@ -15,8 +15,8 @@ STANDARD_ERRORS = 2.0
 #: Of the median, in standard errors of the mean, for normal noise; and a standard deviation in median deviations.
 _MEDIAN_ERROR, _DEVIATION = 1.2533, 1.4826
 
-#: With fewer than a tenth of a batch, single transitions decide. Policies are no worse at 0.1 on the dataset that ships
-#: (``examples/choosing_hyperparameters.md``), and half of it is reached by a temperature three times as high.
+#: With fewer than a tenth of a batch, single transitions decide: ``examples/choosing_hyperparameters.md``, which says
+#: to raise the temperature only as far.
 FEWEST_EFFECTIVE_SAMPLES = 0.1
 #: (Σw)² / (B Σw²) is 1 / (1 + c²), c the weights' coefficient of variation, which is the standard deviation of
 #: temperature × advantage if that is small. A c of a tenth tells hardly any action from another.
@@ -82,7 +82,7 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
     >>> looks = [{"step": step, "mean_value": -0.1 * step, "mean_qvalue": -5.0} for step in range(100)]
     >>> [warning] = health_warnings(looks, IQLConfig())
     >>> warning.message
-    'values had not settled in the last quarter: mean_value from -6.2 in the third quarter of the training to -8.7'
+    'values had not settled: mean_value from -6.2 in the third quarter of the training to -8.7 in the last'
 
     Args:
         looks: rows of metrics by name, each with its ``"step"``, in order: of ``metrics.csv``, or of
@@ -130,7 +130,7 @@ def _unsettled_values(looks: Sequence[Look]) -> HealthWarning | None:
         return None
     return HealthWarning(
         "unsettled-values",
-        f"values had not settled in the last quarter: {', '.join(moved)}",
+        f"values had not settled: {', '.join(moved)} in the last",
         "try more `n_steps`, because V and Q do not yet know what the states are worth; if they never settle, a lower "
         "`expectile` or `discount`, because both decide how far values can grow",
     )
@@ -143,8 +143,8 @@ def _few_samples(looks: Sequence[Look], temperature: float) -> HealthWarning | N
     return HealthWarning(
         "few-effective-samples",
         f"the effective sample size was {mean:.2g} of a batch in the last quarter",
-        f"try a `temperature` below {temperature:g}, or a smaller `reward_scale`, because the few transitions with the "
-        "largest exp(temperature × advantage) decided what the policy learned",
+        f"try a `temperature` below {temperature:g}, or smaller rewards (`reward_scale`), because the few transitions "
+        "with the largest exp(temperature × advantage) decided what the policy learned",
     )
 
 
@@ -155,8 +155,8 @@ def _clipped(looks: Sequence[Look], temperature: float) -> HealthWarning | None:
     return HealthWarning(
         "clipped-weights",
         f"{mean:.0%} of the weights were clipped at the largest one in the last quarter",
-        f"try a `temperature` below {temperature:g}, or `reward_scale` return_range, because clipped weights no longer "
-        "tell the best actions from good ones",
+        f"try a `temperature` below {temperature:g}, or smaller rewards (`reward_scale`), because clipped weights no "
+        "longer tell the best actions from good ones",
     )
 
 
@@ -167,8 +167,8 @@ def _equal(looks: Sequence[Look], temperature: float) -> HealthWarning | None:
     return HealthWarning(
         "equal-weights",
         f"all actions weighed about the same: the effective sample size was {mean:.3f} of a batch in the last quarter",
-        f"try `reward_scale` return_range, or a `temperature` above {temperature:g}, because advantages this small make "
-        "behaviour cloning of it",
+        f"try a `temperature` above {temperature:g}, or larger rewards (`reward_scale`), because advantages this small "
+        "make behaviour cloning of it",
     )
 
 
