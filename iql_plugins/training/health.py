@@ -82,7 +82,7 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
     >>> looks = [{"step": step, "mean_value": -0.1 * step, "mean_qvalue": -5.0} for step in range(100)]
     >>> [warning] = health_warnings(looks, IQLConfig())
     >>> warning.message
-    'values had not settled: mean_value from -6.2 in the third quarter of the training to -8.7 in the last'
+    'values had not settled from the third to the last quarter of the training: mean_value -6.2 to -8.7'
 
     Args:
         looks: rows of metrics by name, each with its ``"step"``, in order: of ``metrics.csv``, or of
@@ -125,12 +125,12 @@ def _unsettled_values(looks: Sequence[Look]) -> HealthWarning | None:
         errors = [_MEDIAN_ERROR * _spread(quarter) / math.sqrt(len(quarter)) for quarter in quarters[2:]]
         movement = abs(medians[3] - medians[2])
         if movement > max(MOST_MOVEMENT * max(map(abs, medians)), STANDARD_ERRORS * math.hypot(*errors)):
-            moved.append(f"{name} from {medians[2]:.3g} in the third quarter of the training to {medians[3]:.3g}")
+            moved.append(f"{name} {medians[2]:.3g} to {medians[3]:.3g}")
     if not moved:
         return None
     return HealthWarning(
         "unsettled-values",
-        f"values had not settled: {', '.join(moved)} in the last",
+        f"values had not settled from the third to the last quarter of the training: {', '.join(moved)}",
         "try more `n_steps`, because V and Q do not yet know what the states are worth; if they never settle, a lower "
         "`expectile` or `discount`, because both decide how far values can grow",
     )
