@@ -39,6 +39,8 @@ _PICKERS = (
 )
 #: Transitions that a FIFO buffer may have dropped, beyond as many as it has, before their arrays are let go.
 _SLACK = 10_000
+#: Bytes of episodes that lie apart in memory, up to which they are copied: rows of one array are gathered faster.
+LARGEST_COPY = 2**28
 
 
 def _uniform(count: int, size: int) -> Array:
@@ -56,9 +58,9 @@ class FastReplayBuffer(ReplayBuffer):  # type: ignore[misc]
     the signature of observations (vectors, images, tuples), for one-step, n-step and frame-stacking transition
     pickers. Episodes may be appended at any time.
 
-    No ``Episode`` is held twice: where they are slices of common arrays, as those of an ``MDPDataset``, these are used
-    as they are; else the first mini-batch makes them so, and puts equal slices in the place of their arrays. What is
-    appended step by step is copied.
+    An ``Episode`` is left as it is. Where they are slices of common arrays, as those of an ``MDPDataset``, these are
+    used as they are; episodes that lie apart in memory, as those of a file, are copied up to 256 MiB, and beyond that
+    gathered from where they are, which takes longer. What is appended step by step is copied.
 
     Args:
         *args: as those of ``d3rlpy.dataset.ReplayBuffer``.
@@ -106,7 +108,7 @@ class FastReplayBuffer(ReplayBuffer):  # type: ignore[misc]
 def as_fast_buffer(dataset: ReplayBuffer) -> FastReplayBuffer:
     """The same transitions in a buffer that samples fast, for any algorithm of d3rlpy's.
 
-    Both share episodes and writer: what is appended to one is in the other, and nothing is held twice (see
+    Both share episodes and writer: what is appended to one is in the other, and no large dataset is held twice (see
     :class:`FastReplayBuffer`).
 
     Args:
@@ -177,7 +179,7 @@ class _Growing:
         head: the first rows, which are somebody else's and stay where they are.
     """
 
-    def __init__(self, shape: Sequence[int], dtype: Any, head: Array | None = None) -> None:
+    def __init__(self, shape: Sequence[int], dtype: Any, head: "Array | _Apart | None" = None) -> None:
         self._array = np.empty((0, *shape), dtype)
         self._head = self._array if head is None else head
         self.count = len(self._head)
@@ -273,8 +275,8 @@ class _Columns:
         if self._steps:
             return
         whole = [episode for episode in episodes if type(episode) is Episode]
-        if whole and _same_kind(whole):
-            heads, starts = _common_arrays(whole)
+        if whole and _same_kind(whole) and (shared := _shared(whole)) is not None:
+            heads, starts = shared
             self._steps = [_Growing(head.shape[1:], head.dtype, head) for head in heads]
             self._episodes = whole
             self._numbers = {id(episode): number for number, episode in enumerate(whole)}
@@ -395,18 +397,45 @@ def _same_kind(episodes: Sequence[Any]) -> bool:
     return len(kinds) == 1
 
 
-def _common_arrays(episodes: Sequence[Episode]) -> tuple[list[Array], Array]:
-    """The arrays of which those of all episodes are slices, and the row at which each episode starts."""
-    found = _found(episodes)
-    if found is None:
-        _pack(episodes)
-        found = _found(episodes)
-    assert found is not None
-    return found
+class _Apart:
+    """Rows of arrays that lie apart, as if they were one array's.
+
+    Args:
+        parts: the arrays.
+        starts: the row at which each begins.
+    """
+
+    def __init__(self, parts: Sequence[Array], starts: Array) -> None:
+        self._parts = parts
+        self._starts = starts
+        self.shape = (int(starts[-1]) + len(parts[-1]), *parts[0].shape[1:])
+        self.dtype = parts[0].dtype
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def take(self, rows: Array, axis: int) -> Array:
+        """As of an array, along its first axis."""
+        part = np.searchsorted(self._starts, rows, side="right") - 1
+        taken = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        for row, (number, step) in enumerate(zip(part.tolist(), (rows - self._starts[part]).tolist(), strict=True)):
+            taken[row] = self._parts[number][step]
+        return taken
 
 
-def _found(episodes: Sequence[Episode]) -> tuple[list[Array], Array] | None:
-    """The arrays of :func:`_common_arrays`; None unless there are some."""
+def _shared(episodes: Sequence[Episode]) -> tuple[list[Array | _Apart], Array] | None:
+    """The steps of all episodes where they are, and the row at which each begins; None if they had better be copied."""
+    found = _slices(episodes)
+    if found is not None:
+        return [*found[0]], found[1]
+    if sum(array.nbytes for episode in episodes for array in _columns(episode)) <= LARGEST_COPY:
+        return None
+    starts = np.cumsum([0, *map(len, episodes)])[:-1]
+    return [_Apart(parts, starts) for parts in zip(*map(_columns, episodes), strict=True)], starts
+
+
+def _slices(episodes: Sequence[Episode]) -> tuple[list[Array], Array] | None:
+    """The arrays of which those of all episodes are slices; None unless there are some."""
     heads: list[Array] = []
     rows: list[Array] = []
     for column in zip(*map(_columns, episodes), strict=True):
@@ -427,32 +456,6 @@ def _found(episodes: Sequence[Episode]) -> tuple[list[Array], Array] | None:
         rows.append(starts)
     same = all(np.array_equal(starts, rows[0]) for starts in rows)
     return (heads, rows[0]) if same else None
-
-
-def _pack(episodes: Sequence[Episode]) -> None:
-    """Puts the arrays of episodes behind one another, those of each kind in one array, and lets the old ones go."""
-    stops = np.cumsum([len(episode) for episode in episodes])
-    for index in range(len(_columns(episodes[0]))):
-        first = _columns(episodes[0])[index]
-        packed = np.empty((stops[-1], *first.shape[1:]), first.dtype)
-        for episode, stop in zip(episodes, stops, strict=True):
-            rows = packed[stop - len(episode) : stop]
-            rows[...] = _columns(episode)[index]
-            _replace(episode, index, rows)
-
-
-def _replace(episode: Episode, index: int, rows: Array) -> None:
-    """Puts rows in the place of those of :func:`_columns` that they equal."""
-    observations = episode.observations
-    parts = list(observations) if isinstance(observations, list | tuple) else [observations]
-    if index < len(parts):
-        parts[index] = rows
-        value: Any = type(observations)(parts) if isinstance(observations, list | tuple) else rows
-        name = "observations"
-    else:
-        name, value = ("actions", "rewards")[index - len(parts)], rows
-    # It is frozen for those who would change its values.
-    object.__setattr__(episode, name, value)
 
 
 def _stored(column: Array) -> Any:

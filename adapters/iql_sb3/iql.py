@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -25,7 +25,7 @@ from iql_plugins.config import ActorSchedule, Compile, IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.functional import LossFunction
 from iql_plugins.training.agent import Agent
-from iql_plugins.training.gradients import compiler_available
+from iql_plugins.training.gradients import OUTPUTS, compiler_available
 from iql_plugins.training.learner import NETWORKS, Learner
 from iql_sb3 import datasets
 from iql_sb3.conversion import agent_in, changeable, config_of, model_of, without_environment
@@ -347,23 +347,15 @@ class IQL(OfflineLearning):
 
     # Training
 
-    @property
-    def logger(self) -> Logger:
-        """The logger, with the means of losses and health since it was last looked at.
+    def metrics(self) -> dict[str, float]:
+        """What :meth:`iql_plugins.training.learner.Learner.metrics` tells since the last call.
+
+        The logger asks whenever it writes, whoever dumps it.
 
         Raises:
             DivergenceError: if losses or weights are no longer finite.
         """
-        self._record_metrics()
-        return self._logger
-
-    def _record_metrics(self) -> None:
-        # Before it is built, or while it is being loaded, there is nothing to record.
-        learner = self.__dict__.get("learner")
-        if learner is None or "_logger" not in self.__dict__:
-            return
-        for name, value in learner.metrics().items():
-            self._logger.record(f"train/{name}", value)
+        return self.learner.metrics()
 
     def _update_learning_rate(self, optimizers: Any = None) -> None:
         self._apply_learning_rates()
@@ -396,6 +388,8 @@ class IQL(OfflineLearning):
     def _prepare_training(self) -> None:
         if "_logger" not in self.__dict__:
             self._logger = configure_logger(self.verbose, self.tensorboard_log, "IQL")
+        if not any(isinstance(writer, Metrics) and writer.model is self for writer in self._logger.output_formats):
+            self._logger.output_formats.insert(0, Metrics(self))
         if not self._has_statistics:
             raise ValueError(
                 "normalize_observations and reward_scale='return_range' need the statistics of a dataset: "
@@ -431,6 +425,9 @@ class IQL(OfflineLearning):
             ValueError: if there is neither a dataset nor experience.
         """
         self._train(gradient_steps, self.batch_size if batch_size is None else batch_size, self.offline_ratio)
+        if gradient_steps and self.learner.last_losses is not None:
+            for name, value in zip(OUTPUTS, self.learner.last_losses.tolist(), strict=True):
+                self._logger.record(f"train/{name}", value)
 
     def _train(self, gradient_steps: int, batch_size: int, offline_ratio: float) -> None:
         self._prepare_training()
@@ -680,6 +677,26 @@ class IQL(OfflineLearning):
         from iql_plugins.export import export_policy
 
         export_policy(agent_in(self), path, format)
+
+
+class Metrics(KVWriter):
+    """Comes before a logger's other outputs, and adds a model's metrics to what they are about to write.
+
+    Args:
+        model: whose.
+    """
+
+    def __init__(self, model: IQL) -> None:
+        self.model = model
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Adds them; ``DivergenceError`` if losses or weights are no longer finite."""
+        metrics = {f"train/{name}": value for name, value in self.model.metrics().items()}
+        key_values.update(metrics)
+        key_excluded.update(dict.fromkeys(metrics, ("",)))
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _start(schedule: FloatSchedule) -> float:

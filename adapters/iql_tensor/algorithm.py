@@ -1,6 +1,5 @@
 """IQL for people with a training loop of their own, or none."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,8 @@ from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.spaces import Box, Discrete, Spaces
-from iql_plugins.training.agent import Agent, Observation
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.algorithm import Algorithm
 from iql_plugins.training.learner import Learner
 from iql_plugins.training.multi_seed import fit_together
 from iql_tensor.batches import map_batch
@@ -22,7 +22,7 @@ from iql_tensor.batches import map_batch
 __all__ = ["IQL"]
 
 
-class IQL:
+class IQL(Algorithm):
     """Implicit Q-Learning on plain tensors, in the environment's units.
 
     Args:
@@ -40,9 +40,6 @@ class IQL:
     >>> iql.act(torch.zeros(5, 3)).shape
     torch.Size([5, 1])
     """
-
-    def __init__(self, agent: Agent) -> None:
-        self.agent = agent
 
     @classmethod
     def build(
@@ -135,15 +132,6 @@ class IQL:
             action = Box((action_size,), "float32", *bounds)
         return cls.build(Spaces(Box((observation_size,)), action), **arguments)
 
-    @classmethod
-    def from_agent(cls, agent: Agent) -> "IQL":
-        """The algorithm around an agent of any adapter."""
-        return cls(agent)
-
-    def to_agent(self) -> Agent:
-        """The agent in it."""
-        return self.agent
-
     def update(self, batch: TensorDictBase | Mapping[str, Tensor] | None = None, **tensors: Tensor) -> None:
         """One gradient step on a batch in the environment's units.
 
@@ -173,15 +161,6 @@ class IQL:
             )
         self.agent.learner.step(self.agent.normalizers(mapped))
 
-    def fit(self, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None) -> "IQL":
-        """Trains on a dataset in the environment's units; see :meth:`iql_plugins.training.agent.Agent.fit`.
-
-        Returns:
-            Itself.
-        """
-        self.agent.fit(dataset, n_steps, callback)
-        return self
-
     @staticmethod
     def fit_together(
         algorithms: "Sequence[IQL]",
@@ -191,20 +170,3 @@ class IQL:
     ) -> None:
         """Trains several that differ in their seeds alone; see :func:`iql_plugins.training.multi_seed.fit_together`."""
         fit_together([algorithm.agent for algorithm in algorithms], dataset, n_steps, callback)
-
-    def act(self, observation: Observation, deterministic: bool = True) -> Any:
-        """The policy's action in the environment's units; see :meth:`iql_plugins.training.agent.Agent.act`."""
-        return self.agent.act(observation, deterministic)
-
-    def metrics(self) -> dict[str, float]:
-        """Means since the last call; see :meth:`iql_plugins.training.learner.Learner.metrics`."""
-        return self.agent.learner.metrics()
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes all of it into one file, atomically; see :meth:`iql_plugins.training.agent.Agent.save`."""
-        self.agent.save(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], **arguments: Any) -> "IQL":
-        """What :meth:`save` wrote; arguments as those of :meth:`iql_plugins.training.agent.Agent.load`."""
-        return cls(Agent.load(path, **arguments))

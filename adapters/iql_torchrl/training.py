@@ -3,7 +3,7 @@
 import io
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tensordict import MemoryMappedTensor, TensorDictBase
@@ -13,7 +13,8 @@ from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.limits import load_torch
-from iql_plugins.training.agent import Agent, Observation
+from iql_plugins.training.agent import Agent
+from iql_plugins.training.algorithm import Algorithm
 from iql_torchrl.batches import map_batch
 from iql_torchrl.losses import IQLLoss
 
@@ -22,7 +23,7 @@ __all__ = ["IQL"]
 _CONTAINER = "file of torch"
 
 
-class IQL:
+class IQL(Algorithm):
     """Implicit Q-Learning for who has an environment's data, and TorchRL's parts around the loss.
 
     Args:
@@ -43,17 +44,8 @@ class IQL:
     """
 
     def __init__(self, agent: Agent) -> None:
-        self.agent = agent
+        super().__init__(agent)
         self.loss = IQLLoss.from_core(agent.loss)
-
-    @classmethod
-    def from_agent(cls, agent: Agent) -> "IQL":
-        """The algorithm around an agent of any adapter."""
-        return cls(agent)
-
-    def to_agent(self) -> Agent:
-        """The agent in it."""
-        return self.agent
 
     def replay_buffer(self, dataset: TensorDictBase) -> TensorDictReplayBuffer:
         """TorchRL's replay buffer of a dataset; what it samples is in the networks' units.
@@ -86,7 +78,7 @@ class IQL:
             batch_size=agent.config.batch_size,
         )
 
-    def fit(self, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None) -> "IQL":
+    def fit(self, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None] | None = None) -> Self:
         """Trains on batches of :meth:`replay_buffer`.
 
         Args:
@@ -101,19 +93,15 @@ class IQL:
             ValueError: as :meth:`replay_buffer`.
             DivergenceError: if losses or weights are no longer finite.
         """
-        buffer, learner = self.replay_buffer(dataset), self.agent.learner
-        for _ in range(n_steps):
+        buffer = self.replay_buffer(dataset)
+
+        def draw() -> TensorDictBase:
             batch = map_batch(buffer.sample())
             assert batch is not None
-            learner.step(batch)
-            if callback is not None:
-                callback(learner.step_count)
-        learner.check_finite()
-        return self
+            return batch
 
-    def act(self, observation: Observation, deterministic: bool = True) -> Any:
-        """The policy's action in the environment's units; see :meth:`iql_plugins.training.agent.Agent.act`."""
-        return self.agent.act(observation, deterministic)
+        self.agent.train(draw, n_steps, callback)
+        return self
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes all of it into one file, atomically, that ``torch.load(path, weights_only=True)`` reads.
@@ -133,7 +121,7 @@ class IQL:
         checkpoint.write_bytes(path, file.getvalue())
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], **arguments: Any) -> "IQL":
+    def load(cls, path: str | os.PathLike[str], **arguments: Any) -> Self:
         """What :meth:`save` wrote.
 
         Args:

@@ -182,9 +182,30 @@ class Agent:
         """
         source = self.transitions(dataset)
         size, generator = (self.config.batch_size,), self.generator
+
+        def draw() -> Mapping[str, Tensor]:
+            return source.batch(torch.randint(len(source), size, generator=generator, device=self.device))
+
+        self.train(draw, n_steps, callback)
+
+    def train(
+        self,
+        draw: Callable[[], Mapping[str, Tensor] | TensorDictBase],
+        n_steps: int,
+        callback: Callable[[int], None] | None = None,
+    ) -> None:
+        """Trains on batches in the networks' units.
+
+        Args:
+            draw: returns a batch, as :meth:`iql_plugins.training.learner.Learner.step` takes it.
+            n_steps: as in :meth:`fit`.
+            callback: as in :meth:`fit`.
+
+        Raises:
+            DivergenceError: if losses or weights are no longer finite.
+        """
         for _ in range(n_steps):
-            index = torch.randint(len(source), size, generator=generator, device=self.device)
-            self.learner.step(source.batch(index))
+            self.learner.step(draw())
             if callback is not None:
                 callback(self.learner.step_count)
         self.learner.check_finite()

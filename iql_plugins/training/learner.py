@@ -118,8 +118,8 @@ class Learner:
         last_losses: ``[4]`` losses and entropy of the last step, on the device; None before the first.
         synchronize: called when the gradients of a step are there and nothing has read them: processes that train
             together average them here. None does nothing.
-        catch_up: calls :meth:`record` for steps that something else has taken for this learner, and sets its rates;
-            None where nothing else does.
+        stacked: whether its parameters are views of tensors that several trainings have in common, for as long as
+            something else takes its steps.
 
     Raises:
         ValueError: unless each group is in one optimiser, under its name.
@@ -189,7 +189,7 @@ class Learner:
         self._count = 0
         self._last_batch: Mapping[str, Tensor] = {}
         self._looks = Looks()
-        self.catch_up: Callable[[], None] | None = None
+        self.stacked = False
 
     @classmethod
     def from_config(
@@ -312,13 +312,11 @@ class Learner:
                 losses = self._compute(batch)
             else:
                 losses = captured(batch, *self._constants_and_addresses(batch))
-        self.step_count += 1
+        self.count(losses, dict(batch))
         # A framework's schedule has moved on, and shows the rate of the next step.
         for network in self._rates.trained:
             if "schedule" in self._rates.group(network):
                 self._rates.show(network)
-        self.last_losses = losses
-        self.record(losses, 1, dict(batch))
         if self.step_count % STEPS_BETWEEN_CHECKS == 0:
             self.check_finite()
 
@@ -353,21 +351,17 @@ class Learner:
             tensors += [value for value in values if isinstance(value, Tensor)]
         return tuple(constants), tuple([tensor.data_ptr() for tensor in tensors])
 
-    def bring_up_to_date(self) -> None:
-        """Calls :attr:`catch_up`, before anything is told that it knows."""
-        if self.catch_up is not None:
-            self.catch_up()
-
-    def record(self, losses: Tensor, count: int, batch: Mapping[str, Tensor]) -> None:
-        """Adds steps to what :meth:`metrics` tells.
+    def count(self, losses: Tensor, batch: Mapping[str, Tensor]) -> None:
+        """Counts a step that was taken, here or by something else for this learner.
 
         Args:
-            losses: ``[4]`` sums over steps, in the order of :attr:`last_losses`.
-            count: number of steps.
-            batch: of the last one.
+            losses: ``[4]``, in the order of :attr:`last_losses`.
+            batch: what it was taken on; read by :meth:`metrics`, :meth:`check_finite` and :meth:`warnings` alone.
         """
+        self.step_count += 1
+        self.last_losses = losses
         self._sums = losses if self._sums is None else self._sums + losses
-        self._count += count
+        self._count += 1
         self._last_batch = batch
 
     def metrics(self) -> dict[str, float]:
@@ -418,7 +412,6 @@ class Learner:
         Raises:
             DivergenceError: if they are not finite, or the weights are not.
         """
-        self.bring_up_to_date()
         if self._sums is None:
             return {}
         with calls.evaluation_mode(self.loss):
@@ -449,7 +442,6 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that continues a training and is not in the loss: optimisers, rates and the step."""
-        self.bring_up_to_date()
         return {
             "step_count": self.step_count,
             "seed": self.seed,

@@ -6,9 +6,8 @@ a population takes much less than its agents one after another.
 
 import reprlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -76,17 +75,15 @@ class _Population:
         self._places = {
             registry: [slots(agent.loss, registry) for agent in agents] for registry in ("_parameters", "_buffers")
         }
-        self._tensors: dict[str, Tensor] = {}
+        parameters, buffers = torch.func.stack_module_state([agent.loss for agent in agents])
+        self._tensors: dict[str, Tensor] = parameters | buffers
         #: By the identity of an agent's tensor: the stacked one.
-        self._stack_of: dict[int, Tensor] = {}
-        for registry, places in self._places.items():
-            for name in places[0]:
-                own = [registers[key] for registers, key in (place[name] for place in places)]
-                stack = torch.stack([tensor.detach() for tensor in own])
-                if registry == "_parameters":
-                    stack = nn.Parameter(stack, requires_grad=own[0].requires_grad)
-                self._tensors[name] = stack
-                self._stack_of |= {id(tensor): stack for tensor in own}
+        self._stack_of = {
+            id(registers[key]): self._tensors[name]
+            for places in self._places.values()
+            for place in places
+            for name, (registers, key) in place.items()
+        }
         self._trained = [name for name, tensor in self._tensors.items() if tensor.requires_grad]
         self._optimizer = self._stacked_optimizer()
         self._targets, self._copied = self._target_pairs()
@@ -97,13 +94,9 @@ class _Population:
         self._actor_rate, self._horizon = first.rates()["actor"], first.actor_schedule_steps
         self._max_grad_norm, self._tau = first.max_grad_norm, first.target_updater.tau
         self._step_count = first.step_count
-        self._shown: float | None = None
         self._stepped = False
-        self._sums = torch.zeros(len(agents), 4, device=agents[0].device)
-        self._counts = [0] * len(agents)
-        self._batch: dict[str, Tensor] = {}
-        for index, learner in enumerate(self.learners):
-            learner.catch_up = partial(self._publish, index)
+        for learner in self.learners:
+            learner.stacked = True
 
     def prepare(self, batch: dict[str, Tensor]) -> None:
         """Traces the step for batches like this one, ``[N, B, ...]`` keyword tensors.
@@ -145,8 +138,10 @@ class _Population:
                 _clip(group["params"], self._max_grad_norm)
             if group["name"] == "actor":
                 factor = schedule_factor("actor", group, self._step_count, self._horizon)
-                self._shown = self._actor_rate.at(factor)
-                _set_rate(group, self._shown)
+                rate = self._actor_rate.at(factor)
+                _set_rate(group, rate)
+                for learner in self.learners:
+                    learner.show_learning_rate("actor", rate)
         self._optimizer.step()
         if not self._bound:
             self._bind_optimizers()
@@ -156,13 +151,9 @@ class _Population:
         for target, source in self._copied:
             target.copy_(source)
         losses = torch.stack(list(results[len(self._trained) :]), -1)
-        self._sums += losses
-        self._batch = batch
         self._step_count += 1
         for index, (learner, own) in enumerate(zip(self.learners, losses.unbind(), strict=True)):
-            learner.last_losses = own
-            learner.step_count = self._step_count
-            self._counts[index] += 1
+            learner.count(own, _Share(batch, index))
         if self._step_count % STEPS_BETWEEN_CHECKS == 0:
             for learner in self.learners:
                 learner.check_finite()
@@ -193,16 +184,12 @@ class _Population:
 
     def release(self) -> None:
         """Gives each agent tensors of its own again."""
-        try:
-            for learner in self.learners:
-                learner.bring_up_to_date()
-        finally:
-            for learner in self.learners:
-                learner.catch_up = None
-                for optimizer in learner.optimizers:
-                    for state in optimizer.state.values():
-                        state.update({name: _copy(value) for name, value in state.items()})
-            self._each(lambda index, tensor, stack: tensor.detach().clone())
+        for learner in self.learners:
+            learner.stacked = False
+            for optimizer in learner.optimizers:
+                for state in optimizer.state.values():
+                    state.update({name: _copy(value) for name, value in state.items()})
+        self._each(lambda index, tensor, stack: tensor.detach().clone())
 
     def _each(self, replaced: Callable[[int, Tensor, Tensor], Tensor]) -> None:
         for places in self._places.values():
@@ -256,16 +243,21 @@ class _Population:
                 stacked[-1].append((target, source))
         return stacked[0], stacked[1]
 
-    def _publish(self, index: int) -> None:
-        """Tells a learner what it would know had it taken the steps itself."""
-        learner = self.learners[index]
-        if self._counts[index]:
-            batch = {name: tensor[index] for name, tensor in self._batch.items()}
-            learner.record(self._sums[index].clone(), self._counts[index], batch)
-            self._sums[index].zero_()
-            self._counts[index] = 0
-        if self._shown is not None:
-            learner.show_learning_rate("actor", self._shown)
+
+class _Share(Mapping[str, Tensor]):
+    """An agent's batch: the ``index``-th entries, which are looked up for those who read it."""
+
+    def __init__(self, batch: Mapping[str, Tensor], index: int) -> None:
+        self._batch, self._index = batch, index
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._batch[name][self._index]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batch)
+
+    def __len__(self) -> int:
+        return len(self._batch)
 
 
 @contextmanager
@@ -289,7 +281,7 @@ def _check_alike(agents: Sequence[Agent]) -> None:
         raise ValueError("agents that are trained together must not share parameters or buffers with each other")
     for agent in agents:
         learner = agent.learner
-        if learner.catch_up is not None:
+        if learner.stacked:
             raise ValueError("an agent is being trained together with others already: wait until that is through")
         if len(learner.optimizers) != 1 or type(learner.optimizers[0]) is not Adam:
             kinds = ", ".join(type(optimizer).__name__ for optimizer in learner.optimizers)

@@ -1,6 +1,7 @@
 """IQL in Stable-Baselines3: it learns, saves, loads, predicts and reports as a built-in algorithm does."""
 
 import copy
+import csv
 import io
 import pickle
 import re
@@ -583,6 +584,31 @@ def test_looking_at_the_logger_changes_nothing_of_what_is_learned(dataset: Tenso
     looked.learn_offline(4, callback=lambda local, _: bool(local["self"].logger))
     unseen.learn_offline(4, log_interval=None)
     assert_same(looked, unseen)
+    # Nor of what is told: whoever asks next is told the means of all steps.
+    assert looked.metrics() == unseen.metrics() != {}
+    assert looked.metrics() == {}
+
+
+def test_whoever_dumps_the_log_writes_the_means_since_the_last_dump(dataset: TensorDict, tmp_path: Path) -> None:
+    class Dumps(BaseCallback):
+        def _on_step(self) -> bool:
+            losses.append(self.model.learner.last_losses)
+            if self.n_calls % 2 == 0:
+                self.logger.dump(self.num_timesteps)
+            return True
+
+    losses: list[torch.Tensor] = []
+    model = model_of(dataset=dataset)
+    for _ in range(2):
+        # Another logger is told, too.
+        model.set_logger(configure(str(tmp_path), ["csv"]))
+        model.learn_offline(4, Dumps(), log_interval=None)
+        model.logger.close()
+        rows = list(csv.DictReader((tmp_path / "progress.csv").read_text().splitlines()))
+        assert [float(row["train/loss_actor"]) for row in rows] == pytest.approx(
+            [float(losses[-4 + step][0] + losses[-3 + step][0]) / 2 for step in (0, 2)]
+        )
+        assert all(float(row["train/effective_sample_size"]) > 0.0 for row in rows)
 
 
 def test_tensorboard_reads_the_log(dataset: TensorDict, tmp_path: Path) -> None:

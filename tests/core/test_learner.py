@@ -266,10 +266,10 @@ def test_weights_that_are_not_finite_are_named_when_metrics_are_read(
 def test_a_loss_that_was_not_finite_once_is_named_whatever_came_later(kind: str) -> None:
     learner, batch = Learner(make_loss(kind)), keywords(make_batch(kind))
     learner.step(batch)
-    learner.record(torch.tensor([0.0, math.inf, 0.0, 0.0]), 1, batch)
+    learner.count(torch.tensor([0.0, math.inf, 0.0, 0.0]), batch)
     learner.step(batch)
     for read in (learner.metrics, learner.check_finite):
-        with pytest.raises(DivergenceError, match=r"^loss_qvalue not finite at step 2"):
+        with pytest.raises(DivergenceError, match=r"^loss_qvalue not finite at step 3"):
             read()
 
 

@@ -159,32 +159,11 @@ def test_agents_are_on_their_own_again_whatever_happens(kind: str, alike: Callab
     for agent, other in zip(together, alone, strict=True):
         other.fit(dataset, 5)
         assert_equal(agent, other)
+        assert not agent.learner.stacked
         for tensor in agent.state()[1].values():
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
     storages = [tensor.data_ptr() for agent in together for tensor in agent.loss.parameters()]
     assert len(set(storages)) == len(storages)
-
-
-@pytest.mark.parametrize("kind", ["continuous"])
-def test_a_second_interruption_leaves_agents_on_their_own(kind: str, alike: Callable[..., list[Agent]]) -> None:
-    agents = alike(2)
-    dataset = dataset_of(kind)
-
-    def interrupt(step: int) -> None:
-        agents[0].learner.catch_up = interrupt_again
-        raise KeyboardInterrupt
-
-    def interrupt_again() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fit_together(agents, dataset, 10, interrupt)
-    for agent in agents:
-        assert agent.learner.catch_up is None
-        for tensor in agent.state()[1].values():
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes
-    fit_together(agents, dataset, 1)
-    assert [agent.learner.step_count for agent in agents] == [2, 2]
 
 
 def _rates(agent: Agent) -> None:
