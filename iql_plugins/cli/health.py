@@ -121,8 +121,8 @@ def _of_returns(estimates: Mapping[str, Estimate]) -> Iterator[HealthWarning]:
         yield HealthWarning(
             "best-before-last",
             f"IQL's last policy returns {_text(final)}, less than the one that was best on the way, {_text(best)}",
-            "try a lower `actor_learning_rate`, or fewer `n_steps`, because the policy got worse as it went on; the "
-            f"better one is in {BEST}",
+            "try a lower `actor_learning_rate`, because the policy got worse as it went on; until then take the better "
+            f"one, {BEST}",
         )
 
 
