@@ -21,9 +21,9 @@ FEWEST_EFFECTIVE_SAMPLES = 0.1
 #: (Σw)² / (B Σw²) is 1 / (1 + c²), c the weights' coefficient of variation, which is the standard deviation of
 #: temperature × advantage if that is small. A c of a tenth tells hardly any action from another.
 MOST_EFFECTIVE_SAMPLES = 1.0 / (1.0 + 0.1**2)
-#: A tenth of a batch at the maximum: more than a few percent, which a temperature of 10 has on the dataset that ships
-#: without harm.
-MOST_AT_MAX_WEIGHT = 0.1
+#: Half of the weights are at the maximum where the temperature is without bounds. Trainings that were well had up to a
+#: tenth of them there; ones with a temperature a hundred times too high had three tenths and more.
+MOST_AT_MAX_WEIGHT = 0.2
 #: Values that come to their end as an exponential does, and move by less than a tenth from the third quarter of a
 #: training to the last one, have reached nine tenths of it.
 MOST_MOVEMENT = 0.1
@@ -70,7 +70,7 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
     ========================= ==================================================================
     ``unsettled-values``      mean V or mean Q has moved by more than a tenth in the last quarter
     ``few-effective-samples`` fewer than a tenth of the transitions teach the policy
-    ``clipped-weights``       more than a tenth of the weights are clipped at ``max_weight``
+    ``clipped-weights``       more than a fifth of the weights are clipped at ``max_weight``
     ``equal-weights``         the weights differ by less than a tenth: it is behaviour cloning
     ========================= ==================================================================
 

@@ -414,7 +414,7 @@ class Learner:
         """
         if self._sums is None:
             return {}
-        with calls.evaluation_mode(self.loss):
+        with torch.no_grad(), calls.evaluation_mode(self.loss):
             values = self._finite(self.loss.health(**self._last_batch)._asdict())
         self._looks.add(self.step_count, values)
         return values

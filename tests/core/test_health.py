@@ -132,9 +132,9 @@ def test_a_movement_within_the_noise_is_no_sign() -> None:
         {"effective_sample_size": last_quarter(0.05, 0.15)},
         {"effective_sample_size": last_quarter(0.999, 0.9)},
         {"effective_sample_size": 0.095, "noise": 0.8},
-        {"share_at_max_weight": 0.099},
+        {"share_at_max_weight": 0.199},
         {"share_at_max_weight": last_quarter(0.5, 0.05)},
-        {"share_at_max_weight": 0.105, "noise": 0.8},
+        {"share_at_max_weight": 0.21, "noise": 0.8},
     ],
 )
 def test_weights_within_the_limits_or_the_noise_are_no_sign(series: dict[str, Any]) -> None:
