@@ -108,7 +108,8 @@ def test_values_that_still_move_are_unsettled(series: dict[str, Any]) -> None:
         {"mean_value": lambda share: -20.0 + 2.0 * share},
         {"mean_qvalue": last_quarter(-10.0, -10.9)},
         {"mean_value": -10.0, "noise": 0.3},
-        # Around 0 every movement is large beside the value, and here it is noise.
+        # Around 0 every movement is large beside the value: here it is small beside what was before, and noise.
+        {"mean_value": lambda share: 10.0 * math.exp(-6.0 * share)},
         {"mean_value": lambda share: math.sin(1000.0 * share)},
         # Single values of a heavy tail.
         {"mean_value": lambda share: -1e6 if share in (0.9, 0.95) else -10.0},
