@@ -355,13 +355,7 @@ class IQL(OfflineLearning):
         Raises:
             DivergenceError: if losses or weights are no longer finite.
         """
-        training = self.policy.training
-        # To look must not change what is learned: running statistics, say.
-        self.policy.set_training_mode(False)
-        try:
-            return self.learner.metrics()
-        finally:
-            self.policy.set_training_mode(training)
+        return self.learner.metrics()
 
     def _update_learning_rate(self, optimizers: Any = None) -> None:
         self._apply_learning_rates()

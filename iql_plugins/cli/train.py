@@ -19,6 +19,7 @@ from iql_plugins import checkpoint
 from iql_plugins.cli.arguments import PROGRAM, Train, option, starting_preset
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.figures import learning_curve
+from iql_plugins.cli.health import run_warnings, warning_lines
 from iql_plugins.cli.output import Result, json_text, note, table
 from iql_plugins.cli.progress import reporter
 from iql_plugins.cli.rollouts import environment_spaces, recorded_environment
@@ -384,6 +385,7 @@ def _train(settings: Settings, source: Dataset, folder: Path, arguments: Train) 
         "n_steps": settings.hyperparameters.n_steps,
         "results": {name: value.as_dict(settings.env) for name, value in estimates.items()},
         "by_seed": [_unit_document(outcome) for outcome in outcomes],
+        "warnings": run_warnings(settings, source, folder, estimates),
         "stack": settings.stack,
         "workers": workers,
         "seconds": seconds,
@@ -391,7 +393,8 @@ def _train(settings: Settings, source: Dataset, folder: Path, arguments: Train) 
         "command": shlex.join([PROGRAM, *sys.argv[1:]]),
     }
     checkpoint.write_bytes(folder / RESULTS, (json_text(document) + "\n").encode())
-    return Result(document, [_table(settings, outcomes, estimates), *_closing_lines(settings, document, outcomes)])
+    parts = [_table(settings, outcomes, estimates), *warning_lines(document["warnings"])]
+    return Result(document, [*parts, *_closing_lines(settings, document, outcomes)])
 
 
 def _estimates(settings: Settings, outcomes: Sequence[Outcome], data: Estimate) -> dict[str, Estimate]:

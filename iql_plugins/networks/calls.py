@@ -4,7 +4,8 @@ Writing an output through ``TensorDictModule`` costs 0.2 ms, more than the small
 to compute it, and every wrapper makes a compiled call check more guards.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tensordict import TensorDict, TensorDictBase
@@ -14,9 +15,22 @@ from torch import Size, Tensor, nn
 
 from iql_plugins import _compat
 
-__all__ = ["distribution", "outputs"]
+__all__ = ["distribution", "evaluation_mode", "outputs"]
 
 Tensors = Mapping[NestedKey, Tensor]
+
+
+@contextmanager
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """No dropout, and running statistics that stay as they are, inside; the modes are what they were after it."""
+    training = [module for module in network.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def plain_module(network: nn.Module) -> nn.Module | None:

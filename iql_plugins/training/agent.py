@@ -26,6 +26,7 @@ from iql_plugins.limits import WeightLimit
 from iql_plugins.losses.bootstrap import ValueEstimator, ValueEstimators
 from iql_plugins.losses.iql import DiscreteIQLLoss, IQLLoss
 from iql_plugins.losses.parameters import ESTIMATOR, NETWORKS
+from iql_plugins.networks import calls
 from iql_plugins.networks.builders import Role, networks_for
 from iql_plugins.networks.encoders import ObservationEncoder, is_plain
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
@@ -256,14 +257,9 @@ class Agent:
         inputs, batched, numpy = self._inputs(observation)
         count = len(next(iter(inputs.values())))
         actor = self.loss.actor_network
-        training = [module for module in actor.modules() if module.training]
-        actor.eval()
-        try:
-            with set_interaction_type(InteractionType.DETERMINISTIC if deterministic else InteractionType.RANDOM):
-                action = actor(TensorDict(dict(inputs), batch_size=[count])).get("action")
-        finally:
-            for module in training:
-                module.training = True
+        kind = InteractionType.DETERMINISTIC if deterministic else InteractionType.RANDOM
+        with calls.evaluation_mode(actor), set_interaction_type(kind):
+            action = actor(TensorDict(dict(inputs), batch_size=[count])).get("action")
         action = self.normalizers.environment_action(action)
         action = action if batched else action[0]
         if not numpy:

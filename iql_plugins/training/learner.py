@@ -13,11 +13,12 @@ from torch.optim import Adam, Optimizer
 from iql_plugins import _compat
 from iql_plugins.config import IQLConfig
 from iql_plugins.keys import flat_name
-from iql_plugins.losses.functional import Health
 from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.losses.targets import SoftUpdate
+from iql_plugins.networks import calls
 from iql_plugins.training.cuda_graph import CapturedStep
 from iql_plugins.training.gradients import OUTPUTS, LossGradients, compiler_available
+from iql_plugins.training.health import HealthWarning, Looks, health_warnings
 from iql_plugins.training.rates import Rate, Rates
 
 __all__ = ["DivergenceError", "Groups", "Learner", "adam", "cosine_decay", "resolve_compile", "schedule_factor"]
@@ -187,6 +188,7 @@ class Learner:
         self._sums: Tensor | None = None
         self._count = 0
         self._last_batch: Mapping[str, Tensor] = {}
+        self._looks = Looks()
         self.stacked = False
 
     @classmethod
@@ -354,7 +356,7 @@ class Learner:
 
         Args:
             losses: ``[4]``, in the order of :attr:`last_losses`.
-            batch: what it was taken on; read by :meth:`metrics` alone.
+            batch: what it was taken on; read by :meth:`metrics`, :meth:`check_finite` and :meth:`warnings` alone.
         """
         self.step_count += 1
         self.last_losses = losses
@@ -374,10 +376,7 @@ class Learner:
         Raises:
             DivergenceError: see :meth:`check_finite`.
         """
-        if self._sums is None:
-            return {}
-        health: Health = self.loss.health(**self._last_batch)
-        values = self._finite(health._asdict())
+        values = self._look()
         self._sums, self._count = None, 0
         return values
 
@@ -389,7 +388,36 @@ class Learner:
         Raises:
             DivergenceError: if they are not; says which.
         """
-        self._finite({})
+        if not self._look():
+            self._finite({})
+
+    def warnings(self) -> list[HealthWarning]:
+        """What the metrics so far say against what was learned, each with what to try; empty if they say nothing.
+
+        Of the metrics every thousandth step, at the end of each ``fit``, and whenever :meth:`metrics` is called, since
+        the learner was made or loaded. Reads the device.
+
+        Returns:
+            See :func:`~iql_plugins.training.health.health_warnings`.
+
+        Raises:
+            DivergenceError: see :meth:`check_finite`.
+        """
+        self._look()
+        return health_warnings(self._looks.rows, self.loss)
+
+    def _look(self) -> dict[str, float]:
+        """What :meth:`metrics` returns, which begins anew there alone.
+
+        Raises:
+            DivergenceError: if they are not finite, or the weights are not.
+        """
+        if self._sums is None:
+            return {}
+        with torch.no_grad(), calls.evaluation_mode(self.loss):
+            values = self._finite(self.loss.health(**self._last_batch)._asdict())
+        self._looks.add(self.step_count, values)
+        return values
 
     @torch.no_grad()
     def _finite(self, further: Mapping[str, Tensor]) -> dict[str, float]:
@@ -448,6 +476,7 @@ class Learner:
         self.step_count, self.seed = step_count, seed
         self._rates.load_state_dict(rates)
         self._sums, self._count = None, 0
+        self._looks = Looks()
 
 
 def _trained(loss: IQLLoss) -> dict[str, list[nn.Parameter]]:

@@ -17,7 +17,7 @@ import iql_plugins
 from iql_plugins.hookspecs import Training
 from iql_plugins.testing import check_adapter
 from iql_plugins.training.agent import Agent
-from iql_plugins.training.learner import DivergenceError
+from iql_plugins.training.learner import DivergenceError, Learner
 
 
 def tensors() -> Any:
@@ -217,3 +217,21 @@ def test_weights_that_the_last_step_spoils_are_noticed_in_all_adapters(name: str
 
     with pytest.raises(DivergenceError, match=r"^the actor's weights not finite at step 5"):
         training.fit(algorithm, make_dataset(SPACES["continuous"]), 5, callback)
+
+
+#: As the README of each adapter says.
+LEARNERS: dict[str, Callable[[Any], Learner]] = {
+    "tensor": lambda iql: iql.agent.learner,
+    "sb3": lambda model: model.learner,
+    "d3rlpy": lambda algorithm: iql_plugins.load("d3rlpy").training.to_agent(algorithm).learner,
+    "torchrl": lambda iql: iql.agent.learner,
+}
+
+
+@EVERY
+def test_a_training_that_is_not_well_says_so_in_all_adapters_though_nobody_read_its_metrics(name: str) -> None:
+    for temperature, expected in ((3.0, []), (1e9, ["clipped-weights"])):
+        training, _, algorithm = algorithm_of(name, temperature=temperature)
+        for _ in range(5):
+            training.fit(algorithm, make_dataset(SPACES["continuous"]), 1, lambda step: None)
+        assert [warning.code for warning in LEARNERS[name](algorithm).warnings()] == expected

@@ -225,6 +225,10 @@ def test_a_step_reads_nothing_on_the_host() -> None:
     with HostReads() as reads:
         learner.check_finite()
     assert reads.names == ["tolist"]
+    learner.step(batch)
+    with HostReads() as reads:
+        learner.warnings()
+    assert reads.names == ["tolist"]
 
 
 def poison(learner: Learner, network: str, value: float = math.nan) -> None:

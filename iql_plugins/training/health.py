@@ -1,0 +1,201 @@
+"""What a training's metrics say against its result."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+__all__ = ["HealthWarning", "Looks", "health_warnings"]
+
+#: What the means and medians below are taken of, at least: the metrics of one batch are noisy.
+FEWEST_LOOKS = 5
+#: Half the width of a 95% interval, in standard errors: what is closer to a limit is not beyond it.
+STANDARD_ERRORS = 2.0
+#: Of the median, in standard errors of the mean, for normal noise; and a standard deviation in median deviations.
+_MEDIAN_ERROR, _DEVIATION = 1.2533, 1.4826
+
+#: With fewer than a tenth of a batch, single transitions decide: ``examples/choosing_hyperparameters.md``, which says
+#: to raise the temperature only as far.
+FEWEST_EFFECTIVE_SAMPLES = 0.1
+#: (Σw)² / (B Σw²) is 1 / (1 + c²), c the weights' coefficient of variation, which is the standard deviation of
+#: temperature × advantage if that is small. A c of a tenth tells hardly any action from another.
+MOST_EFFECTIVE_SAMPLES = 1.0 / (1.0 + 0.1**2)
+#: Half of the weights are at the maximum where the temperature is without bounds. Trainings that were well had up to a
+#: tenth of them there; ones with a temperature a hundred times too high had three tenths and more.
+MOST_AT_MAX_WEIGHT = 0.2
+#: Values that come to their end as an exponential does, and move by less than a tenth from the third quarter of a
+#: training to the last one, have reached nine tenths of it.
+MOST_MOVEMENT = 0.1
+
+#: Metrics that the warnings are about.
+_METRICS = ("mean_value", "mean_qvalue", "effective_sample_size", "share_at_max_weight")
+#: One row of a training's metrics, with its ``"step"``.
+Look = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class HealthWarning:
+    """A sign that a result is not to be trusted as it is.
+
+    Attributes:
+        code: what it is, in a word or two.
+        message: what was found.
+        suggestion: what to try, and why; hyper-parameters are in backticks, by their names in
+            :class:`~iql_plugins.config.IQLConfig`.
+    """
+
+    code: str
+    message: str
+    suggestion: str
+
+
+class Weighted(Protocol):
+    """What has the hyper-parameters of an action's weight: a configuration, or a loss."""
+
+    @property
+    def temperature(self) -> float:
+        """The inverse temperature."""
+
+    @property
+    def policy_extraction(self) -> str:
+        """How the policy is learned."""
+
+
+def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
+    """What the metrics of a training say against its result.
+
+    ========================= ==================================================================
+    code                      found
+    ========================= ==================================================================
+    ``unsettled-values``      mean V or mean Q has moved by more than a tenth in the last quarter
+    ``few-effective-samples`` fewer than a tenth of the transitions teach the policy
+    ``clipped-weights``       more than a fifth of the weights are clipped at ``max_weight``
+    ``equal-weights``         the weights differ by less than a tenth: it is behaviour cloning
+    ========================= ==================================================================
+
+    The last three are of the weights in the last quarter, where a policy is learned by weights of a temperature above
+    0. Each is told if it is beyond the noise from batch to batch; of fewer than 5 looks (20 for ``unsettled-values``)
+    nothing is.
+
+    >>> from iql_plugins.config import IQLConfig
+    >>> looks = [{"step": step, "mean_value": -0.1 * step, "mean_qvalue": -5.0} for step in range(100)]
+    >>> [warning] = health_warnings(looks, IQLConfig())
+    >>> warning.message
+    'values had not settled from the third to the last quarter of the training: mean_value -6.2 to -8.7'
+
+    Args:
+        looks: rows of metrics by name, each with its ``"step"``, in order: of ``metrics.csv``, or of
+            :meth:`~iql_plugins.training.learner.Learner.metrics`.
+        of: the configuration, or the loss.
+    """
+    found = [_unsettled_values(looks)]
+    if of.policy_extraction == "awr" and of.temperature > 0.0:
+        found += [_few_samples(looks, of.temperature), _clipped(looks, of.temperature), _equal(looks, of.temperature)]
+    return [warning for warning in found if warning is not None]
+
+
+class Looks:
+    """The metrics of a training at about equal distances from its first look to its last, as many as are needed."""
+
+    #: Kept at a time, at most: four times as many as judge how values move.
+    LIMIT = 80
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._distance = 1.0
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keeps what the warnings need of the metrics after a step, unless that is close to the one before."""
+        if self.rows and step - self.rows[-1]["step"] < self._distance:
+            return
+        self.rows.append({"step": step} | {name: metrics[name] for name in _METRICS})
+        if len(self.rows) > self.LIMIT:
+            self.rows = self.rows[::2]
+            self._distance = (self.rows[-1]["step"] - self.rows[0]["step"]) / (len(self.rows) - 1)
+
+
+def _unsettled_values(looks: Sequence[Look]) -> HealthWarning | None:
+    moved = []
+    for name in ("mean_value", "mean_qvalue"):
+        quarters = [_column(quarter, name) for quarter in _quarters(looks)]
+        if min(map(len, quarters)) < FEWEST_LOOKS:
+            continue
+        medians = [statistics.median(quarter) for quarter in quarters]
+        errors = [_MEDIAN_ERROR * _spread(quarter) / math.sqrt(len(quarter)) for quarter in quarters[2:]]
+        movement = abs(medians[3] - medians[2])
+        if movement > max(MOST_MOVEMENT * max(map(abs, medians)), STANDARD_ERRORS * math.hypot(*errors)):
+            moved.append(f"{name} {medians[2]:.3g} to {medians[3]:.3g}")
+    if not moved:
+        return None
+    return HealthWarning(
+        "unsettled-values",
+        f"values had not settled from the third to the last quarter of the training: {', '.join(moved)}",
+        "try more `n_steps`, because V and Q do not yet know what the states are worth; if they never settle, a lower "
+        "`expectile` or `discount`, because both decide how far values can grow",
+    )
+
+
+def _few_samples(looks: Sequence[Look], temperature: float) -> HealthWarning | None:
+    mean, error = _end(looks, "effective_sample_size")
+    if not mean + STANDARD_ERRORS * error < FEWEST_EFFECTIVE_SAMPLES:
+        return None
+    return HealthWarning(
+        "few-effective-samples",
+        f"the effective sample size was {mean:.2g} of a batch in the last quarter",
+        f"try a `temperature` below {temperature:g}, or smaller rewards (`reward_scale`), because the few transitions "
+        "with the largest exp(temperature × advantage) decided what the policy learned",
+    )
+
+
+def _clipped(looks: Sequence[Look], temperature: float) -> HealthWarning | None:
+    mean, error = _end(looks, "share_at_max_weight")
+    if not mean - STANDARD_ERRORS * error > MOST_AT_MAX_WEIGHT:
+        return None
+    return HealthWarning(
+        "clipped-weights",
+        f"{mean:.0%} of the weights were clipped at the largest one in the last quarter",
+        f"try a `temperature` below {temperature:g}, or smaller rewards (`reward_scale`), because clipped weights no "
+        "longer tell the best actions from good ones",
+    )
+
+
+def _equal(looks: Sequence[Look], temperature: float) -> HealthWarning | None:
+    mean, error = _end(looks, "effective_sample_size")
+    if not mean - STANDARD_ERRORS * error > MOST_EFFECTIVE_SAMPLES:
+        return None
+    return HealthWarning(
+        "equal-weights",
+        f"all actions weighed about the same: the effective sample size was {mean:.3f} of a batch in the last quarter",
+        f"try a `temperature` above {temperature:g}, or larger rewards (`reward_scale`), because advantages this small "
+        "make behaviour cloning of it",
+    )
+
+
+def _quarters(looks: Sequence[Look]) -> list[list[Look]]:
+    """The looks of each quarter of the steps."""
+    quarters: list[list[Look]] = [[], [], [], []]
+    first, last = (looks[0]["step"], looks[-1]["step"]) if looks else (0.0, 0.0)
+    for look in looks:
+        quarters[min(int(4 * (look["step"] - first) / max(last - first, 1.0)), 3)].append(look)
+    return quarters
+
+
+def _end(looks: Sequence[Look], name: str) -> tuple[float, float]:
+    """Mean and standard error of a metric in the last quarter, which has 5 looks at least; NaN if there are fewer."""
+    values = _column(_quarters(looks)[3], name)
+    if len(values) < FEWEST_LOOKS:
+        values = _column(looks, name)[-FEWEST_LOOKS:]
+    if len(values) < FEWEST_LOOKS:
+        return math.nan, math.nan
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _column(looks: Sequence[Look], name: str) -> list[float]:
+    return [look[name] for look in looks if name in look]
+
+
+def _spread(values: Sequence[float]) -> float:
+    """The standard deviation of noise around a median, whatever single values there are."""
+    median = statistics.median(values)
+    return _DEVIATION * statistics.median([abs(value - median) for value in values])

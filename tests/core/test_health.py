@@ -1,0 +1,225 @@
+"""What the metrics of a training say against its result, and what they do not."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import keywords, make_batch, make_loss
+from torch import nn
+
+from iql_plugins.config import IQLConfig, hyperparameters
+from iql_plugins.training.health import Looks, health_warnings
+from iql_plugins.training.learner import Learner
+
+HEALTHY = {"mean_value": -10.0, "mean_qvalue": -10.0, "effective_sample_size": 0.3, "share_at_max_weight": 0.0}
+Series = float | Callable[[float], float]
+
+
+def looks(count: int = 100, *, noise: float = 0.0, **series: Series) -> list[dict[str, float]]:
+    """A healthy training but for these metrics, each a number or a function of the share of the training that is over.
+
+    Noise is a share of the value, with a fixed seed.
+    """
+    random = np.random.default_rng(0)
+    rows = []
+    for index in range(1, count + 1):
+        row = {"step": 40.0 * index}
+        for name, healthy in HEALTHY.items():
+            of = series.get(name, healthy)
+            value = of(index / count) if callable(of) else of
+            row[name] = value * (1.0 + noise * random.normal()) if name in series else value
+        rows.append(row)
+    return rows
+
+
+def approach(time_constants: float) -> Callable[[float], float]:
+    """Values that come to their end as an exponential does."""
+    return lambda share: -20.0 * (1.0 - math.exp(-share * time_constants))
+
+
+def last_quarter(before: float, then: float) -> Callable[[float], float]:
+    return lambda share: then if share > 0.75 else before
+
+
+TRIPPED: dict[str, dict[str, Any]] = {
+    "unsettled-values": {"mean_value": lambda share: -20.0 * share, "mean_qvalue": lambda share: -20.0 * share},
+    "few-effective-samples": {"effective_sample_size": 0.08},
+    "clipped-weights": {"share_at_max_weight": 0.3},
+    "equal-weights": {"effective_sample_size": 0.999},
+}
+
+
+def codes(rows: list[dict[str, float]], **changes: Any) -> list[str]:
+    return [warning.code for warning in health_warnings(rows, IQLConfig(**changes))]
+
+
+def test_a_healthy_training_has_no_warning() -> None:
+    assert codes(looks()) == []
+    assert codes([]) == []
+
+
+@pytest.mark.parametrize("code", TRIPPED)
+def test_each_sign_is_found_alone(code: str) -> None:
+    assert codes(looks(**TRIPPED[code])) == [code]
+    assert codes(looks(**TRIPPED[code], noise=0.01)) == [code]
+
+
+def test_the_signs_are_those_of_the_documentation() -> None:
+    documented = re.findall(r"^``([a-z-]+)``", inspect.getdoc(health_warnings) or "", re.MULTILINE)
+    assert documented == list(TRIPPED)
+
+
+@pytest.mark.parametrize("code", TRIPPED)
+def test_a_suggestion_says_what_to_try_and_why_and_names_hyperparameters_that_there_are(code: str) -> None:
+    (warning,) = health_warnings(looks(**TRIPPED[code]), IQLConfig())
+    named = re.findall(r"`(.*?)`", warning.suggestion)
+    assert named
+    assert set(named) <= set(hyperparameters())
+    assert re.match(r"try .*, because ", warning.suggestion)
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        {"mean_value": approach(1.0)},
+        {"mean_value": approach(2.0), "noise": 0.1},
+        {"mean_value": lambda share: 20.0 * share**3},
+        {"mean_value": lambda share: -20.0 + 10.0 * share},  # towards 0
+        {"mean_qvalue": last_quarter(-10.0, -11.2)},
+    ],
+)
+def test_values_that_still_move_are_unsettled(series: dict[str, Any]) -> None:
+    (warning,) = health_warnings(looks(**series), IQLConfig())
+    assert warning.code == "unsettled-values"
+    assert [name for name in ("mean_value", "mean_qvalue") if name in warning.message] == [
+        name for name in series if name != "noise"
+    ]
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        {"mean_value": approach(5.0)},
+        {"mean_value": lambda share: -20.0 + 2.0 * share},
+        {"mean_qvalue": last_quarter(-10.0, -10.9)},
+        {"mean_value": -10.0, "noise": 0.3},
+        # Around 0 every movement is large beside the value: here it is small beside what was before, and noise.
+        {"mean_value": lambda share: 10.0 * math.exp(-6.0 * share)},
+        {"mean_value": lambda share: math.sin(1000.0 * share)},
+        # Single values of a heavy tail.
+        {"mean_value": lambda share: -1e6 if share in (0.9, 0.95) else -10.0},
+    ],
+)
+def test_values_that_have_settled_are_no_sign(series: dict[str, Any]) -> None:
+    assert codes(looks(**series)) == []
+
+
+def test_a_movement_within_the_noise_is_no_sign() -> None:
+    moving = last_quarter(-10.0, -11.5)
+    assert codes(looks(mean_value=moving)) == ["unsettled-values"]
+    assert codes(looks(mean_value=moving, noise=1.0)) == []
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        {"effective_sample_size": 0.101},
+        {"effective_sample_size": 0.985},
+        {"effective_sample_size": last_quarter(0.05, 0.15)},
+        {"effective_sample_size": last_quarter(0.999, 0.9)},
+        {"effective_sample_size": 0.095, "noise": 0.8},
+        {"share_at_max_weight": 0.199},
+        {"share_at_max_weight": last_quarter(0.5, 0.05)},
+        {"share_at_max_weight": 0.21, "noise": 0.8},
+    ],
+)
+def test_weights_within_the_limits_or_the_noise_are_no_sign(series: dict[str, Any]) -> None:
+    assert codes(looks(**series)) == []
+
+
+def test_the_weights_of_the_end_count() -> None:
+    assert codes(looks(effective_sample_size=last_quarter(0.5, 0.05))) == ["few-effective-samples"]
+
+
+def test_few_looks_say_nothing() -> None:
+    assert [codes(looks(count, **TRIPPED["clipped-weights"])) for count in (4, 5)] == [[], ["clipped-weights"]]
+    assert [codes(looks(count, **TRIPPED["unsettled-values"])) for count in (12, 40)] == [[], ["unsettled-values"]]
+
+
+@pytest.mark.parametrize("code", ["few-effective-samples", "clipped-weights", "equal-weights"])
+def test_weights_that_teach_no_policy_are_no_sign(code: str) -> None:
+    assert codes(looks(**TRIPPED[code]), temperature=0.0) == []
+
+
+# What a learner keeps
+
+
+def test_a_long_training_is_kept_from_its_beginning_to_its_end_in_few_looks() -> None:
+    kept = Looks()
+    for step in range(1, 100_001):
+        kept.add(step, HEALTHY)
+    steps = np.array([row["step"] for row in kept.rows])
+    assert 20 <= len(steps) <= Looks.LIMIT
+    assert steps[0] == 1
+    assert steps[-1] > 95_000
+    distances = np.diff(steps)
+    assert distances.max() <= 1.1 * distances.min()
+
+
+def trained(steps: int, look: Callable[[Learner], object] = lambda learner: None, **changes: Any) -> Learner:
+    """A learner after steps on the same batches, and what was done after each."""
+    torch.manual_seed(0)
+    learner = Learner(make_loss("continuous", **changes), seed=0)
+    batches = [keywords(make_batch("continuous")) for _ in range(steps)]
+    for batch in batches:
+        learner.step(batch)
+        look(learner)
+    return learner
+
+
+@pytest.mark.parametrize("look", [Learner.metrics, Learner.check_finite, Learner.warnings])
+def test_a_learner_warns_of_what_its_metrics_were_whoever_looked(look: Callable[[Learner], object]) -> None:
+    learner = trained(5, look, temperature=1e6)
+    assert [warning.code for warning in learner.warnings()] == ["clipped-weights"]
+    assert trained(5, look, temperature=0.0).warnings() == []
+    assert trained(4, look, temperature=1e6).warnings() == []
+
+
+def test_a_learner_without_steps_has_no_warning() -> None:
+    assert trained(0).warnings() == []
+
+
+def test_warnings_take_nothing_from_the_metrics() -> None:
+    looked, unseen = trained(5, Learner.warnings), trained(5)
+    assert looked.metrics() == unseen.metrics()
+
+
+def test_a_training_that_is_loaded_begins_its_looks_anew() -> None:
+    learner = trained(5, Learner.metrics, temperature=1e6)
+    learner.load_state_dict(learner.state_dict())
+    assert learner.warnings() == []
+
+
+def test_to_look_changes_nothing_of_what_is_learned() -> None:
+    def with_running_statistics(look: Callable[[Learner], object]) -> Learner:
+        torch.manual_seed(0)
+        loss = make_loss("continuous")
+        module: Any = loss.value_network
+        module.module = nn.Sequential(nn.BatchNorm1d(5), module.module, nn.Dropout(0.5))
+        learner = Learner(loss, seed=0)
+        for _ in range(3):
+            learner.step(keywords(make_batch("continuous")))
+            look(learner)
+        assert all(each.training for each in loss.value_network.modules())
+        return learner
+
+    unseen = with_running_statistics(lambda learner: None).loss.value_network.state_dict()
+    assert "module.0.running_mean" in unseen
+    for look in (Learner.metrics, Learner.check_finite, Learner.warnings):
+        looked = with_running_statistics(look).loss.value_network.state_dict()
+        assert all(torch.equal(looked[name], tensor) for name, tensor in unseen.items())
