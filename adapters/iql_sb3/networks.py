@@ -14,6 +14,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.iql import IQLLoss
@@ -21,6 +22,7 @@ from iql_plugins.networks.builders import check_loaded, uninitialized
 from iql_plugins.networks.calls import distribution, outputs
 from iql_plugins.networks.encoders import ObservationEncoder
 from iql_plugins.spaces import Discrete, Spaces
+from iql_sb3.optimizers import NetworkOptimizer
 
 if TYPE_CHECKING:
     from iql_sb3.policies import IQLPolicy
@@ -116,8 +118,6 @@ class _View(Loaded):
     Attributes:
         features_extractor: what observations go through first; None where that is an encoder of the core's. Where N
             critics have one each, its parameters are those of all of them, and calling it is calling the first one's.
-        optimizer: what of a model's optimiser trains the network, see :class:`~iql_sb3.optimizers.NetworkOptimizer`;
-            there is none without a model.
     """
 
     def __init__(self, policy: "IQLPolicy | partial[IQLPolicy]", name: str) -> None:
@@ -136,6 +136,23 @@ class _View(Loaded):
         # No submodules: the policy has the view, and the network has the extractor.
         self.__dict__["_policy"] = policy
         self.__dict__["features_extractor"] = self._extractor()
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What of a model's optimiser trains the network. Targets, and networks without a model, have none."""
+        optimizer: Optimizer | None = self.__dict__.get("_optimizer")
+        if optimizer is None:
+            raise AttributeError("optimizer")
+        return optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, NetworkOptimizer):
+            raise AttributeError(
+                f"{type(optimizer).__name__} would train nothing, the model's learner has one optimiser for all "
+                "networks: give optimizer_class and optimizer_kwargs in policy_kwargs, or write into its param_groups"
+            )
+        self.__dict__["_optimizer"] = optimizer
 
     @property
     def _of(self) -> "IQLPolicy":

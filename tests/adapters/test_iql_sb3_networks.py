@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from iql_plugins.data import load_dataset
-from iql_sb3 import IQL
+from iql_sb3 import IQL, IQLPolicy
 from iql_sb3.files import load_agent
 from iql_sb3.policies import Actor, Critic
 
@@ -229,6 +229,15 @@ def test_a_network_s_optimiser_steps_and_loads_that_network_alone() -> None:
     model.learner.step(model._batch(8, 0.0))
     with pytest.raises(NotImplementedError, match="of your own"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+
+
+def test_an_optimiser_that_would_train_nothing_is_refused() -> None:
+    model = vectors()
+    with pytest.raises(AttributeError, match=r"SGD would train nothing.*optimizer_class"):
+        model.actor.optimizer = SGD(model.actor.parameters(), 0.1)
+    assert model.actor.optimizer.param_groups[0]["name"] == "actor"
+    for network in (model.critic_target, IQLPolicy(model.observation_space, model.action_space).actor):
+        assert not hasattr(network, "optimizer")
 
 
 def test_optimisers_are_copied_with_their_networks() -> None:
