@@ -289,6 +289,21 @@ def test_a_traced_policy_acts_as_predict_does(kind: str, part: str) -> None:
     np.testing.assert_allclose(actions, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_actor_that_is_written_as_onnx_acts_as_predict_does(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = vectors(device="cpu")
+    observations = samples(model, 1)
+    path, module = tmp_path / "actor.onnx", Deterministic(model.policy.actor)
+    torch.onnx.export(
+        module, torch.as_tensor(observations), path, opset_version=18, input_names=["input"], verbose=False
+    )
+    actions = onnxruntime.InferenceSession(path).run(None, {"input": observations})[0]
+    expected, _ = model.predict(observations, deterministic=True)
+    np.testing.assert_allclose(model.policy.unscale_action(actions), expected, rtol=1e-5, atol=1e-6)
+
+
 # Loading
 
 
@@ -355,6 +370,8 @@ def test_an_agent_acts_through_networks_that_the_framework_s_users_know(tmp_path
     agent = make_agent("continuous", make_dataset(SPACES["continuous"]), normalize_observations=True)
     model = IQL.from_agent(agent)
     model.actor.save(tmp_path / "actor")
+    model.policy.save(tmp_path / "policy")
     observations = samples(model)
-    actions, _ = Actor.load(tmp_path / "actor").predict(observations, deterministic=True)
-    np.testing.assert_allclose(actions, agent.act(observations), rtol=1e-5)
+    for loaded in (Actor.load(tmp_path / "actor"), IQLPolicy.load(tmp_path / "policy")):
+        actions, _ = loaded.predict(observations, deterministic=True)
+        np.testing.assert_allclose(actions, agent.act(observations), rtol=1e-5)
