@@ -155,7 +155,7 @@ class _View(Loaded):
         self.__dict__["_optimizer"] = optimizer
 
     @property
-    def _of(self) -> "IQLPolicy":
+    def _owner(self) -> "IQLPolicy":
         policy: IQLPolicy = self.__dict__["_policy"]
         return policy
 
@@ -172,7 +172,7 @@ class _View(Loaded):
         return extractor
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {"policy": partial(type(self._of), **self._of._get_constructor_parameters())}
+        return {"policy": partial(type(self._owner), **self._owner._get_constructor_parameters())}
 
 
 class Actor(_View, BasePolicy):
@@ -240,7 +240,7 @@ class Critic(_View):
             inputs["action"] = actions
         batch = inputs | {}
         shape = next(iter(batch.values())).shape[:1]
-        slices = _slices(self._of.loss, self._name)
+        slices = _slices(self._owner.loss, self._name)
         if not slices:
             return (outputs(self.network, batch, shape)["state_action_value"],)
         values = []
@@ -257,19 +257,19 @@ class Critic(_View):
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
         buffers = dict(self.named_buffers(prefix, recurse, remove_duplicate=False))
-        for name, _ in self._of.critic.named_parameters(prefix, recurse, remove_duplicate):
+        for name, _ in self._owner.critic.named_parameters(prefix, recurse, remove_duplicate):
             yield name, buffers[name]  # type: ignore[misc]
 
     def _extractor(self) -> nn.Module | None:
-        shared = self._of.share_features_extractor and self._name == "qvalue_network"
-        return self._of.actor.features_extractor if shared else super()._extractor()
+        shared = self._owner.share_features_extractor and self._name == "qvalue_network"
+        return self._owner.actor.features_extractor if shared else super()._extractor()
 
     def _callable(self, name: str, extractor: nn.Module) -> nn.Module:
-        if not _slices(self._of.loss, self._name):
+        if not _slices(self._owner.loss, self._name):
             return extractor
         # It has the extractor's tensors and submodules, and is called in another way than the critics call that.
         called = copy.copy(extractor)
-        called.forward = partial(_first, self._of.loss, self._name, name, extractor)
+        called.forward = partial(_first, self._owner.loss, self._name, name, extractor)
         return called
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
