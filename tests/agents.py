@@ -2,9 +2,10 @@
 
 from typing import Any
 
+import pytest
 import torch
 from tensordict import TensorDict
-from torch import Tensor
+from torch import Tensor, nn
 
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
@@ -19,6 +20,16 @@ SPACES = {
     "image": Spaces({"camera": Box((36, 36, 3), "uint8"), "speed": Box((2,))}, Discrete(3)),
 }
 ROWS = 80
+
+
+def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes whoever draws orthogonal weights fail."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights are drawn")
+
+    monkeypatch.setattr(nn.init, "orthogonal_", fail)
+    monkeypatch.setattr(torch.linalg, "qr", fail)
 
 
 def draw(space: Space, rows: int = ROWS) -> Tensor:

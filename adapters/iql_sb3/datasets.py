@@ -20,7 +20,7 @@ from iql_plugins.data.packed import batch_source
 from iql_plugins.keys import flat_name, next_key, shown
 from iql_plugins.spaces import Box, Space, Spaces
 from iql_sb3.batches import map_batch
-from iql_sb3.policies import Inputs
+from iql_sb3.networks import Inputs
 
 __all__ = [
     "Normalization",

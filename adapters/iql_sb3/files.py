@@ -15,6 +15,7 @@ from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.config import IQLConfig
 from iql_plugins.limits import WeightLimit
+from iql_plugins.networks.builders import uninitialized
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import Agent
 from iql_sb3.policies import AgentPolicy, CnnPolicy, IQLPolicy, MultiInputPolicy, layer_sizes, set_hyperparameters
@@ -84,8 +85,8 @@ def load_agent(path: str | os.PathLike[str]) -> Agent:
             )
         _check_counts(described["arguments"], spaces, tensors, len(content))
         limit = WeightLimit.of_file(sum(tensor.nbytes for tensor in tensors.values()))
-        # Weights are loaded into it; the caller's random state is his own.
-        with limit, torch.random.fork_rng(devices=[]):
+        # Weights are loaded into it; the caller's random state, of which an extractor may draw, is his own.
+        with limit, torch.random.fork_rng(devices=[]), uninitialized():
             policy = _policy(described, spaces)
         policy.loss.to(tensors[f"loss.{next(iter(policy.loss.state_dict()))}"].dtype)
         set_hyperparameters(policy.loss, config)

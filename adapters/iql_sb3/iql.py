@@ -24,6 +24,7 @@ from iql_plugins import checkpoint
 from iql_plugins.config import ActorSchedule, Compile, IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.functional import LossFunction
+from iql_plugins.networks.builders import check_loaded, uninitialized
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.gradients import OUTPUTS, compiler_available
 from iql_plugins.training.learner import NETWORKS, Learner
@@ -31,6 +32,7 @@ from iql_sb3 import datasets
 from iql_sb3.conversion import agent_in, changeable, config_of, model_of, without_environment
 from iql_sb3.files import add_agent
 from iql_sb3.offline import LearnerState, OfflineLearning, loaded_dataset, steps_of
+from iql_sb3.optimizers import NetworkOptimizer
 from iql_sb3.policies import (
     NO_EXPLORATION,
     Actor,
@@ -318,6 +320,8 @@ class IQL(OfflineLearning):
             self.generator.set_state(torch.from_numpy(self._generator_state[1]))
         self.optimizer = LearnerState(self.learner)
         self.policy.optimizer = self.learner.optimizers[0]
+        for name, view in (("actor", self.actor), ("critic", self.critic)):
+            view.optimizer = NetworkOptimizer(self.policy.optimizer, name)
         self._applied = None
         self._apply_hyperparameters()
         if agent is not None:
@@ -512,7 +516,7 @@ class IQL(OfflineLearning):
             raise ValueError(
                 f"the replay buffer is that of {buffer.n_envs} environments, the new one has {env.num_envs}"
             )
-        for holder in (self, self.policy):
+        for holder in (self, self.policy, self.actor, self.critic, self.critic_target):
             holder.observation_space, holder.action_space = env.observation_space, env.action_space
         self._spaces_from_dataset = False
         self.n_envs = env.num_envs
@@ -615,17 +619,20 @@ class IQL(OfflineLearning):
         start = path.tell() if isinstance(path, io.IOBase) else None
         arguments: Any = (device, custom_objects, print_system_info, force_reset)
         try:
-            model = super().load(path, env, *arguments, **kwargs)
+            with uninitialized():
+                model = super().load(path, env, *arguments, **kwargs)
         except ValueError:
             if env is None:
                 raise
             if start is not None:
                 path.seek(start)  # type: ignore[union-attr]
-            model = super().load(path, None, *arguments, **kwargs)
+            with uninitialized():
+                model = super().load(path, None, *arguments, **kwargs)
             # A dataset does not tell the bounds of observations.
             if not model._spaces_from_dataset:
                 raise
             model.set_env(env)
+        check_loaded(model.policy)
         model._apply_learning_rates()
         if dataset is not None:
             model.load_dataset(dataset, trust_pickle=trust_pickle)

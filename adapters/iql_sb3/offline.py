@@ -27,6 +27,7 @@ from iql_plugins.keys import next_key
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.learner import Learner, resolve_compile
 from iql_sb3 import datasets
+from iql_sb3.networks import FeaturesEncoder
 from iql_sb3.policies import IQLPolicy
 from iql_sb3.reader import ring_transitions
 from iql_sb3.spaces import check_fits, layout_spaces
@@ -258,7 +259,8 @@ class OfflineLearning(OffPolicyAlgorithm):
     def _compile(self, gradient_steps: int) -> None:
         """Goes on with compiled losses and gradients where a training is long enough, and the networks are plain."""
         old, policy = self.learner, self.policy
-        plain = policy.actor.features_extractor is None and isinstance(self.observation_space, spaces.Box)
+        extracts = any(isinstance(module, FeaturesEncoder) for module in policy.loss.modules())
+        plain = isinstance(self.observation_space, spaces.Box) and not extracts
         if self.compile != "auto" or old.compiled or not plain:
             return
         if resolve_compile("auto", gradient_steps, self.device) == "yes":

@@ -1,15 +1,13 @@
 """Policies that hold the loss: whoever saves one saves actor, critics, V, their targets and the normalisers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
@@ -19,11 +17,11 @@ from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.networks.builders import Role, networks_for
-from iql_plugins.networks.calls import distribution, outputs
-from iql_plugins.networks.encoders import ObservationEncoder, is_plain
-from iql_plugins.spaces import Box, Discrete, Spaces
+from iql_plugins.networks.encoders import is_plain
+from iql_plugins.spaces import Box
 from iql_plugins.training.agent import assemble_loss, build_loss
 from iql_plugins.training.learner import Groups, adam
+from iql_sb3.networks import Actor, Critic, FeaturesEncoder, Inputs, Loaded
 from iql_sb3.spaces import layout_spaces
 
 __all__ = [
@@ -75,146 +73,7 @@ def set_hyperparameters(loss: IQLLoss, config: IQLConfig) -> None:
     loss.make_value_estimator(ValueEstimators.TD0, gamma=config.discount)
 
 
-class Inputs:
-    """From observations as Stable-Baselines3 hands them over to what the networks read.
-
-    Args:
-        known: the spaces.
-        normalizers: standardise the observations.
-    """
-
-    def __init__(self, known: Spaces, normalizers: Normalizers) -> None:
-        self.spaces = known
-        self.normalizers = normalizers
-
-    def __call__(self, observation: PyTorchObs) -> dict[NestedKey, Tensor]:
-        """``[B, *obs]`` by observation key."""
-        return {key: self.network(key, observation[key[-1]] if isinstance(key, tuple) else observation)
-                for key in self.spaces.observations}  # fmt: skip
-
-    def network(self, key: NestedKey, value: Any) -> Tensor:
-        """``[B, *obs]`` in the networks' units, for one of the layout's observation keys."""
-        space = self.spaces.observations[key]
-        if isinstance(space, Discrete):
-            index: Tensor = value.unsqueeze(-1) if value.ndim == 1 else value
-            return index
-        if space.dtype == "float32":
-            value = value.to(torch.get_default_dtype())
-        return self.normalizers.observation(key, value)
-
-
-class FeaturesEncoder(ObservationEncoder):
-    """A features extractor, with Stable-Baselines3's preprocessing, in the place of the core's own encoder.
-
-    Args:
-        keys: the observations' keys, in the order in which :meth:`forward` takes them.
-        observation_space: the environment's.
-        extractor: what turns preprocessed observations into features.
-        normalize_images: whether pixels are divided by 255.
-    """
-
-    def __init__(
-        self,
-        keys: Sequence[NestedKey],
-        observation_space: spaces.Space[Any],
-        extractor: BaseFeaturesExtractor,
-        normalize_images: bool,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.spaces = tuple(keys)
-        self.observation_space = observation_space
-        self.extractor = extractor
-        self.normalize_images = normalize_images
-        self.size = extractor.features_dim
-
-    def forward(self, *observations: Tensor) -> Tensor:
-        """``[B, features]`` of one tensor ``[B, *obs]`` for each key."""
-        keys: Any = self.spaces
-        given: Any = observations[0]
-        if isinstance(self.observation_space, spaces.Dict):
-            given = {key[-1]: tensor for key, tensor in zip(keys, observations, strict=True)}
-        features: Tensor = self.extractor(preprocess_obs(given, self.observation_space, self.normalize_images))
-        return features
-
-
-class _View(nn.Module):
-    """A network of the loss as Stable-Baselines3's users call it; it holds the loss's own module."""
-
-    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
-        super().__init__()
-        self.network = network
-        self.inputs = inputs
-
-    @property
-    def features_extractor(self) -> nn.Module | None:
-        """The first features extractor in the network; None if observations go straight into it."""
-        encoders = (module for module in self.network.modules() if isinstance(module, FeaturesEncoder))
-        encoder = next(encoders, None)
-        return None if encoder is None else encoder.extractor
-
-    def set_training_mode(self, mode: bool) -> None:
-        """Switches dropout and batch norm."""
-        self.train(mode)
-
-
-class Actor(_View):
-    """The policy: observations in the environment's units to actions in [-1, 1], or to discrete actions."""
-
-    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> Tensor:
-        """``[B, act]`` in [-1, 1], where the bounds of the action space are ±1; ``[B]`` discrete actions.
-
-        Args:
-            obs: ``[B, *obs]``, or such tensors by name.
-            deterministic: the mean (the likeliest of discrete actions), or a sample from torch's random state.
-        """
-        inputs = self.inputs(obs)
-        policy = distribution(self.network, inputs, next(iter(inputs.values())).shape[:1])
-        action: Tensor = policy.deterministic_sample if deterministic else policy.sample()
-        if self.inputs.spaces.discrete:
-            return self.inputs.normalizers.environment_action(action)
-        # Samples of the paper's policy may leave the bounds.
-        return action.clamp(-1.0, 1.0)
-
-
-class Critic(_View):
-    """The critics, or their targets.
-
-    Args:
-        network: one critic, or N that are stacked into one module.
-        inputs: the policy's.
-        parameters: what the N critics' parameters are, as a TensorDict of batch size ``[N]`` (``[]`` for one).
-    """
-
-    def __init__(self, network: nn.Module, inputs: Inputs, parameters: Callable[[], Any]) -> None:
-        super().__init__(network, inputs)
-        self._parameters_of_critics = parameters
-
-    def forward(self, obs: PyTorchObs, actions: Tensor | None = None) -> tuple[Tensor, ...]:
-        """``[B, 1]`` of each critic; ``[B, n]`` for all n discrete actions, which need no ``actions``.
-
-        Args:
-            obs: ``[B, *obs]``, or such tensors by name.
-            actions: ``[B, act]`` in [-1, 1].
-        """
-        inputs = self.inputs(obs)
-        if not self.inputs.spaces.discrete:
-            if actions is None:
-                raise TypeError("the critics of continuous actions need actions")
-            inputs["action"] = actions
-        parameters = self._parameters_of_critics()
-        batch = inputs | {}
-        shape = next(iter(batch.values())).shape[:1]
-        if not parameters.batch_size:
-            return (outputs(self.network, batch, shape)["state_action_value"],)
-        values = []
-        for slices in parameters.unbind(0):
-            tensors = {".".join(k) if isinstance(k, tuple) else k: v for k, v in slices.items(True, True)}
-            called = torch.func.functional_call(self.network, tensors, (TensorDict(dict(batch), shape),))
-            values.append(called["state_action_value"])
-        return tuple(values)
-
-
-class IQLPolicy(BasePolicy):
+class IQLPolicy(Loaded, BasePolicy):
     """Actor, critics and V of IQL, in the core's loss.
 
     Vector observations go straight into the perceptrons of :mod:`iql_plugins.networks`: with the same layers the
@@ -308,7 +167,6 @@ class IQLPolicy(BasePolicy):
             "share_features_extractor": share_features_extractor,
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": optimizer_kwargs,
-            "normalize_observations": normalize_observations,
         }
         self.layer_sizes = layer_sizes(net_arch)
         self.activation_fn = activation_fn
@@ -320,13 +178,11 @@ class IQLPolicy(BasePolicy):
         self.loss = self._build_loss() if loss is None else loss
         self.loss.target_updater_attached()
         self.normalizers = self._identity(normalize_observations) if normalizers is None else normalizers
-        inputs = Inputs(self.spaces, self.normalizers)
+        self.inputs = Inputs(self.spaces, self.normalizers)
         # Views, not submodules: the loss has these modules already.
-        self.__dict__["inputs"] = inputs
-        self.__dict__["actor"] = Actor(self.loss.actor_network, inputs)
-        for name, network in (("critic", "qvalue_network"), ("critic_target", "target_qvalue_network")):
-            module = self.loss.get_stateful_net(network, copy=False)
-            self.__dict__[name] = Critic(module, inputs, _Parameters(self.loss, network))
+        self.__dict__["actor"] = Actor(self)
+        self.__dict__["critic"] = Critic(self, "qvalue_network")
+        self.__dict__["critic_target"] = Critic(self, "target_qvalue_network")
         self.critic_target.eval()
 
     def _identity(self, normalize_observations: bool) -> Normalizers:
@@ -379,14 +235,13 @@ class IQLPolicy(BasePolicy):
         return self.actor(observation, deterministic)  # type: ignore[no-any-return]
 
     def unscale_action(self, scaled_action: Any) -> Any:
-        """The action in the environment's units, which rounding does not take past the bounds."""
-        action = super().unscale_action(scaled_action)
-        assert isinstance(self.action_space, spaces.Box)
-        return action.clip(self.action_space.low, self.action_space.high)
+        """As :meth:`Actor.unscale_action`."""
+        return self.actor.unscale_action(scaled_action)
 
     def train(self, mode: bool = True) -> "IQLPolicy":
         """Switches dropout and batch norm, but for the target critics, which never train."""
         super().train(mode)
+        self.actor.training = self.critic.training = mode
         self.critic_target.eval()
         return self
 
@@ -397,17 +252,8 @@ class IQLPolicy(BasePolicy):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return super()._get_constructor_parameters() | self._arguments
-
-
-class _Parameters:
-    """The parameters of a network of the loss: a function that can be pickled and copied."""
-
-    def __init__(self, loss: IQLLoss, network: str) -> None:
-        self._loss, self._name = loss, f"{network}_params"
-
-    def __call__(self) -> Any:
-        return getattr(self._loss, self._name)
+        normalized = {"normalize_observations": bool(self.normalizers.standardized)}
+        return super()._get_constructor_parameters() | self._arguments | normalized
 
 
 MlpPolicy = IQLPolicy

@@ -5,7 +5,9 @@ it goes straight into :class:`~iql_plugins.IQLLoss`; a module of your own works 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -30,10 +32,12 @@ __all__ = [
     "GaussianHead",
     "OrthogonalLinear",
     "categorical_actor",
+    "check_loaded",
     "critic",
     "discrete_critic",
     "gaussian_actor",
     "networks_for",
+    "uninitialized",
     "value_function",
 ]
 
@@ -41,6 +45,39 @@ LOG_STD_RANGE = (-5.0, 2.0)
 
 Activation = Callable[[], nn.Module]
 Role = Literal["actor", "critic", "value"]
+
+
+_INITIALIZES = ContextVar("initializes", default=True)
+
+
+#: No training comes to a layer of it, and no cast changes it.
+_UNLOADED = -math.inf
+
+
+@contextmanager
+def uninitialized() -> Iterator[None]:
+    """Inside, perceptrons are built for weights that are loaded: none is drawn. Other modules draw as they do.
+
+    :func:`check_loaded` tells, once they are loaded, whether all were.
+    """
+    token = _INITIALIZES.set(False)
+    try:
+        yield
+    finally:
+        _INITIALIZES.reset(token)
+
+
+def check_loaded(module: nn.Module) -> None:
+    """Raises ``RuntimeError`` for perceptrons that were built :func:`uninitialized`, and not loaded since."""
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, OrthogonalLinear)]
+    named = [(f"{name}.{leaf}", getattr(layer, leaf)) for name, layer in layers for leaf in ("weight", "bias")]
+    # Most are told by their first number.
+    if unloaded := [
+        name
+        for name, tensor in named
+        if tensor.numel() and tensor[(0,) * tensor.ndim] == _UNLOADED and (tensor == _UNLOADED).all()
+    ]:
+        raise RuntimeError(f"{', '.join(unloaded)} were not loaded: what is read must have all weights of the networks")
 
 
 class OrthogonalLinear(nn.Linear):
@@ -53,8 +90,12 @@ class OrthogonalLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draws the weight anew and zeroes the bias."""
-        nn.init.orthogonal_(self.weight, gain=math.sqrt(2))
-        nn.init.zeros_(self.bias)
+        if _INITIALIZES.get():
+            nn.init.orthogonal_(self.weight, gain=math.sqrt(2))
+            nn.init.zeros_(self.bias)
+        else:
+            nn.init.constant_(self.weight, _UNLOADED)
+            nn.init.constant_(self.bias, _UNLOADED)
 
 
 class MLP(nn.Module):
@@ -188,7 +229,7 @@ def categorical_actor(
     body = _body(MLP(observation_size, action_count, hidden_sizes, dropout, activation), encoder)
     return ProbabilisticTensorDictSequential(
         TensorDictModule(body, in_keys=list(in_keys), out_keys=["logits"]),
-        ProbabilisticTensorDictModule(
+        _Policy(
             in_keys=["logits"],
             out_keys=["action"],
             distribution_class=Categorical,
@@ -197,7 +238,14 @@ def categorical_actor(
     )
 
 
-class _BoxPolicy(ProbabilisticTensorDictModule):  # type: ignore[misc]
+class _Policy(ProbabilisticTensorDictModule):  # type: ignore[misc]
+    """A distribution over actions, in a module that ``torch.jit.trace`` takes."""
+
+    #: tensordict's raises, and a trace looks at every attribute.
+    SAMPLE_LOG_PROB_KEY = None
+
+
+class _BoxPolicy(_Policy):
     """A distribution over actions between bounds, which move with the module when they are tensors."""
 
     def __init__(self, distribution: type[Distribution], low: Tensor | float, high: Tensor | float) -> None:

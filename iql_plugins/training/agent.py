@@ -27,7 +27,7 @@ from iql_plugins.losses.bootstrap import ValueEstimator, ValueEstimators
 from iql_plugins.losses.iql import DiscreteIQLLoss, IQLLoss
 from iql_plugins.losses.parameters import ESTIMATOR, NETWORKS
 from iql_plugins.networks import calls
-from iql_plugins.networks.builders import Role, networks_for
+from iql_plugins.networks.builders import Role, check_loaded, networks_for, uninitialized
 from iql_plugins.networks.encoders import ObservationEncoder, is_plain
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
 from iql_plugins.training.gradients import compiler_available
@@ -391,7 +391,8 @@ class Agent:
             normalizers = Normalizers.restored(spaces, document["normalizers"], parts["normalizers"])
             normalizers.to(_dtype(parts["normalizers"]))
             if loss is None:
-                with WeightLimit.of_file(sum(tensor.nbytes for tensor in tensors.values())):
+                limit = WeightLimit.of_file(sum(tensor.nbytes for tensor in tensors.values()))
+                with limit, uninitialized():
                     loss = _seeded_loss(spaces, config, seed=0)
                 loss.to(device, _dtype(_of_networks(parts["loss"])))
             _check_dtypes(name, _of_networks(parts["loss"]), loss)
@@ -411,6 +412,7 @@ class Agent:
             agent.extra = dict(document["extra"])
             # Last, because it is the one part that may be the caller's: all of it is loaded, or nothing.
             loss.load_state_dict(parts["loss"])
+            check_loaded(loss)
         except CheckpointError:
             raise
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
@@ -420,7 +422,7 @@ class Agent:
     def custom_parts(self) -> list[str]:
         """What of the loss is not as :func:`build_loss` makes it for these spaces and hyper-parameters."""
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), uninitialized():
                 default = build_loss(self.spaces, self.config)
         except ValueError:
             # The default networks do not take these spaces.

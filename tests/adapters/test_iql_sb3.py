@@ -279,7 +279,8 @@ def test_spaces_of_a_dataset_give_way_to_the_environments(dataset: TensorDict) -
     assert np.isinf(model.observation_space.high).all()
     model.learn_offline(1)
     model.set_env(make_vec_env("Pendulum-v1", n_envs=2))
-    assert model.observation_space.high.tolist() == [1.0, 1.0, 8.0]
+    for holder in (model, model.policy, model.actor, model.critic, model.critic_target):
+        assert holder.observation_space.high.tolist() == [1.0, 1.0, 8.0]
     model.learn(4)
     assert model.replay_buffer.size() == 2
     other = model_of(None, dataset=dataset)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agents import ROWS, SPACES, draw, make_agent, make_dataset, observations, same, weights
+from agents import ROWS, SPACES, draw, draw_nothing, make_agent, make_dataset, observations, same, weights
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -312,6 +312,21 @@ def test_a_training_that_was_saved_goes_on_as_if_it_had_not_stopped(kind: str, t
     assert torch.equal(whole.generator.get_state(), second.generator.get_state())
     batch = observations(SPACES[kind], 5)
     assert torch.equal(whole.act(batch), second.act(batch))
+
+
+@pytest.mark.parametrize("kind", SPACES)
+def test_an_agent_is_loaded_without_drawing_what_the_file_has(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = make_agent(kind)
+    agent.save(tmp_path / "x")
+    draw_nothing(monkeypatch)
+    state = torch.get_rng_state()
+    loaded = Agent.load(tmp_path / "x", device=agent.device)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(weights(loaded), weights(agent))
+    with pytest.raises(AssertionError, match="weights are drawn"):
+        make_agent(kind)
 
 
 def test_agents_that_go_on_upon_another_kind_of_device_draw_batches_of_their_own() -> None:

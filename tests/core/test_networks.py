@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, set_interaction_type
+from torch import nn
 
 from iql_plugins.networks import (
     MLP,
@@ -17,6 +18,7 @@ from iql_plugins.networks import (
     gaussian_actor,
     value_function,
 )
+from iql_plugins.networks.builders import check_loaded, uninitialized
 from iql_plugins.networks.distributions import Categorical, TanhMeanNormal, TanhNormal
 
 
@@ -139,6 +141,36 @@ def test_weights_are_orthogonal_with_gain_root_two_and_biases_zero() -> None:
             weight = layer.weight if layer.out_features <= layer.in_features else layer.weight.T
             torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(len(weight)), rtol=1e-5, atol=1e-5)
             assert not layer.bias.any()
+
+
+def test_weights_that_are_loaded_are_not_drawn_and_are_missed() -> None:
+    state = torch.get_rng_state()
+    with uninitialized():
+        network = critic(3, 2, hidden_sizes=(8,))
+    assert torch.equal(torch.get_rng_state(), state)
+    saved = critic(3, 2, hidden_sizes=(8,)).state_dict()
+    network.load_state_dict({name: saved[name] for name in list(saved)[:-2]}, strict=False)
+    with pytest.raises(RuntimeError, match=r"^module\.layers\.2\.weight, module\.layers\.2\.bias were not loaded"):
+        check_loaded(network)
+    network.load_state_dict(saved)
+    check_loaded(network)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("actor", [gaussian_actor(3, 2), categorical_actor(3, 4)], ids=["gaussian", "categorical"])
+def test_a_module_that_holds_an_actor_can_be_traced(actor: nn.Module) -> None:
+    class Policy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.actor = actor
+
+        def forward(self, observation: torch.Tensor) -> torch.Tensor:
+            action: torch.Tensor = self.actor(TensorDict({"observation": observation}))["action"]
+            return action
+
+    traced = torch.jit.trace(Policy().eval(), torch.zeros(1, 3))
+    observation = torch.randn(5, 3)
+    torch.testing.assert_close(traced(observation), Policy()(observation))
 
 
 def test_the_networks_are_the_papers() -> None:
