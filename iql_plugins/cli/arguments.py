@@ -171,7 +171,7 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Examines a dataset: counts, returns, shapes, and what is wrong with it."""
+    """Inspects a dataset: counts, returns, shapes, and what is wrong with it."""
 
     dataset: Annotated[str, tyro.conf.Positional] = DEFAULT_DATASET
     """File, folder or name."""

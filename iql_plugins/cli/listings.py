@@ -9,7 +9,8 @@ from iql_plugins.cli.arguments import Adapters, Inspect
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.output import Result, table
 from iql_plugins.cli.rollouts import environment_spaces
-from iql_plugins.data.doctor import Report, Statistics, examine
+from iql_plugins.data import inspection
+from iql_plugins.data.inspection import Report, Statistics
 from iql_plugins.plugins import PluginError, PluginInfo, host
 
 __all__ = ["adapters", "inspect"]
@@ -112,7 +113,7 @@ def inspect(arguments: Inspect) -> Result:
         spaces = environment_spaces(arguments.env)
         options |= {"discrete": spaces.discrete, "spaces": spaces}
     with mistakes(ValueError, ImportError, PluginError):
-        report = examine(arguments.dataset, **options)
+        report = inspection.inspect(arguments.dataset, **options)
     failing = () if arguments.fail_on == "never" else report.findings_from(arguments.fail_on)
     return Result(report.as_dict(), _report_parts(report), status=int(bool(failing)))
 
