@@ -191,6 +191,11 @@ class Adapters:
 
     new: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Write an adapter for a framework of your own, with its test, into a new folder iql-NAME."""
+    check: Flag = False
+    """Import each plugin in a process of its own, and say of each that it is fine, is refused (error), ended its
+    process (exited), did not come to an end (hung), or wrote to stdout. Exit status 1 unless all are fine."""
+    timeout: float = 60.0
+    """Seconds after which --check takes a plugin for hung."""
     json: Flag = False
     """Print one JSON document on stdout, and nothing else."""
 

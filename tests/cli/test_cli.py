@@ -34,8 +34,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in this process; status, stdout and stderr."""
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line in this process, on a machine that is never slow; status, stdout and stderr."""
+    monkeypatch.setattr(output, "PATIENCE", 600.0)
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         capfd.readouterr()
