@@ -1,7 +1,7 @@
 """Plugins of strangers, which are not installed."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,11 @@ def good(name: str = "good", **hooks: Any) -> Entry:
     return Entry(name, lambda: plugin(name, **hooks))
 
 
-def write_distribution(folder: Path, name: str, code: str) -> None:
+def write_distribution(folder: Path, name: str, code: str, requires: Sequence[str] = ()) -> None:
     """A plugin as pip installs it: a module of that code, and the metadata that declare it."""
     (folder / f"stranger_{name}.py").write_text(code)
     metadata = folder / f"stranger_{name}-1.0.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: stranger-{name}\nVersion: 1.0\n")
+    needed = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: stranger-{name}\nVersion: 1.0\n{needed}")
     (metadata / "entry_points.txt").write_text(f"[{PROJECT}]\n{name} = stranger_{name}\n")

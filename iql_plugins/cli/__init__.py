@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
-COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "adapters")
+COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "adapters", "completion")
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -123,7 +123,7 @@ def _run(given: Sequence[str]) -> "Result":
         return Result({"version": version(PROGRAM), "packages": packages}, ["\n".join(lines)])
     # These take seconds to import.
     from iql_plugins.cli import arguments as options
-    from iql_plugins.cli import listings, policies, train
+    from iql_plugins.cli import completion, listings, policies, train
 
     if not set(given) - {"--json"}:
         raise UserError(f"which command? See {PROGRAM} --help")
@@ -144,6 +144,8 @@ def _run(given: Sequence[str]) -> "Result":
             return listings.inspect(arguments)
         case options.Adapters():
             return listings.adapters(arguments)
+        case options.Completion():
+            return completion.completion(arguments)
 
 
 def _installed() -> dict[str, str]:

@@ -50,7 +50,11 @@ def show(result: Result) -> None:
         file=sys.stdout, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()
     )
     for part in result.parts:
-        console.print(part)
+        if isinstance(part, str) and not sys.stdout.isatty():
+            # As it is, for whatever reads it; rich makes spaces of a tab.
+            sys.stdout.write(f"{part}\n")
+        else:
+            console.print(part)
     sys.stdout.flush()
 
 
