@@ -133,6 +133,8 @@ def test_a_check_takes_some_time(timeout: str, capfd: pytest.CaptureFixture[str]
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(folder), *sys.path])
     environment = os.environ | {"PYTHONPATH": path, plugins.ALLOW_VARIABLE: "tensor,noisy"}
+    # Streams have their buffers, as they have for users.
+    environment.pop("PYTHONUNBUFFERED", None)
     command = [sys.executable, "-m", "iql_plugins.cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
