@@ -8,7 +8,7 @@ reported with the distribution it came from, and all others work. :func:`availab
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -89,6 +89,10 @@ class Host:
         allow: the names of the plugins to look at, all others being ignored. None asks the environment
             variable ``IQL_PLUGINS_ALLOW``, and allows all without it.
         find: where entry points come from; the installed distributions by default.
+
+    Attributes:
+        loading: what surrounds each import of a plugin, and of its framework: a context manager for what is imported.
+            Nothing does, unless a program tells its user what takes long.
     """
 
     def __init__(
@@ -102,6 +106,7 @@ class Host:
             allow = [name.strip() for name in os.environ[ALLOW_VARIABLE].split(",") if name.strip()]
         self.strict = os.environ.get(STRICT_VARIABLE, "") not in ("", "0") if strict is None else strict
         self.allow = None if allow is None else frozenset(allow)
+        self.loading: Callable[[PluginInfo], AbstractContextManager[object]] = nullcontext
         self._find = find
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
@@ -161,7 +166,8 @@ class Host:
                 if not hasattr(plugin, "iql_adapter"):
                     raise self._broken(name, "has no iql_adapter(): it is no adapter")
                 try:
-                    [adapter] = self._hook_of("iql_adapter", plugin)()
+                    with self.loading(self.available()[name]):
+                        [adapter] = self._hook_of("iql_adapter", plugin)()
                 except ImportError as error:
                     raise self._missing(name, error) from error
                 except (Exception, SystemExit) as error:
@@ -337,7 +343,7 @@ class Host:
             raise PluginError(error)
         entry = next(entry for entry in self._find() if entry.name == name)
         try:
-            with _framework_later():
+            with self.loading(infos[name]), _framework_later():
                 plugin = entry.load()
         # A plugin is a stranger's code: whatever it raises, SystemExit included, must not take the host down.
         except (Exception, SystemExit) as error:

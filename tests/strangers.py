@@ -1,10 +1,11 @@
 """Plugins of strangers, which are not installed."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from iql_plugins.hookspecs import Adapter, hookimpl
+from iql_plugins.hookspecs import PROJECT, Adapter, hookimpl
 from iql_plugins.plugins import Host
 
 
@@ -39,3 +40,13 @@ def host_of(*entries: Entry, **options: Any) -> Host:
 def good(name: str = "good", **hooks: Any) -> Entry:
     """An entry point of a well-behaved plugin."""
     return Entry(name, lambda: plugin(name, **hooks))
+
+
+def write_distribution(folder: Path, name: str, code: str, requires: Sequence[str] = ()) -> None:
+    """A plugin as pip installs it: a module of that code, and the metadata that declare it."""
+    (folder / f"stranger_{name}.py").write_text(code)
+    metadata = folder / f"stranger_{name}-1.0.dist-info"
+    metadata.mkdir()
+    needed = "".join(f"Requires-Dist: {requirement}\n" for requirement in requires)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: stranger-{name}\nVersion: 1.0\n{needed}")
+    (metadata / "entry_points.txt").write_text(f"[{PROJECT}]\n{name} = stranger_{name}\n")

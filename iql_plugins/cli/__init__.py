@@ -5,7 +5,7 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
-COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "make-dataset", "adapters")
+COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "make-dataset", "adapters", "completion")
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -26,8 +26,9 @@ Write = Callable[[Mapping[str, Any]], None]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
-    With ``--json`` there is one JSON document on stdout and nothing else, whatever a library prints; that of an error
-    is ``{"error": "..."}``.
+    With ``--json`` there is one JSON document on stdout and nothing else, whatever a library or a plugin prints; that
+    of an error is ``{"error": "..."}``. Without it, what they print goes to stderr, too, and results to stdout; a
+    plugin's own command prints its results itself.
 
     Args:
         arguments: without the program's name; None takes those of the process.
@@ -39,10 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from iql_plugins.cli.output import captured_stdout, json_text
 
     given = sys.argv[1:] if arguments is None else list(arguments)
-    if "--json" not in given:
-        return _status(given, None)
-    with captured_stdout(restore=arguments is not None) as write:
-        return _status(given, lambda document: write(json_text(document) + "\n"))
+    with _loading_announced():
+        if "--json" not in given:
+            return _status(given, None)
+        with captured_stdout(restore=arguments is not None) as write:
+            return _status(given, lambda document: write(json_text(document) + "\n"))
 
 
 def _status(given: Sequence[str], write: Write | None) -> int:
@@ -53,11 +55,14 @@ def _status(given: Sequence[str], write: Write | None) -> int:
         write: writes a JSON document to stdout; None prints for people.
     """
     from iql_plugins.cli.errors import UserError
-    from iql_plugins.cli.output import Result, show
+    from iql_plugins.cli.output import Result, captured_stdout, show
 
     try:
-        command = _of_plugin(given)
-        result = _run(given) if command is None else Result(command.run(given[1:]) or {})
+        with captured_stdout(restore=True):
+            command = _of_plugin(given)
+            result = _run(given) if command is None else Result({})
+        if command is not None:
+            result = Result(command.run(given[1:]) or {})
         if write is None:
             show(result)
         else:
@@ -68,6 +73,11 @@ def _status(given: Sequence[str], write: Write | None) -> int:
     except KeyboardInterrupt as interrupt:
         hint = f": go on with {PROGRAM} train --resume {interrupt}" if str(interrupt) else ""
         return _failed(f"interrupted{hint}", INTERRUPTED, write)
+    except SystemExit as end:
+        # A plugin's command may parse its arguments by argparse, which has told people what was wrong.
+        if write is not None:
+            write({"error": f"{given[0]} ended with exit status {end.code}"} if end.code else {})
+        raise
     except BrokenPipeError:
         # Whoever read (head, say) has enough. Python would complain once more when it flushes at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -75,6 +85,21 @@ def _status(given: Sequence[str], write: Write | None) -> int:
     except Exception as error:
         traceback.print_exc()
         return _failed(f"{type(error).__name__}: {error}", FAILED, write)
+
+
+@contextlib.contextmanager
+def _loading_announced() -> Iterator[None]:
+    """People are told which plugin they are waiting for."""
+    from iql_plugins.cli.output import announced
+    from iql_plugins.plugins import host
+
+    plugins = host()
+    before = plugins.loading
+    plugins.loading = lambda info: announced(f"loading plugin {info.name!r} of {info.distribution} ({info.value})")
+    try:
+        yield
+    finally:
+        plugins.loading = before
 
 
 def _of_plugin(given: Sequence[str]) -> "Command | None":
@@ -98,7 +123,7 @@ def _run(given: Sequence[str]) -> "Result":
         return Result({"version": version(PROGRAM), "packages": packages}, ["\n".join(lines)])
     # These take seconds to import.
     from iql_plugins.cli import arguments as options
-    from iql_plugins.cli import listings, policies, train
+    from iql_plugins.cli import completion, listings, policies, train
 
     if not set(given) - {"--json"}:
         raise UserError(f"which command? See {PROGRAM} --help")
@@ -123,6 +148,8 @@ def _run(given: Sequence[str]) -> "Result":
             return make_dataset.run(arguments)
         case options.Adapters():
             return listings.adapters(arguments)
+        case options.Completion():
+            return completion.completion(arguments)
 
 
 def _installed() -> dict[str, str]:

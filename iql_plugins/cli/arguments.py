@@ -4,7 +4,8 @@ import argparse
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -18,13 +19,16 @@ tyro = imported("tyro")
 __all__ = [
     "Adapters",
     "Arguments",
+    "Completion",
     "Convert",
     "Evaluate",
     "Export",
     "HelpRequest",
     "Inspect",
     "MakeDataset",
+    "Shell",
     "Train",
+    "completion_script",
     "parse",
 ]
 
@@ -36,6 +40,23 @@ _PRESETS_OF = {"pendulum-v1-sac": "pendulum"}
 Flag: TypeAlias = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Automatic: TypeAlias = int | Literal["auto"]
 Policy: TypeAlias = Annotated[str, tyro.conf.Positional]
+Shell: TypeAlias = Literal["bash", "zsh", "fish"]
+
+_offering = ContextVar("_offering", default=False)
+
+
+def _named(names: Callable[[], Iterable[str]], **options: Any) -> Any:
+    """Makes a text one of these names for a completion; elsewhere, whoever takes it has more to say of a wrong one."""
+    return tyro.conf.arg(
+        constructor_factory=lambda: Literal[tuple(names())] if _offering.get() else str | None,
+        # tyro would show a list of one word.
+        help_behavior_hint=lambda default: f"(default: {default[2:-2]})" if default.startswith("[") else "(required)",
+        **options,
+    )
+
+
+def _adapters() -> Iterable[str]:
+    return host().available()
 
 
 def option(name: str) -> str:
@@ -52,6 +73,21 @@ _RESUME = (
 )
 
 
+# A docstring of two lines would be two lines in the help, and two candidates of a completion.
+_ENV = (
+    "gymnasium's id of the environment for evaluations, or module:Name-v0; by default the one the dataset names. One "
+    "with a module is never taken from a file, so that --resume and --config need it again."
+)
+_STACK = (
+    "Seeds that take their steps together, their parameters stacked, in one process; auto takes what is faster: all of "
+    "them on a GPU, those of each process on a CPU if the networks are narrow, else 1."
+)
+_CHECK = (
+    "Import each plugin in a process of its own, and say of each that it is fine, is refused (error), ended its "
+    "process (exited), did not come to an end (hung), or wrote to stdout. Exit status 1 unless all are fine."
+)
+
+
 class HelpRequest(Exception):  # noqa: N818 - it is no error
     """Help was asked for; its text is the argument."""
 
@@ -63,14 +99,12 @@ class Train:
     Behaviour cloning is the same loss with a temperature of 0, which weighs all actions alike, by the same adapter.
     """
 
-    adapter: str = "tensor"
+    adapter: Annotated[str, _named(_adapters)] = "tensor"
     """Whose algorithm trains; see `iql-plugins adapters`."""
     dataset: str = DEFAULT_DATASET
     """File, folder or name; see `iql-plugins inspect`."""
-    env: str | None = None
-    """gymnasium's id of the environment for evaluations, or module:Name-v0; by default the one the dataset names. One
-    with a module is never taken from a file, so that --resume and --config need it again."""
-    preset: Annotated[str | None, tyro.conf.arg(metavar="|".join(PRESETS))] = None
+    env: Annotated[str | None, tyro.conf.arg(help=_ENV)] = None
+    preset: Annotated[str | None, _named(lambda: PRESETS, metavar="|".join(PRESETS))] = None
     """Hyper-parameters to start from; options given beside it win."""
     baseline: Literal["bc", "none"] = "bc"
     """What IQL is compared with."""
@@ -99,9 +133,7 @@ class Train:
     """Torch's threads in each process; auto takes one if there are several processes or the networks are narrow."""
     workers: Automatic = "auto"
     """Processes that train at a time; with the same --threads and --stack, the results do not depend on it."""
-    stack: Automatic = "auto"
-    """Seeds that take their steps together, their parameters stacked, in one process; auto takes what is faster: all
-    of them on a GPU, those of each process on a CPU if the networks are narrow, else 1."""
+    stack: Annotated[Automatic, tyro.conf.arg(help=_STACK)] = "auto"
     memmap_dir: str | None = None
     """New folder that the dataset is written to and read from, for data larger than memory."""
     trust_pickle: Flag = False
@@ -123,7 +155,7 @@ class Evaluate:
     """Number of episodes."""
     seed: int = 0
     """Of the first episode's start; the next ones count up."""
-    adapter: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    adapter: Annotated[str | None, _named(_adapters, name="from")] = None
     """The adapter of a native file; by default it is found by the file's suffix."""
     trust_pickle: Flag = False
     """Load a native file that holds pickles, which can run any code, as its framework does."""
@@ -144,7 +176,7 @@ class Export:
     """onnx, torchscript, or torch.export's .pt2."""
     output: str | None = None
     """The file to write; by default beside the policy, with the format's suffix."""
-    adapter: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    adapter: Annotated[str | None, _named(_adapters, name="from")] = None
     """The adapter of a native file; by default it is found by the file's suffix."""
     trust_pickle: Flag = False
     """Load a native file that holds pickles, which can run any code, as its framework does."""
@@ -160,9 +192,9 @@ class Convert:
     """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="out", metavar="OUT")]
     """The file to write."""
-    to: str
+    to: Annotated[str, _named(_adapters)]
     """The adapter whose native file it becomes; tensor for the common checkpoint."""
-    adapter: Annotated[str | None, tyro.conf.arg(name="from")] = None
+    adapter: Annotated[str | None, _named(_adapters, name="from")] = None
     """The adapter of a native IN; by default it is found by the file's suffix."""
     trust_pickle: Flag = False
     """Load a native file that holds pickles, which can run any code, as its framework does."""
@@ -172,7 +204,7 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Examines a dataset: counts, returns, shapes, and what is wrong with it."""
+    """Inspects a dataset: counts, returns, shapes, and what is wrong with it."""
 
     dataset: Annotated[str, tyro.conf.Positional] = DEFAULT_DATASET
     """File, folder or name."""
@@ -192,6 +224,9 @@ class Adapters:
 
     new: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Write an adapter for a framework of your own, with its test, into a new folder iql-NAME."""
+    check: Annotated[Flag, tyro.conf.arg(help=_CHECK)] = False
+    timeout: float = 60.0
+    """Seconds after which --check takes a plugin for hung."""
     json: Flag = False
     """Print one JSON document on stdout, and nothing else."""
 
@@ -213,11 +248,22 @@ class MakeDataset:
     """Print one JSON document on stdout, and nothing else."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Prints a script by which a shell completes commands, options and their choices."""
+
+    shell: Annotated[Shell, tyro.conf.Positional]
+    """The shell that is to read it."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True)
 class _OfPlugin:
     """Stands for a plugin's command in the help."""
 
 
-Arguments = Train | Evaluate | Export | Convert | Inspect | MakeDataset | Adapters
+Arguments = Train | Evaluate | Export | Convert | Inspect | MakeDataset | Adapters | Completion
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -228,38 +274,73 @@ def parse(arguments: Sequence[str]) -> Arguments:
         HelpRequest: for ``--help``.
     """
     with mistakes(ValueError):
-        train = tyro.conf.subcommand("train", default=Train(hyperparameters=_starting_point(arguments)))
-    others = {
-        "evaluate": Evaluate,
-        "export": Export,
-        "convert": Convert,
-        "inspect": Inspect,
-        "make-dataset": MakeDataset,
-        "adapters": Adapters,
-    }
-    commands: Any = Annotated[Train, train]
-    for name, kind in others.items():
-        commands = commands | Annotated[kind, tyro.conf.subcommand(name)]
+        commands = _commands(_starting_point(arguments))
     if arguments and arguments[0] in ("-h", "--help"):
-        with mistakes(PluginError):
-            of_plugins = host().commands([*others, "train"])
-        for name, command in of_plugins.items():
-            commands = commands | Annotated[_OfPlugin, tyro.conf.subcommand(name, description=command.summary)]
+        commands = _with_plugins(commands)
     out, problem = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(problem), mistakes(ValueError):
-            result: Arguments = tyro.cli(
-                commands,
-                prog=PROGRAM,
-                description=f"Implicit Q-Learning on any dataset. Start with: {PROGRAM} train",
-                args=list(arguments),
-                config=(tyro.conf.DisallowNone,),
-            )
+            result: Arguments = _parsed(commands, arguments)
     except SystemExit as end:
         if not end.code:
             raise HelpRequest(out.getvalue()) from None
         raise UserError(_one_line(problem.getvalue())) from None
     return result
+
+
+def completion_script(shell: Shell) -> str:
+    """What completes the commands in a shell, those of plugins included. A Python runs it that needs no package."""
+    commands = _with_plugins(_commands(IQLConfig()))
+    out = io.StringIO()
+    token = _offering.set(True)
+    try:
+        with contextlib.redirect_stdout(out):
+            _parsed(commands, ["--tyro-write-completion", shell, "-"])
+    except SystemExit as end:
+        if end.code:
+            raise RuntimeError(f"tyro writes no completion for {shell}") from end
+    finally:
+        _offering.reset(token)
+    return out.getvalue()
+
+
+def _commands(starting_point: IQLConfig) -> Any:
+    """The type of the commands that ship, in tyro's terms."""
+    train = tyro.conf.subcommand("train", default=Train(hyperparameters=starting_point))
+    commands: Any = Annotated[Train, train]
+    for name, kind in _OTHERS.items():
+        commands |= Annotated[kind, tyro.conf.subcommand(name)]
+    return commands
+
+
+_OTHERS = {
+    "evaluate": Evaluate,
+    "export": Export,
+    "convert": Convert,
+    "inspect": Inspect,
+    "make-dataset": MakeDataset,
+    "adapters": Adapters,
+    "completion": Completion,
+}
+
+
+def _with_plugins(commands: Any) -> Any:
+    """The same with those that plugins add."""
+    with mistakes(PluginError):
+        of_plugins = host().commands([*_OTHERS, "train"])
+    for name, command in of_plugins.items():
+        commands |= Annotated[_OfPlugin, tyro.conf.subcommand(name, description=command.summary)]
+    return commands
+
+
+def _parsed(commands: Any, arguments: Sequence[str]) -> Any:
+    return tyro.cli(
+        commands,
+        prog=PROGRAM,
+        description=f"Implicit Q-Learning on any dataset. Start with: {PROGRAM} train",
+        args=list(arguments),
+        config=(tyro.conf.DisallowNone,),
+    )
 
 
 def _starting_point(arguments: Sequence[str]) -> IQLConfig:

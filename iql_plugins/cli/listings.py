@@ -1,15 +1,19 @@
 """``iql-plugins adapters`` and ``inspect``: what is there."""
 
+import math
 import re
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
 from iql_plugins.cli.arguments import Adapters, Inspect
+from iql_plugins.cli.check import Check, check
 from iql_plugins.cli.errors import UserError, imported, mistakes
-from iql_plugins.cli.output import Result, table
+from iql_plugins.cli.output import Result, announced, table
 from iql_plugins.cli.rollouts import environment_spaces
-from iql_plugins.data.doctor import Report, Statistics, examine
+from iql_plugins.data import inspection
+from iql_plugins.data.inspection import Report, Statistics
 from iql_plugins.plugins import PluginError, PluginInfo, host
 
 __all__ = ["adapters", "inspect"]
@@ -23,16 +27,32 @@ def adapters(arguments: Adapters) -> Result:
     """The adapters, without importing a framework; or a new one."""
     if arguments.new is not None:
         return _new(arguments.new)
+    if not 0 < arguments.timeout < math.inf:
+        raise UserError(f"--timeout must be a positive number of seconds, got {arguments.timeout}")
     # In strict mode, what is broken is an error.
     with mistakes(PluginError):
-        duplicates = {name: info.error for name, info in host().available().items()}
-        entries = [_entry(info, duplicates[name]) for name, info in host().check().items()]
+        known = host().available()
+        checks = {name: _checked(name, arguments.timeout) for name in known} if arguments.check else {}
+        # What may not come back is imported elsewhere alone.
+        errors = {name: check.error for name, check in checks.items()}
+        errors = errors or {name: info.error for name, info in host().check().items()}
+    entries = [_entry(info, errors[name], checks.get(name)) for name, info in known.items()]
     rows = [[entry["name"], f"{entry['distribution']} {entry['version']}", _framework(entry)] for entry in entries]
-    parts: list[Any] = [table(["adapter", "distribution", "framework"], rows)]
+    columns = ["adapter", "distribution", "framework"]
+    if checks:
+        columns, rows = [*columns, "check"], [[*row, checks[row[0]].outcome] for row in rows]
+    parts: list[Any] = [table(columns, rows)]
     # Below the table, where no column breaks a line that is to be copied.
-    parts += [f"{entry['name']}: {entry['error']}" for entry in entries if entry["error"]]
+    bad = {name: check.message for name, check in checks.items() if check.outcome != "fine"}
+    told = bad or {entry["name"]: entry["error"] for entry in entries if entry["error"]}
+    parts += [f"{name}: {message}" for name, message in told.items()]
     parts += [f"{entry['name']}: {entry['install']}" for entry in entries if entry["install"]]
-    return Result({"adapters": entries}, parts if entries else ["no adapter is installed"])
+    return Result({"adapters": entries}, parts if entries else ["no adapter is installed"], status=int(bool(bad)))
+
+
+def _checked(name: str, timeout: float) -> Check:
+    with announced(f"checking plugin {name!r}, for at most {timeout:g} seconds"):
+        return check(name, timeout)
 
 
 def _new(name: str) -> Result:
@@ -61,7 +81,7 @@ def _new(name: str) -> Result:
 _SUFFIXES = {".md", ".py", ".toml"}
 
 
-def _entry(info: PluginInfo, duplicate: str | None) -> dict[str, Any]:
+def _entry(info: PluginInfo, error: str | None, check: Check | None) -> dict[str, Any]:
     found, missing = {}, []
     for requirement in _requirements(info):
         try:
@@ -79,7 +99,8 @@ def _entry(info: PluginInfo, duplicate: str | None) -> dict[str, Any]:
         "missing": missing,
         "install": f"pip install '{info.distribution}[{info.name}]'" if missing else None,
         # A plugin that cannot be imported because of what is missing is not broken.
-        "error": duplicate if missing else info.error,
+        "error": info.error if missing else error,
+        **({} if check is None else {"check": asdict(check)}),
     }
 
 
@@ -112,7 +133,7 @@ def inspect(arguments: Inspect) -> Result:
         spaces = environment_spaces(arguments.env)
         options |= {"discrete": spaces.discrete, "spaces": spaces}
     with mistakes(ValueError, ImportError, PluginError):
-        report = examine(arguments.dataset, **options)
+        report = inspection.inspect(arguments.dataset, **options)
     failing = () if arguments.fail_on == "never" else report.findings_from(arguments.fail_on)
     return Result(report.as_dict(), _report_parts(report), status=int(bool(failing)))
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -11,7 +12,11 @@ from typing import Any, TextIO
 from iql_plugins.cli.errors import imported
 from iql_plugins.documents import finite_json
 
-__all__ = ["Result", "captured_stdout", "json_text", "note", "show", "table"]
+__all__ = ["Result", "announced", "captured_stdout", "json_text", "note", "show", "table"]
+
+
+#: Seconds after which people are told what they are waiting for.
+PATIENCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -45,13 +50,29 @@ def show(result: Result) -> None:
         file=sys.stdout, highlight=False, markup=False, soft_wrap=not sys.stdout.isatty()
     )
     for part in result.parts:
-        console.print(part)
+        if isinstance(part, str) and not sys.stdout.isatty():
+            # As it is, for whatever reads it; rich makes spaces of a tab.
+            sys.stdout.write(f"{part}\n")
+        else:
+            console.print(part)
     sys.stdout.flush()
 
 
 def note(text: str) -> None:
     """Tells people something on stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def announced(text: str) -> Iterator[None]:
+    """Tells people what they are waiting for, if what is inside takes long."""
+    timer = threading.Timer(PATIENCE, note, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def json_text(document: Mapping[str, Any]) -> str:
@@ -88,6 +109,8 @@ def captured_stdout(*, restore: bool) -> Iterator[Callable[[str], None]]:
         yield write
     finally:
         if restore:
+            # What somebody wrote into the stream's buffer is no result, either.
+            stdout.flush()
             sys.stdout = stdout
             if descriptor is not None and saved is not None:
                 os.dup2(saved, descriptor)

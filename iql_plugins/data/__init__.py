@@ -1,6 +1,6 @@
 """Datasets of many formats in one layout, and what can be said of them.
 
-:func:`load_dataset` reads a dataset, :func:`iql_plugins.data.doctor.examine` examines one, and
+:func:`load_dataset` reads a dataset, :func:`iql_plugins.data.inspection.inspect` says what is wrong with one, and
 :mod:`iql_plugins.data.episodes` has the lengths and returns of its episodes.
 """
 

@@ -1,5 +1,6 @@
 """The command line: what it prints, where, and how it ends."""
 
+import contextlib
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.metadata import EntryPoint, version
+from importlib.metadata import EntryPoint, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from strangers import Entry, plugin
+from packaging.utils import canonicalize_name
+from strangers import Entry, plugin, write_distribution
 
 from iql_plugins import data, plugins
-from iql_plugins.cli import main, output
+from iql_plugins.cli import COMMANDS, main, output
 from iql_plugins.cli.reference_scores import normalized_score, reference
 from iql_plugins.cli.rollouts import LONGEST_EPISODE, environment_spaces, rollouts
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.config import IQLConfig
 from iql_plugins.hookspecs import Adapter, Command, Training
+from iql_plugins.plugins import PluginError
 from iql_plugins.spaces import Box, Discrete, Spaces
 from iql_plugins.training.agent import Agent
 
@@ -34,8 +37,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command line in this process; status, stdout and stderr."""
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs the command line in this process, on a machine that is never slow; status, stdout and stderr."""
+    monkeypatch.setattr(output, "PATIENCE", 600.0)
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         capfd.readouterr()
@@ -72,10 +76,33 @@ def test_the_version_and_the_help_are_printed(run: Run) -> None:
     for name in ("torch", "stable-baselines3", "d3rlpy", "torchrl"):
         assert f"{name} {version(name)}" in out.splitlines()
     assert json.loads(run("--version", "--json")[1])["packages"]["torch"] == version("torch")
-    for command in ((), ("train",), ("evaluate",), ("export",), ("convert",), ("inspect",), ("adapters",)):
+    for command in ((), *((command,) for command in COMMANDS)):
         status, out, err = run(*command, "--help")
         assert (status, err) == (0, "")
         assert out.startswith("usage: iql-plugins")
+
+
+def test_the_version_names_the_framework_of_each_adapter(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_distribution(tmp_path, "acme", "", requires=['rich; extra == "acme"', 'pytest; extra == "other"'])
+    monkeypatch.syspath_prepend(tmp_path)
+    packages = {
+        canonicalize_name(name): number
+        for name, number in json.loads(run("--version", "--json")[1])["packages"].items()
+    }
+    assert packages["rich"] == version("rich")
+    assert "pytest" not in packages
+    distributions = packages_distributions()
+    named = []
+    for name in set(plugins.available()) - {"acme"}:
+        # One whose framework is missing has none to name.
+        with contextlib.suppress(PluginError):
+            if (framework := plugins.load(name).framework) is not None:
+                [distribution] = distributions[framework]
+                assert packages[canonicalize_name(distribution)] == version(distribution)
+                named.append(name)
+    assert named
 
 
 def test_the_help_has_no_markup_and_all_hyper_parameters(run: Run) -> None:

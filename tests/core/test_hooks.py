@@ -20,7 +20,7 @@ import iql_plugins
 from iql_plugins import plugins
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset, DatasetError, Options, UnknownSourceError
-from iql_plugins.data.doctor import examine
+from iql_plugins.data.inspection import inspect
 from iql_plugins.keys import flat_name
 from iql_plugins.plugins import Host, NotRecognizedError
 from iql_plugins.spaces import Box, Discrete, Spaces
@@ -54,8 +54,8 @@ def source(monkeypatch: pytest.MonkeyPatch) -> object:
     return Tape()
 
 
-def test_the_doctor_and_load_dataset_ask_it(source: object) -> None:
-    report = examine("tape://pendulum")
+def test_inspect_and_load_dataset_ask_it(source: object) -> None:
+    report = inspect("tape://pendulum")
     assert (report.name, report.transitions) == ("the tape", 600)
     read = iql_plugins.read_dataset(source)
     assert read.spaces == CARTPOLE

@@ -7,6 +7,7 @@ import types
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import iql_plugins
 from iql_plugins import plugins
 from iql_plugins.data import Dataset, DatasetError, Options, UnknownSourceError
 from iql_plugins.hookspecs import Adapter
-from iql_plugins.plugins import AdapterNotFoundError, Host, PluginError
+from iql_plugins.plugins import AdapterNotFoundError, Host, PluginError, PluginInfo
 
 
 def raising(error: BaseException) -> Callable[[], object]:
@@ -241,6 +242,37 @@ def test_a_plugin_is_imported_once() -> None:
     with pytest.raises(TypeError):
         host.map_batch(3)
     assert loads == [1]
+
+
+def test_a_program_may_surround_what_takes_long() -> None:
+    seen: list[tuple[str, str]] = []
+
+    @contextmanager
+    def loading(info: PluginInfo) -> Iterator[None]:
+        seen.append(("before", info.value))
+        try:
+            yield
+        finally:
+            seen.append(("after", info.value))
+
+    def imported() -> object:
+        seen.append(("import", ""))
+        return plugin("good", iql_adapter=described)
+
+    def described() -> Adapter:
+        seen.append(("iql_adapter", ""))
+        return Adapter("good", None)
+
+    host = host_of(Entry("good", imported), Entry("bad", raising(SystemExit(3))))
+    host.loading = loading
+    host.load("good")
+    around = [("before", "good.plugin"), ("import", ""), ("after", "good.plugin")]
+    assert seen == [*around, around[0], ("iql_adapter", ""), around[2]]
+    seen.clear()
+    host.load("good")
+    with pytest.raises(PluginError):
+        host.load("bad")
+    assert seen == [("before", "bad.plugin"), ("after", "bad.plugin")]
 
 
 def test_listing_imports_no_plugin() -> None:

@@ -1,4 +1,4 @@
-"""Data of many kinds of tasks that nothing is wrong with: the doctor has nothing to say but what is true of them."""
+"""Data of many kinds of tasks that nothing is wrong with: inspection has nothing to say but what is true of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from iql_plugins.data.doctor import examine
+from iql_plugins.data.inspection import inspect
 from iql_plugins.spaces import Spaces
 
 Array = np.ndarray
@@ -181,7 +181,7 @@ def dataset(steps: list[tuple[Any, ...]], dtype: torch.dtype = torch.float32) ->
 
 
 def codes(data: TensorDict, **options: Any) -> set[str]:
-    return {finding.code for finding in examine(data, **options).findings}
+    return {finding.code for finding in inspect(data, **options).findings}
 
 
 @pytest.mark.parametrize("name", TASKS)

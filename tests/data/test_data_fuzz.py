@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as arrays
 from tensordict import TensorDict
 
 from iql_plugins.data import DatasetError, check_dataset, load_dataset
-from iql_plugins.data.doctor import examine
+from iql_plugins.data.inspection import inspect
 
 h5py = pytest.importorskip("h5py")
 
@@ -116,7 +116,7 @@ def test_columns_that_fit_together_load(columns: dict[str, Any], suffix: str, tm
     assert len(data) == rows - lost.sum()
     assert data["next", "terminated"].squeeze(-1).tolist() == terminals[~lost].tolist()
     assert data["next", "reward"].squeeze(-1).tolist() == columns["rewards"][~lost].astype(np.float32).tolist()
-    examine(path)
+    inspect(path)
 
 
 @FUZZ

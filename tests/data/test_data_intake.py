@@ -14,7 +14,7 @@ from torch import Tensor
 from iql_plugins.data import dataset as dataset_module
 from iql_plugins.data import intake
 from iql_plugins.data.dataset import DatasetError
-from iql_plugins.data.doctor import examine
+from iql_plugins.data.inspection import inspect
 from iql_plugins.data.intake import ActionExcess, check_numbers
 from iql_plugins.spaces import Box, Discrete, Spaces
 
@@ -145,10 +145,10 @@ def test_an_agent_says_how_many_actions_it_clips(caplog: pytest.LogCaptureFixtur
     ]
 
 
-def test_the_numbers_of_the_doctor_are_those_of_the_agent() -> None:
+def test_the_numbers_of_an_inspection_are_those_of_the_agent() -> None:
     generator = np.random.default_rng(0)
     data = with_actions(*generator.normal(0.0, 1.5, 200), 2.00001, 2.00006)
-    found = {finding.code: finding for finding in examine(data, action_low=-2.0, action_high=2.0).findings}
+    found = {finding.code: finding for finding in inspect(data, action_low=-2.0, action_high=2.0).findings}
     checked = check_numbers(data, SPACES_OF_ONE, clip_all_actions=False)
     assert checked.count == found["actions-outside-bounds"].count > 0
     assert checked.first is not None

@@ -12,7 +12,7 @@ import torch
 from tensordict.memmap import MemoryMappedTensor
 
 from iql_plugins.data import DatasetError, UnknownSourceError, load_dataset
-from iql_plugins.data.doctor import examine
+from iql_plugins.data.inspection import inspect
 
 pytest.importorskip("minari")
 
@@ -79,9 +79,9 @@ def test_nothing_is_downloaded(root: Path) -> None:
     assert list(root.iterdir()) == []
 
 
-def test_the_doctor_knows_the_bounds_and_contradictions(root: Path) -> None:
+def test_an_inspection_knows_the_bounds_and_contradictions(root: Path) -> None:
     make("walk-v0", [episode(3, "T"), episode(2, "b")])
-    findings = {finding.code: finding for finding in examine("walk-v0").findings}
+    findings = {finding.code: finding for finding in inspect("walk-v0").findings}
     assert findings["terminal-and-timeout"].row == 4
     assert "actions-outside-bounds" not in findings
 

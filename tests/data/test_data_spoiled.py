@@ -1,4 +1,4 @@
-"""A hundred ways to spoil real datasets: what the doctor finds of them, and why nobody finds the others."""
+"""A hundred ways to spoil real datasets: what inspection finds of them, and why nobody finds the others."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from requirements import data_of_others
 from spoiled import SPOILINGS, Columns
 
 from iql_plugins import data
-from iql_plugins.data.doctor import Finding, examine
+from iql_plugins.data.inspection import Finding, inspect
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 FOLDERS = {"pendulum-v1-sac": Path(data.__file__).parent / "datasets"}
@@ -78,7 +78,7 @@ def codes(columns: Columns, spaces: Spaces, folder: Path) -> set[str]:
 
 
 def described(source: Any, spaces: Spaces | None = None) -> tuple[Finding, ...]:
-    found = examine(source, spaces=spaces, discrete=None if spaces is None else spaces.discrete).findings
+    found = inspect(source, spaces=spaces, discrete=None if spaces is None else spaces.discrete).findings
     for finding in found:
         assert finding.message
         assert finding.suggestion

@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong with a dataset, and nothing where nothing is; episodes and their returns."""
+"""Inspection finds what is wrong with a dataset, and nothing where nothing is; episodes and their returns."""
 
 import json
 import re
@@ -11,9 +11,9 @@ import torch
 from requirements import data_of_others
 from tensordict import TensorDict
 
-from iql_plugins.data import DatasetError, dataset, doctor, load_dataset
-from iql_plugins.data.doctor import SEVERITIES, Finding, examine
+from iql_plugins.data import DatasetError, dataset, inspection, load_dataset
 from iql_plugins.data.episodes import episode_ends, episode_lengths, episode_numbers, episode_returns
+from iql_plugins.data.inspection import SEVERITIES, Finding, inspect
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 
@@ -49,7 +49,7 @@ def healthy(lengths: tuple[int, ...] = (5, 9, 20, 20), ends: str = "TTcc", seed:
 
 
 def findings(source: Any, **options: Any) -> dict[str, Finding]:
-    report = examine(source, **options)
+    report = inspect(source, **options)
     for finding in report.findings:
         assert finding.message
         assert finding.suggestion
@@ -63,7 +63,7 @@ def test_nothing_is_found_in_a_healthy_dataset() -> None:
 
 def test_the_report_counts_and_is_json() -> None:
     data = healthy()
-    report = examine(data)
+    report = inspect(data)
     assert (report.transitions, report.episodes) == (54, 4)
     assert (report.lengths.mean, report.lengths.min, report.lengths.max) == (13.5, 5, 20)
     sums = [float(part.sum()) for part in data["next", "reward"].double().split([5, 9, 20, 20])]
@@ -81,7 +81,7 @@ def test_values_that_are_not_finite() -> None:
     data["observation"][7, 1] = torch.nan
     data["observation"][30] = torch.inf
     data["next", "reward"][3] = torch.nan
-    report = examine(data)
+    report = inspect(data)
     found = [finding for finding in report.findings if finding.code == "non-finite"]
     assert [(finding.row, finding.count) for finding in found] == [(7, 2), (3, 1)]
     assert "('next', 'reward')" in found[1].message
@@ -158,11 +158,11 @@ def test_actions_outside_and_on_the_bounds() -> None:
 
 def test_bounds_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="both or neither"):
-        examine(healthy(), action_low=-1)
+        inspect(healthy(), action_low=-1)
     with pytest.raises(ValueError, match=r"action_low must be a number or of shape \[2\]"):
-        examine(healthy(), action_low=[-1, -1, -1], action_high=1)
+        inspect(healthy(), action_low=[-1, -1, -1], action_high=1)
     with pytest.raises(ValueError, match="below"):
-        examine(healthy(), action_low=1, action_high=-1)
+        inspect(healthy(), action_low=1, action_high=-1)
 
 
 def test_bounds_say_nothing_of_discrete_actions() -> None:
@@ -191,7 +191,7 @@ def test_one_value_that_is_far_out() -> None:
     data = load_dataset("pendulum-v1-sac")
     data["next", "reward"][777] = -1e6
     data["action"][[30, 40]] = 1e6
-    report = examine(data)
+    report = inspect(data)
     found = [(finding.row, finding.count) for finding in report.findings if finding.code == "outliers"]
     assert found == [(30, 2), (777, 1)]
 
@@ -290,9 +290,9 @@ def test_a_chunk_at_a_time_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     data["observation"][70] = torch.nan
     data["action"][50] = 2.0
     data["next", "observation"][[24, 44]] = 0.0
-    expected = examine(data)
+    expected = inspect(data)
     monkeypatch.setattr(dataset, "CHUNK_BYTES", 30)
-    assert examine(data).findings == expected.findings
+    assert inspect(data).findings == expected.findings
     assert len(expected.findings) >= 4
 
 
@@ -313,12 +313,12 @@ def test_a_buffer_that_does_not_record_timeouts() -> None:
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_a_dataset_of_hardly_a_step(rows: int) -> None:
-    assert examine(healthy()[:rows]).episodes == 1
+    assert inspect(healthy()[:rows]).episodes == 1
 
 
 def test_unknown_sources_are_named() -> None:
     with pytest.raises(DatasetError, match="there is no dataset, file or folder 'nothing'"):
-        examine("nothing")
+        inspect("nothing")
 
 
 @pytest.mark.parametrize(
@@ -360,9 +360,9 @@ def test_one_bad_reward_spoils_one_return() -> None:
 
 
 def test_every_code_has_one_severity_and_is_in_the_documentation() -> None:
-    sources = "".join(path.read_text() for path in Path(doctor.__file__).parent.glob("*.py"))
+    sources = "".join(path.read_text() for path in Path(inspection.__file__).parent.glob("*.py"))
     used = set(re.findall(r'Finding\(\s*"([a-z-]+)"', sources)) | set(re.findall(r'code = "([a-z-]+)"', sources))
-    documented = set(re.findall(r"``([a-z-]+)`` ", examine.__doc__ or ""))
+    documented = set(re.findall(r"``([a-z-]+)`` ", inspect.__doc__ or ""))
     declared = [code for codes in SEVERITIES.values() for code in codes]
     assert len(declared) == len(set(declared))
     assert documented == set(declared)
@@ -373,7 +373,7 @@ def test_every_code_has_one_severity_and_is_in_the_documentation() -> None:
 def test_findings_are_told_by_how_much_they_matter() -> None:
     data = healthy(ends="cccc")
     data["next", "reward"][2] = torch.nan
-    report = examine(data)
+    report = inspect(data)
     severities = {finding.code: finding.severity for finding in report.findings}
     assert severities["no-terminals"] == "note"
     assert severities["non-finite"] == "error"

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from iql_plugins.data import Dataset, read_dataset
-from iql_plugins.data.doctor import actions, borders, episodes, relations, values
-from iql_plugins.data.doctor.view import SEVERITIES, Finding, Severity, View
+from iql_plugins.data.inspection import actions, borders, episodes, relations, values
+from iql_plugins.data.inspection.view import SEVERITIES, Finding, Severity, View
 from iql_plugins.documents import finite_json
 from iql_plugins.spaces import Box, Discrete, Spaces
 
-__all__ = ["SEVERITIES", "Finding", "Report", "Severity", "Statistics", "examine"]
+__all__ = ["SEVERITIES", "Finding", "Report", "Severity", "Statistics", "inspect"]
 
 Bound = float | Sequence[float] | Tensor
 
@@ -34,7 +34,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`examine` found.
+    """What :func:`inspect` found.
 
     Attributes:
         name: of the source.
@@ -68,7 +68,7 @@ class Report:
         return tuple(finding for finding in self.findings if finding.severity not in mild)
 
 
-def examine(
+def inspect(
     source: object,
     *,
     action_low: Bound | None = None,
@@ -79,7 +79,7 @@ def examine(
 ) -> Report:
     """Counts, returns and shapes of a dataset, and findings with a severity and a suggestion each.
 
-    >>> report = examine("pendulum-v1-sac")
+    >>> report = inspect("pendulum-v1-sac")
     >>> report.episodes, round(report.returns.mean, 1), [finding.code for finding in report.findings]
     (100, -325.8, ['no-terminals'])
 

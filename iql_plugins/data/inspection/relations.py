@@ -11,7 +11,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from iql_plugins.data.dataset import REWARD
-from iql_plugins.data.doctor.samples import (
+from iql_plugins.data.inspection.samples import (
     LAGS,
     NOTHING,
     NOTHING_SIMILAR,
@@ -24,7 +24,7 @@ from iql_plugins.data.doctor.samples import (
     nearest,
     rewards_at,
 )
-from iql_plugins.data.doctor.view import Finding, View, which
+from iql_plugins.data.inspection.view import Finding, View, which
 from iql_plugins.keys import shown
 
 __all__ = ["CHECKS", "shifted"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from iql_plugins.data.dataset import chunks, row_bytes
-from iql_plugins.data.doctor.view import Finding, Rows, View, short, which
+from iql_plugins.data.inspection.view import Finding, Rows, View, short, which
 from iql_plugins.data.intake import past_bounds
 from iql_plugins.data.normalizers import RETURN_RANGE
 

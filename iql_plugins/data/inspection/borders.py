@@ -7,9 +7,9 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from iql_plugins.data.dataset import REWARD
-from iql_plugins.data.doctor.relations import shifted
-from iql_plugins.data.doctor.samples import Columns, actions_at, rewards_at
-from iql_plugins.data.doctor.view import Finding, View, finite, which
+from iql_plugins.data.inspection.relations import shifted
+from iql_plugins.data.inspection.samples import Columns, actions_at, rewards_at
+from iql_plugins.data.inspection.view import Finding, View, finite, which
 
 __all__ = ["CHECKS"]
 

@@ -7,7 +7,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from iql_plugins.data.dataset import REWARD, chunks, leaves, non_finite, row_bytes
-from iql_plugins.data.doctor.view import (
+from iql_plugins.data.inspection.view import (
     NEXT_OBSERVATION,
     SAMPLE_NUMBERS,
     Finding,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from iql_plugins.data.dataset import DONE, chunks, row_bytes
-from iql_plugins.data.doctor.view import Finding, View, finite, pairs, same
+from iql_plugins.data.inspection.view import Finding, View, finite, pairs, same
 from iql_plugins.keys import next_key, shown
 
 __all__ = ["CHECKS"]

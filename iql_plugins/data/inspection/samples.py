@@ -12,7 +12,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor
 
 from iql_plugins.data.dataset import REWARD
-from iql_plugins.data.doctor.view import View, finite
+from iql_plugins.data.inspection.view import View, finite
 from iql_plugins.keys import next_key
 
 __all__ = [
