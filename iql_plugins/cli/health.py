@@ -12,6 +12,8 @@ from iql_plugins.cli.statistics import Estimate
 from iql_plugins.cli.training import BEST, METRICS, metrics_rows
 from iql_plugins.config import PRESETS
 from iql_plugins.data.dataset import REWARD, Dataset
+from iql_plugins.data.inspection.values import uneven_scales
+from iql_plugins.data.inspection.view import View
 from iql_plugins.data.normalizers import RETURN_RANGE
 from iql_plugins.training.health import HealthWarning, health_warnings
 
@@ -36,6 +38,7 @@ def run_warnings(
     ``best-before-last``        it is below the interval of the policy that was best on the way
     ``shifted-rewards``         a preset that subtracts 1 from rewards of 0 and 1, for other rewards
     ``scaled-goals``            sparse rewards of 0 and 1, multiplied by 1000 over the range of the returns
+    ``uneven-scales``           observations on scales that differ by 30 times and more, and are not standardised
     =========================== =================================================================================
 
     ``unsettled-values`` says nothing against a policy whose interval is above those of the data and of behaviour
@@ -51,7 +54,8 @@ def run_warnings(
     Returns:
         JSON values: ``code``, ``message``, ``suggestion`` and the ``seeds`` that it is about.
     """
-    found = [(warning, settings.seeds) for warning in (*_of_rewards(settings, source), *_of_returns(estimates))]
+    of_data = (*_of_rewards(settings, source), *_of_observations(settings, source))
+    found = [(warning, settings.seeds) for warning in (*of_data, *_of_returns(estimates))]
     found += _of_metrics(settings, run)
     if _is_above_all(estimates):
         found = [(warning, seeds) for warning, seeds in found if warning.code != "unsettled-values"]
@@ -145,6 +149,17 @@ def _of_rewards(settings: Settings, source: Dataset) -> Iterator[HealthWarning]:
             f"rewards of 0 and 1 are sparse, and the reward scale makes {RETURN_RANGE:g} of the range of their returns",
             "try `preset` antmaze, because it subtracts 1 instead: advantages of such goals, multiplied by a "
             "`temperature` as well, leave no weight between nothing and `max_weight`",
+        )
+
+
+def _of_observations(settings: Settings, source: Dataset) -> Iterator[HealthWarning]:
+    if settings.hyperparameters.normalize_observations:
+        return
+    for finding in uneven_scales(View(source)):
+        yield HealthWarning(
+            finding.code,
+            finding.message,
+            "try `normalize_observations`, because the networks see little of the smaller ones",
         )
 
 

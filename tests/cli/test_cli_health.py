@@ -50,16 +50,18 @@ def warnings(plain: tuple[Settings, Dataset], tmp_path: Path) -> Warnings:
     def of(
         estimates: dict[str, Estimate] = FINE,
         rewards: torch.Tensor | None = None,
+        scales: tuple[float, ...] = (1.0, 1.0, 1.0),
         metrics: dict[int, dict[str, float]] | None = None,
         **changes: Any,
     ) -> list[dict[str, Any]]:
         settings, source = plain
         config = settings.hyperparameters.replace(**changes.pop("hyperparameters", {}))
         settings = replace(settings, hyperparameters=config, **changes)
+        tensors = source.tensors.clone()
+        tensors["observation"] = tensors["observation"] * torch.tensor(scales)
+        source = replace(source, tensors=tensors)
         if rewards is not None:
-            tensors = source.tensors.clone()
             tensors[REWARD] = rewards.expand(len(tensors)).reshape(-1, 1).clone()
-            source = replace(source, tensors=tensors)
         for seed, row in (metrics or {}).items():
             (tmp_path / f"seed-{seed}").mkdir(exist_ok=True)
             steps = range(10, 1010, 10)
@@ -94,6 +96,8 @@ TRIPPED: dict[str, dict[str, Any]] = {
     "best-before-last": {"estimates": FINE | {"IQL best": around(-100.0)}},
     "shifted-rewards": {"preset": "antmaze", "hyperparameters": {"reward_shift": -1.0}},
     "scaled-goals": {"rewards": goals(20_000, 0.01), "hyperparameters": {"reward_scale": "return_range"}},
+    # The data's own are 0.6, 0.7 and 3.
+    "uneven-scales": {"scales": (1.0, 1.0, 10.0), "hyperparameters": {"normalize_observations": False}},
 }
 
 

@@ -353,6 +353,21 @@ def test_episodes_end_where_done_is_set_and_at_the_end() -> None:
     assert not data["next", "done"][5]
 
 
+@pytest.mark.parametrize(("factor", "found"), [(29.0, False), (31.0, True), (1 / 31, True), (0.0, False)])
+def test_scales_are_uneven_from_a_factor_of_30_on(factor: float, found: bool) -> None:
+    data = healthy((50, 50, 50, 50))
+    for tensors in (data, data["next"]):
+        tensors["observation"] = tensors["observation"] - data["observation"].mean(0)
+    deviation = data["observation"].double().std(0, unbiased=False)
+    for tensors in (data, data["next"]):
+        tensors["observation"] = tensors["observation"] / deviation.float() * torch.tensor([1.0, 1.0, factor])
+    [*findings] = (finding for finding in inspect(data).findings if finding.code == "uneven-scales")
+    assert bool(findings) == found
+    if found:
+        assert findings[0].message.endswith("a factor of 31")
+        assert "--normalize-observations" in findings[0].suggestion
+
+
 def test_one_bad_reward_spoils_one_return() -> None:
     data = healthy((2, 3), "Tc")
     data["next", "reward"][1] = torch.nan

@@ -94,6 +94,7 @@ def inspect(
     ``noise-features``              observations that have nothing to do with anything
     ``shifted-features``            observations that are in another row than the rest
     ``feature-scale``               observations too large or too small for a network
+    ``uneven-scales``               observations on scales that differ by 30 times and more
     ``rounded-observations``        observations with fewer digits than a step changes
     ``standardised``                observations or rewards that are no environment's
     ``observations-outside-bounds`` observations that the environment's space does not have

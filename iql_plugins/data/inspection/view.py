@@ -1,7 +1,7 @@
 """A dataset as the checks see it: what several of them need is computed once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -49,8 +49,8 @@ SEVERITIES: Mapping[Severity, frozenset[str]] = {
     }),
     "warning": frozenset({
         "outliers", "repeated-features", "stuck-features", "noise-features", "feature-scale", "rounded-observations",
-        "standardised", "terminal-and-timeout", "duplicate-episodes", "repeated-rows", "actions-outside-bounds",
-        "clipped-actions",
+        "uneven-scales", "standardised", "terminal-and-timeout", "duplicate-episodes", "repeated-rows",
+        "actions-outside-bounds", "clipped-actions",
     }),
     "error": frozenset({
         "non-finite", "shifted-features", "shifted-actions", "shifted-rewards", "observations-outside-bounds",
@@ -128,11 +128,11 @@ class View:
     """
 
     source: Dataset
-    low: Tensor | None
-    high: Tensor | None
-    assumed: bool
-    observation_spaces: dict[NestedKey, Space]
-    action_count: int | None
+    low: Tensor | None = None
+    high: Tensor | None = None
+    assumed: bool = False
+    observation_spaces: dict[NestedKey, Space] = field(default_factory=dict)
+    action_count: int | None = None
 
     @property
     def dataset(self) -> TensorDictBase:
