@@ -15,8 +15,8 @@ from iql_plugins.spaces import Spaces
 Array = np.ndarray
 Random = np.random.Generator
 
-#: What is true of any data whose returns have another scale, that a time limit ends, or whose actions reach 1.
-TRUE = {"no-terminals", "early-timeouts", "reward-scale", "actions-on-bounds"}
+#: What is true of any data whose returns or features have other scales, that a time limit ends, or whose actions reach 1.
+TRUE = {"no-terminals", "early-timeouts", "reward-scale", "actions-on-bounds", "uneven-scales"}
 
 _WEIGHTS = np.random.default_rng(0)
 DRIFT = 0.95 * np.eye(6) + 0.04 * _WEIGHTS.normal(size=(6, 6))

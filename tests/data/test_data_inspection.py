@@ -178,7 +178,7 @@ def test_what_the_environments_spaces_do_not_have() -> None:
     for observation in (data["observation"], data["next", "observation"]):
         observation[:, 1] *= 57.3
     found = findings(data, spaces=spaces)
-    assert set(found) == {"no-terminals", "observations-outside-bounds"}
+    assert set(found) == {"no-terminals", "observations-outside-bounds", "uneven-scales"}
     assert "feature 1 of 'observation'" in found["observations-outside-bounds"].message
     assert "observations-outside-bounds" not in findings(data)
     data["action"] = (data["action"] > 0).long() + 1

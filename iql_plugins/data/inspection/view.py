@@ -45,11 +45,11 @@ Severity = Literal["note", "warning", "error"]
 SEVERITIES: Mapping[Severity, frozenset[str]] = {
     "note": frozenset({
         "no-terminals", "early-timeouts", "unfinished-episode", "missing-final-observations", "reward-scale",
-        "actions-on-bounds", "constant-features", "constant-actions", "unused-actions",
+        "actions-on-bounds", "constant-features", "constant-actions", "unused-actions", "uneven-scales",
     }),
     "warning": frozenset({
         "outliers", "repeated-features", "stuck-features", "noise-features", "feature-scale", "rounded-observations",
-        "uneven-scales", "standardised", "terminal-and-timeout", "duplicate-episodes", "repeated-rows",
+        "standardised", "terminal-and-timeout", "duplicate-episodes", "repeated-rows",
         "actions-outside-bounds", "clipped-actions",
     }),
     "error": frozenset({
