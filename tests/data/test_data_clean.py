@@ -15,7 +15,8 @@ from iql_plugins.spaces import Spaces
 Array = np.ndarray
 Random = np.random.Generator
 
-#: What is true of any data whose returns or features have other scales, that a time limit ends, or whose actions reach 1.
+#: What is true of any data whose returns or features have other scales, that a time limit ends, or whose actions reach
+#: 1.
 TRUE = {"no-terminals", "early-timeouts", "reward-scale", "actions-on-bounds", "uneven-scales"}
 
 _WEIGHTS = np.random.default_rng(0)
