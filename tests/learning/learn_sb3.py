@@ -58,8 +58,8 @@ FINE_TUNING = {
 EVERY = 1000
 #: Datasets of others are in the folder that ``--data`` names.
 RATIOS: dict[str, Any] = {
-    "Pendulum-v1": {"dataset": DATASET, "offline": CONFIG.n_steps, "online": 2000},
-    "CartPole-v1": {"dataset": "{data}/tianshou_cartpole_qrdqn.npz", "offline": 2000, "online": 2000},
+    "Pendulum-v1": {"dataset": DATASET, "offline": CONFIG.n_steps // 2, "online": 1000},
+    "CartPole-v1": {"dataset": "{data}/tianshou_cartpole_qrdqn.npz", "offline": 1000, "online": 1000},
 }
 RESULTS = Path(__file__).parent / "results" / "sb3.json"
 
