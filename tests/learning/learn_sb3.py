@@ -192,7 +192,13 @@ def offline_ratios(
         done: what was kept before; its seeds are not run again.
         keep: takes what there is after each seed.
     """
-    part = {"dataset": Path(dataset).stem, "gradient_steps": offline, "environment_steps": online, "every": EVERY // 2}
+    part: dict[str, Any] = {
+        "dataset": Path(dataset).stem,
+        "gradient_steps": offline,
+        "environment_steps": online,
+        "every": EVERY // 2,
+        "episodes": episodes,
+    }
     by_seed = done.get("by_seed", []) if part.items() <= done.items() else []
     data = load_dataset(dataset)
     for seed in range(len(by_seed), seeds):
