@@ -104,7 +104,7 @@ class IQL(OfflineLearning):
         trust_pickle: whether ``dataset`` may be a pickle, which can run any code.
         offline_ratio: share of the dataset in each batch when learning online, in [0, 1]. Without a dataset batches are
             experience alone, whatever it is. With 0 the critics forget the dataset for the few transitions that there
-            are online at first, and a policy that was learned offline is easily lost: 0.5 held best.
+            are online at first, and what was learned offline is lost more easily than with 0.5, which is no guarantee.
         exploration_fraction: share of an online training over which the rate of random discrete actions falls from
             ``exploration_initial_eps`` to ``exploration_final_eps``, as DQN's; in (0, 1].
         exploration_initial_eps: in [0, 1]. Default (None): 1.0 for a policy that begins untrained. A trained one would
