@@ -12,11 +12,18 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, check_for_correct_spaces, configure_logger
+from stable_baselines3.common.utils import (
+    ConstantSchedule,
+    FloatSchedule,
+    LinearSchedule,
+    check_for_correct_spaces,
+    configure_logger,
+)
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.her.her_replay_buffer import HerReplayBuffer
 
@@ -28,7 +35,7 @@ from iql_plugins.networks.builders import check_loaded, uninitialized
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.gradients import OUTPUTS, compiler_available
 from iql_plugins.training.learner import NETWORKS, Learner
-from iql_sb3 import datasets
+from iql_sb3 import datasets, exploration
 from iql_sb3.conversion import agent_in, changeable, config_of, model_of, without_environment
 from iql_sb3.files import add_agent
 from iql_sb3.offline import LearnerState, OfflineLearning, loaded_dataset, steps_of
@@ -97,7 +104,15 @@ class IQL(OfflineLearning):
         compile: whether to compile losses and gradients; ``"auto"``: long offline trainings of plain perceptrons.
         dataset: what :meth:`load_dataset` takes.
         trust_pickle: whether ``dataset`` may be a pickle, which can run any code.
-        offline_ratio: share of the dataset in each batch when learning online, in [0, 1].
+        offline_ratio: share of the dataset in each batch when learning online, in [0, 1]. Without a dataset batches are
+            experience alone, whatever it is. With 0 the critics forget the dataset for the few transitions that there
+            are online at first, and what was learned offline is lost more easily than with 0.5, which is no guarantee.
+        exploration_fraction: share of an online training over which the rate of random discrete actions falls from
+            ``exploration_initial_eps`` to ``exploration_final_eps``, as DQN's; in (0, 1].
+        exploration_initial_eps: in [0, 1]. Default (None): 1.0 for a policy that begins untrained. A trained one would
+            be lost in random actions, and begins with ``exploration_final_eps``.
+        exploration_final_eps: in [0, 1]. Default (None): 0.05, and 0 for a policy that has learned offline. Continuous
+            actions have ``action_noise`` instead, and take both as None or 0 only. :meth:`predict` does not explore.
         observation_space: where there is neither an environment nor a dataset to tell it.
         action_space: likewise.
         use_sde: refused: the policy has no state-dependent exploration.
@@ -165,6 +180,9 @@ class IQL(OfflineLearning):
         dataset: object = None,
         trust_pickle: bool = False,
         offline_ratio: float = 0.5,
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float | None = None,
+        exploration_final_eps: float | None = None,
         observation_space: spaces.Space[Any] | None = None,
         action_space: spaces.Space[Any] | None = None,
         use_sde: bool = False,
@@ -231,6 +249,11 @@ class IQL(OfflineLearning):
         self.clip_all_actions = clip_all_actions
         self.compile = compile
         self.offline_ratio = offline_ratio
+        self.exploration_fraction = exploration_fraction
+        self.exploration_initial_eps = exploration_initial_eps
+        self.exploration_final_eps = exploration_final_eps
+        self.exploration_schedule = LinearSchedule(0.0, 0.0, 1.0)
+        self.exploration_rate = 0.0
         self.extra: dict[str, Any] = {}
         self._spaces_from_dataset = derived
         self._has_statistics = not normalize_observations and not isinstance(reward_scale, str)
@@ -272,6 +295,7 @@ class IQL(OfflineLearning):
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, IQLPolicy):
             raise TypeError(f"policy must be a subclass of iql_sb3.IQLPolicy, got {self.policy_class.__name__}")
+        exploration.check(self)
         self._setup_lr_schedule()
         config = self.config
         if self.env is None:
@@ -486,11 +510,30 @@ class IQL(OfflineLearning):
         self.learner.check_finite()
         return self
 
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[int, BaseCallback]:
+        self.exploration_schedule = exploration.schedule(self, restart=reset_num_timesteps)
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         # Noise is for a policy that knows nothing; a trained one would be lost in it.
-        return super()._sample_action(0 if self.learner.step_count else learning_starts, action_noise, n_envs)
+        sampled = super()._sample_action(0 if self.learner.step_count else learning_starts, action_noise, n_envs)
+        if not isinstance(self.action_space, spaces.Discrete):
+            return sampled
+        self.exploration_rate = self.exploration_schedule(1.0 - self.num_timesteps / self._total_timesteps)
+        self._logger.record("rollout/exploration_rate", self.exploration_rate)
+        if self.exploration_rate == 0.0:
+            return sampled
+        actions = exploration.explored(sampled[0], self.exploration_rate, self.action_space)
+        return actions, actions
 
     def set_env(self, env: GymEnv, force_reset: bool = True) -> None:
         """As in any algorithm; spaces that came from a dataset give way to the environment's, if they fit.

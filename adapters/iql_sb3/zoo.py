@@ -30,19 +30,24 @@ def register() -> None:
     _zoo("rl_zoo3").ALGOS[NAME] = IQL
     search = _zoo("rl_zoo3.hyperparams_opt")
     search.HYPERPARAMS_CONVERTER[NAME] = search.convert_offpolicy_params
-    search.HYPERPARAMS_SAMPLER[NAME] = lambda trial, *_: search.convert_offpolicy_params(sample(trial))
+    # Discrete actions have no number of dimensions: the Zoo says 0.
+    search.HYPERPARAMS_SAMPLER[NAME] = lambda trial, n_actions, *_: search.convert_offpolicy_params(
+        sample(trial, discrete=not n_actions)
+    )
 
 
-def sample(trial: Any) -> dict[str, Any]:
+def sample(trial: Any, discrete: bool = False) -> dict[str, Any]:
     """Hyper-parameters of a trial, as ``rl_zoo3.hyperparams_opt.convert_offpolicy_params`` takes them.
 
     Discount, batch size, rate, target update and widths have the Zoo's ranges for SAC; expectile and temperature reach
-    from the mean, and almost behaviour cloning, to beyond what the papers use.
+    from the mean, and almost behaviour cloning, to beyond what the papers use. Discrete actions explore as DQN's do, in
+    the Zoo's ranges for DQN.
 
     Args:
         trial: of Optuna.
+        discrete: whether actions are.
     """
-    return {
+    sampled = {
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-4, 0.03, log=True),
         "batch_size_pow": trial.suggest_int("batch_size_pow", 5, 10),
         "learning_rate": trial.suggest_float("learning_rate", 1e-5, 2e-3, log=True),
@@ -51,6 +56,10 @@ def sample(trial: Any) -> dict[str, Any]:
         "expectile": trial.suggest_float("expectile", 0.5, 0.95),
         "temperature": trial.suggest_float("temperature", 0.1, 30.0, log=True),
     }
+    if discrete:
+        sampled["exploration_final_eps"] = trial.suggest_float("exploration_final_eps", 0.0, 0.2)
+        sampled["exploration_fraction"] = trial.suggest_float("exploration_fraction", 0.01, 0.5)
+    return sampled
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

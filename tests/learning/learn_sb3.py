@@ -4,18 +4,25 @@ From the repository's root (some ten minutes on one core)::
 
     python tests/learning/learn_sb3.py
 
+The parts that compare ``offline_ratio`` run only if they are named, and go on where they were stopped::
+
+    python tests/learning/learn_sb3.py --parts "offline_ratio on Pendulum-v1" "offline_ratio on CartPole-v1"
+
 ``results/sb3.json`` has the command, the returns of each seed, and intervals over seeds: the mean, give or take twice
 its standard error. Every return is a mean over episodes that start the same. A policy is below another by more than
 noise if its return is below the 95 % interval of the other's over those episodes.
 """
 
 import argparse
+import io
 import json
 import math
 import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +56,11 @@ FINE_TUNING = {
     "fine-tuning after all data": {"transitions": None, "offline": CONFIG.n_steps, "online": 4000},
 }
 EVERY = 1000
+#: Datasets of others are in the folder that ``--data`` names.
+RATIOS: dict[str, Any] = {
+    "Pendulum-v1": {"dataset": DATASET, "offline": CONFIG.n_steps // 2, "online": 1000},
+    "CartPole-v1": {"dataset": "{data}/tianshou_cartpole_qrdqn.npz", "offline": 1000, "online": 1000},
+}
 RESULTS = Path(__file__).parent / "results" / "sb3.json"
 
 
@@ -62,15 +74,15 @@ class Acting:
         return self.agent.act(observation), None
 
 
-def measured(model: Any, episodes: int) -> tuple[float, float]:
+def measured(model: Any, episodes: int, env_id: str = ENV) -> tuple[float, float]:
     """Mean return, and half the width of its 95 % interval over episodes that start the same."""
-    env = make_vec_env(ENV, n_envs=episodes, seed=1000)
+    env = make_vec_env(env_id, n_envs=episodes, seed=1000)
     returns, _ = evaluate_policy(model, env, n_eval_episodes=episodes, return_episode_rewards=True)
     return statistics.mean(returns), 2.0 * statistics.stdev(returns) / math.sqrt(episodes)
 
 
-def mean_return(model: Any, episodes: int) -> float:
-    return round(measured(model, episodes)[0], 1)
+def mean_return(model: Any, episodes: int, env_id: str = ENV) -> float:
+    return round(measured(model, episodes, env_id)[0], 1)
 
 
 def with_interval(returns: list[float]) -> dict[str, Any]:
@@ -158,30 +170,94 @@ def from_scratch(seeds: int, episodes: int) -> dict[str, Any]:
     }
 
 
+def offline_ratios(
+    seeds: int,
+    episodes: int,
+    env_id: str,
+    dataset: str,
+    offline: int,
+    online: int,
+    done: dict[str, Any],
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """One policy a seed is trained offline, and goes on online from there with each share of the dataset.
+
+    Args:
+        seeds: how many.
+        episodes: of each evaluation.
+        env_id: the environment.
+        dataset: what is learned from.
+        offline: gradient steps.
+        online: steps in the environment.
+        done: what was kept before; its seeds are not run again.
+        keep: takes what there is after each seed.
+    """
+    part: dict[str, Any] = {
+        "dataset": Path(dataset).stem,
+        "gradient_steps": offline,
+        "environment_steps": online,
+        "every": EVERY // 2,
+        "episodes": episodes,
+    }
+    by_seed = done.get("by_seed", []) if part.items() <= done.items() else []
+    data = load_dataset(dataset)
+    for seed in range(len(by_seed), seeds):
+        trained = io.BytesIO()
+        model = IQL("MlpPolicy", env_id, dataset=data, seed=seed, **HYPERPARAMETERS | {"actor_schedule": "constant"})
+        model.learn_offline(offline, log_interval=None).save(trained)
+        unit: dict[str, Any] = {"seed": seed, "offline": mean_return(model, episodes, env_id), "online": {}}
+        for ratio in (0.0, 0.25, 0.5):
+            trained.seek(0)
+            model = IQL.load(trained, make_vec_env(env_id, seed=seed), device="cpu", dataset=data)
+            model.offline_ratio = ratio
+            unit["online"][str(ratio)] = [
+                mean_return(
+                    model.learn(part["every"], log_interval=None, reset_num_timesteps=step == 0), episodes, env_id
+                )
+                for step in range(online // part["every"])
+            ]
+        by_seed.append(unit)
+        keep(part | {"by_seed": by_seed})
+    return part | {"by_seed": by_seed}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=50)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--data", default="../shared/data", help="folder of the datasets of others")
+    parser.add_argument("--parts", nargs="+", help="those to run, in the place of all but the comparisons")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    seeds, episodes = arguments.seeds, arguments.episodes
-    start = time.perf_counter()
-    document: dict[str, Any] = {
-        "command": shlex.join(["python", "tests/learning/learn_sb3.py", *sys.argv[1:]]),
-        "env": ENV,
-        "dataset": DATASET,
-        "seeds": seeds,
-        "episodes": episodes,
-        "offline": offline(seeds, episodes),
-        **{name: fine_tuning(seeds, episodes, **sizes) for name, sizes in FINE_TUNING.items()},
-        "from scratch": from_scratch(seeds, episodes),
+    sizes = {"seeds": arguments.seeds, "episodes": arguments.episodes}
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "offline": partial(offline, **sizes),
+        **{name: partial(fine_tuning, **sizes, **steps) for name, steps in FINE_TUNING.items()},
+        "from scratch": partial(from_scratch, **sizes),
     }
-    document["seconds"] = round(time.perf_counter() - start)
-    text = json.dumps(document, indent=1) + "\n"
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(text)
-    sys.stdout.write(text)
+    usual = list(parts)
+
+    def kept() -> dict[str, Any]:
+        return json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+
+    def keep(name: str, part: dict[str, Any]) -> None:
+        # What else was kept meanwhile stays.
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(kept() | {"env": ENV, "dataset": DATASET, name: part}, indent=1) + "\n")
+
+    for env_id, task in RATIOS.items():
+        name = f"offline_ratio on {env_id}"
+        task = task | {"dataset": task["dataset"].format(data=arguments.data), "env_id": env_id}
+        parts[name] = partial(offline_ratios, **sizes, **task, done=kept().get(name, {}), keep=partial(keep, name))
+    if unknown := set(arguments.parts or []) - set(parts):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(parts)}")
+    command = shlex.join(["python", "tests/learning/learn_sb3.py", *sys.argv[1:]])
+    for name in arguments.parts or usual:
+        start = time.perf_counter()
+        part = parts[name]()
+        keep(name, {"command": command, **sizes, **part, "seconds": round(time.perf_counter() - start)})
+        sys.stdout.write(f"{name}: {json.dumps(kept()[name], indent=1)}\n")
 
 
 if __name__ == "__main__":
