@@ -10,6 +10,7 @@ terminals = terminal = terminations = terminated
 timeouts = timeout = truncations = truncated
 dones = done = dones_float = episode_terminals
 masks
+valids
 
 The first names are D4RL's, which also are OGBench's, d3rlpy's and, but for the ends, Minari's; the others are
 gymnasium's, tianshou's, d3rlpy 1's and those of the authors' code. What the ends of episodes mean together is said in
@@ -28,6 +29,7 @@ from iql_plugins.keys import shown
 
 __all__ = [
     "METADATA",
+    "OGBENCH_METADATA",
     "SYNONYMS",
     "TORCHRL_METADATA",
     "readable",
@@ -46,16 +48,18 @@ SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "timeouts": ("timeout", "truncations", "truncated"),
     "dones": ("done", "dones_float", "episode_terminals"),
     "masks": (),
+    "valids": (),
 }
 _COLUMNS = {name: column for column, synonyms in SYNONYMS.items() for name in (column, *synonyms)}
 _GROUPS = ("observations", "next_observations")
 
+#: What OGBench's files alone have beside transitions: the simulator's state, and representations of goals.
+OGBENCH_METADATA = frozenset({"qpos", "qvel", "button_states", "oracle_reps"})
+
 #: Files of transitions; whole groups, too.
-METADATA = frozenset({
+METADATA = OGBENCH_METADATA | frozenset({
     # D4RL, Minari; tianshou
     "infos", "metadata", "info", "policy",
-    # OGBench: the simulator's state, and representations of goals
-    "qpos", "qvel", "button_states", "oracle_reps",
     # d3rlpy 1
     "discrete_action", "version",
 })  # fmt: skip

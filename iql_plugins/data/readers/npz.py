@@ -53,12 +53,12 @@ def load(path: Path, options: Options) -> Dataset:
         if not archive:
             raise DatasetError(f"{name} is no .npz archive, or a truncated one")
         with ExitStack() as stack:
-            members = _members(path, options, stack)
+            members, metadata = _members(path, options, stack)
             unpacked = sum(member.nbytes for member in members.values())
-            return Transitions.from_columns(name, members).load(options, unpacked)
+            return Transitions.from_columns(name, members, metadata).load(options, unpacked)
 
 
-def _members(path: Path, options: Options, stack: ExitStack) -> dict[str, "_Member"]:
+def _members(path: Path, options: Options, stack: ExitStack) -> tuple[dict[str, "_Member"], list[str]]:
     archive = stack.enter_context(ZipFile(path))
     folder = None
     if options.memmap_dir is not None:
@@ -73,7 +73,7 @@ def _members(path: Path, options: Options, stack: ExitStack) -> dict[str, "_Memb
         if key in read:
             copy = None if folder is None else folder / f"{len(members)}.npy"
             members[key] = _Member(archive, info, f"{path}: {key!r}", copy)
-    return members
+    return members, [key for key, _ in files if key not in read]
 
 
 class _Member:
