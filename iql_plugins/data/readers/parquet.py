@@ -13,6 +13,7 @@ import numpy as np
 from iql_plugins.data.arrays import Array, Concatenated, Transitions
 from iql_plugins.data.columns import component, readable, require_any
 from iql_plugins.data.dataset import Dataset, DatasetError, Options, file_of, one_line, reading
+from iql_plugins.data.parquet_pages import unpacked
 from iql_plugins.data.readers import foreign
 from iql_plugins.hookspecs import hookimpl
 from iql_plugins.limits import available_memory
@@ -196,9 +197,11 @@ class _Stored:
             footer = group.metadata.row_group(group.number)
             chunks = [footer.column(index) for index in range(footer.num_columns)]
             chunks = [chunk for chunk in chunks if _is_of(chunk.path_in_schema, names)]
-            # As it is packed, as Arrow has it, and as NumPy has it.
-            numbers = sum(max(chunk.num_values, len(group.rows)) for chunk in chunks)
-            size = sum(chunk.total_uncompressed_size for chunk in chunks) + 2 * numbers * self.dtype.itemsize
+            size = 0
+            for chunk in chunks:
+                values, pages = unpacked(group.file, chunk)
+                # The pages, places in lists, and the numbers as Arrow has them and as NumPy has them.
+                size += pages + max(values, len(group.rows)) * (4 + 2 * self.dtype.itemsize)
             if size > (memory := available_memory()):
                 raise DatasetError(
                     f"{self._name} needs {size:,} bytes for a row group, more than the {memory:,} that are left of the "
