@@ -39,6 +39,7 @@ def load_dataset(
     ============================================ ==================================================
     the name of a dataset that ships             :data:`iql_plugins.data.readers.shipped.NAMES`
     ``.npz``                                     :mod:`iql_plugins.data.readers.npz`
+    ``.parquet``, folder of such parts           :mod:`iql_plugins.data.readers.parquet`
     ``.hdf5``, ``.h5`` in D4RL's style           :mod:`iql_plugins.data.readers.d4rl`
     id or folder of a local Minari dataset       :mod:`iql_plugins.data.readers.minari`
     TensorDict, folder of a memory-mapped one    :mod:`iql_plugins.data.readers.tensordicts`

@@ -3,7 +3,7 @@
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from iql_plugins.data.columns import readable
+from iql_plugins.data.columns import OGBENCH_METADATA, readable
 from iql_plugins.data.dataset import (
     DONE,
     REWARD,
@@ -40,6 +40,11 @@ Names = tuple[str, ...]
 
 #: Whole numbers from 0 to this in a single float column are taken for discrete actions.
 MOST_ACTIONS = 1024
+
+_OF_A_TASK = (
+    "; if it is OGBench's: 'rewards' and 'masks' are those of a task, with which its own loader labels the data: "
+    "_, train, _ = ogbench.make_env_and_datasets('cube-double-play-singletask-v0'); np.savez('labelled.npz', **train)"
+)
 
 
 class Column(Protocol):
@@ -102,28 +107,33 @@ class Transitions:
     reads: a terminal state has no future. At the end of the data an episode that is neither terminated nor cut
     loses its last transition, too. A step marked both as terminal and as time-out is terminal.
 
-    Four columns, of which each is ``[N]`` or ``[N, 1]``, 0 or 1, tell where episodes end, and how:
+    Five columns, of which each is ``[N]`` or ``[N, 1]``, 0 or 1, tell where episodes end, and how:
 
     - ``terminals``: the step reached a terminal state;
     - ``timeouts``: it was the last before a cut;
     - ``dones``: it was an episode's last, for either reason;
-    - ``masks``: its value goes on, which it does but in terminal states.
+    - ``masks``: its value goes on, which it does but in terminal states;
+    - ``valids``: it is a step at all, and no final observation in a row of its own, which is left out.
 
     ``terminals`` are enough where no step was cut. ``masks`` can be in place of them, and ``dones`` in place of
     either of the two others, but not alone: they do not tell the two apart. What is said twice must agree, but for
     OGBench's ``masks``, with which ``terminals`` mark the last steps of trajectories, terminal states or not. That
     is so where they are called ``terminals``, and there are neither ``timeouts`` nor ``dones``; with ``masks`` of 1
-    alone, where the two readings differ in everything, it is refused.
+    alone, where the two readings differ in everything, it is refused, unless what only OGBench has is there, too.
+    It is also refused if such a file has no ``masks``, and ``terminals`` after equal numbers of steps.
+    With ``valids``, of OGBench's compact files, ``terminals`` are in the last two rows of each trajectory, and without
+    ``masks`` no state is terminal.
 
     Attributes:
         name: of the source, for messages.
         observations: ``[N, *obs]`` under the path ``()``, or one for each entry of a Dict observation.
         actions: ``[N, act]``, or discrete ``[N]``, ``[N, 1]`` or one-hot ``[N, n]``.
         rewards: ``[N]`` or ``[N, 1]``.
-        ends: some of the four columns above, by their names.
+        ends: some of the five columns above, by their names.
         next_observations: as ``observations``; None to take the following row's.
         spaces: the environment's, where they are known.
         names: what the source calls columns, by the names of these attributes, where it has others.
+        metadata: the names of what else the source has.
     """
 
     name: str
@@ -134,10 +144,16 @@ class Transitions:
     next_observations: Mapping[Names, Column] | None = None
     spaces: Spaces | None = None
     names: Mapping[str, str] = field(default_factory=dict)
+    metadata: Collection[str] = ()
 
     @classmethod
-    def from_columns(cls, name: str, columns: Mapping[str, Column]) -> "Transitions":
+    def from_columns(cls, name: str, columns: Mapping[str, Column], metadata: Iterable[str] = ()) -> "Transitions":
         """The transitions of columns by any of the names in :mod:`iql_plugins.data.columns`.
+
+        Args:
+            name: of the source, for messages.
+            columns: by their names.
+            metadata: the names of what else the source has.
 
         Raises:
             DatasetError: for a column that is missing, or is not one that is read; names it.
@@ -145,23 +161,34 @@ class Transitions:
         names = {ours: given for given, ours in readable(name, columns).items()}
         found = {ours: columns[given] for ours, given in names.items()}
         has = f"it has {', '.join(sorted(names.values())) or 'nothing'}"
+        ends: dict[str, Column] = {
+            key: found[key] for key in ("terminals", "timeouts", "dones", "masks", "valids") if key in found
+        }
         for key in ("actions", "rewards"):
             if key not in found:
-                raise DatasetError(f"{name} has no {key!r}; {has}")
-        ends: dict[str, Column] = {
-            key: found[key] for key in ("terminals", "timeouts", "dones", "masks") if key in found
-        }
+                hint = _OF_A_TASK if key == "rewards" and ends.keys() <= {"terminals", "valids"} else ""
+                raise DatasetError(f"{name} has no {key!r}; {has}{hint}")
         if ends.keys() == {"dones"}:
             raise DatasetError(
                 f"{name} has {names['dones']!r}, which do not tell terminal states from time-outs, and neither "
                 "'terminals' nor 'timeouts', which would: add one of them"
             )
-        if ends.keys() <= {"timeouts"}:
+        if ends.keys() <= {"timeouts", "valids"}:
             raise DatasetError(f"{name} has no 'terminals'; {has}")
         observations, following = (_by_path(name, key, found) for key in ("observations", "next_observations"))
         if not observations:
             raise DatasetError(f"{name} has no 'observations'; {has}")
-        return cls(name, observations, found["actions"], found["rewards"], ends, following or None, names=names)
+        metadata = {*metadata, *columns} - set(names.values())
+        return cls(
+            name,
+            observations,
+            found["actions"],
+            found["rewards"],
+            ends,
+            following or None,
+            names=names,
+            metadata=metadata,
+        )
 
     def load(self, options: Options, unpacked: int = 0) -> Dataset:
         """The dataset.
@@ -199,7 +226,8 @@ class Transitions:
         return Dataset(
             tensors,
             self.name,
-            dropped=int(lost.sum()),
+            # With valids, they were no transitions.
+            dropped=0 if "valids" in self.ends else int(lost.sum()),
             both=len(both),
             both_row=int(both[0]) if len(both) else None,
             spaces=self.spaces,
@@ -227,10 +255,21 @@ class Transitions:
                 )
 
         ends, none = dict(given), np.zeros(rows, bool)
+        if "valids" in given:
+            return self._compact_ends(given, agree)
+        ogbenchs = OGBENCH_METADATA.intersection(self.metadata)
+        unclear = self._called("terminals") == "terminals"
+        if unclear and ogbenchs and given.keys() == {"terminals"} and (length := _period(given["terminals"])):
+            raise DatasetError(
+                f"{self.name}: 'terminals' are 1 after every {length} steps, and 'masks' are missing: with "
+                f"{min(ogbenchs)!r} it looks like OGBench's, where they mark the last steps of trajectories, terminal "
+                "states or not: add 'masks', 0 where a state is terminal and 1 elsewhere; if they do mark terminal "
+                "states, call them 'terminations'"
+            )
         if "masks" in given:
             masks = given["masks"]
-            if given.keys() == {"terminals", "masks"} and self._called("terminals") == "terminals":
-                if masks.all() and given["terminals"].any():
+            if unclear and given.keys() == {"terminals", "masks"}:
+                if masks.all() and given["terminals"].any() and not ogbenchs:
                     raise DatasetError(
                         f"{self.name}: 'masks' is 1 in every row, so that 'terminals', {int(given['terminals'].sum())} "
                         "of them, would be no terminal states: drop 'masks' if they are, as in D4RL's files; rename "
@@ -245,6 +284,25 @@ class Transitions:
             ends.setdefault("timeouts", dones & ~ends["terminals"])
             agree(dones == (ends["terminals"] | ends["timeouts"]))
         return ends["terminals"], ends.get("timeouts", none)
+
+    def _compact_ends(self, given: Mapping[str, Array], agree: Callable[[Array], None]) -> tuple[Array, Array]:
+        """Likewise, where final observations have rows of their own."""
+        more = [key for key in ("timeouts", "dones") if key in given]
+        more += ["next_observations"] if self.next_observations is not None else []
+        if more:
+            raise DatasetError(
+                f"{self.name} has 'valids', of OGBench's compact files, whose next observations are the following "
+                f"row's and whose ends 'terminals' and 'masks' tell, and {self._called(more[0])!r}: drop one of the two"
+            )
+        valid = given["valids"]
+        last = ~valid
+        last[:-1] |= last[1:]
+        if "terminals" in given:
+            # Of the last row nobody knows whether its trajectory went on.
+            last[-1] |= given["terminals"][-1]
+            agree(given["terminals"] == last)
+        masks = given.get("masks", np.ones_like(valid))
+        return ~masks & valid, ~valid
 
     def _rows(self) -> int:
         columns = self._columns()
@@ -343,6 +401,15 @@ def _by_path(name: str, group: str, columns: Mapping[str, Column]) -> dict[Names
         if path and (() in paths or not all(path)):
             raise DatasetError(f"{name}: {'/'.join((group, *path))!r} must be an entry of {group!r}, and the only kind")
     return paths
+
+
+def _period(flags: Array) -> int | None:
+    """The number of rows from each flag to the next, if there are at least two, and no other number anywhere."""
+    places = np.flatnonzero(flags)
+    lengths = np.diff(places, prepend=-1)
+    if len(lengths) < 2 or (lengths != lengths[0]).any() or len(flags) - 1 - places[-1] > lengths[0]:
+        return None
+    return int(lengths[0]) if lengths[0] > 1 else None
 
 
 def _row_bytes(column: Column) -> int:

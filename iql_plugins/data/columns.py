@@ -3,21 +3,23 @@
 >>> for column, synonyms in SYNONYMS.items():
 ...     print(" = ".join((column, *synonyms)))
 observations = observation = obs
-next_observations = next_observation = next_obs = obs_next
+next_observations = next_observation = next_obs = obs_next = next.observation
 actions = action = act
-rewards = reward = rew
-terminals = terminal = terminations = terminated
-timeouts = timeout = truncations = truncated
-dones = done = dones_float = episode_terminals
+rewards = reward = rew = next.reward
+terminals = terminal = terminations = terminated = next.terminated
+timeouts = timeout = truncations = truncated = next.truncated
+dones = done = dones_float = episode_terminals = next.done
 masks
+valids
 
 The first names are D4RL's, which also are OGBench's, d3rlpy's and, but for the ends, Minari's; the others are
-gymnasium's, tianshou's, d3rlpy 1's and those of the authors' code. What the ends of episodes mean together is said in
-:class:`~iql_plugins.data.arrays.Transitions`.
+gymnasium's, tianshou's, d3rlpy 1's, those of the authors' code, and the keys of the layout. What the ends of episodes
+mean together is said in :class:`~iql_plugins.data.arrays.Transitions`.
 
 Whatever else a source has is one of the names of metadata below, or an error.
 """
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 
@@ -28,8 +30,10 @@ from iql_plugins.keys import shown
 
 __all__ = [
     "METADATA",
+    "OGBENCH_METADATA",
     "SYNONYMS",
     "TORCHRL_METADATA",
+    "component",
     "readable",
     "require_any",
     "require_read",
@@ -39,25 +43,29 @@ __all__ = [
 #: The columns of transitions, and what else files call them.
 SYNONYMS: Mapping[str, tuple[str, ...]] = {
     "observations": ("observation", "obs"),
-    "next_observations": ("next_observation", "next_obs", "obs_next"),
+    "next_observations": ("next_observation", "next_obs", "obs_next", "next.observation"),
     "actions": ("action", "act"),
-    "rewards": ("reward", "rew"),
-    "terminals": ("terminal", "terminations", "terminated"),
-    "timeouts": ("timeout", "truncations", "truncated"),
-    "dones": ("done", "dones_float", "episode_terminals"),
+    "rewards": ("reward", "rew", "next.reward"),
+    "terminals": ("terminal", "terminations", "terminated", "next.terminated"),
+    "timeouts": ("timeout", "truncations", "truncated", "next.truncated"),
+    "dones": ("done", "dones_float", "episode_terminals", "next.done"),
     "masks": (),
+    "valids": (),
 }
 _COLUMNS = {name: column for column, synonyms in SYNONYMS.items() for name in (column, *synonyms)}
 _GROUPS = ("observations", "next_observations")
 
+#: What OGBench's files alone have beside transitions: the simulator's state, and representations of goals.
+OGBENCH_METADATA = frozenset({"qpos", "qvel", "button_states", "oracle_reps"})
+
 #: Files of transitions; whole groups, too.
-METADATA = frozenset({
+METADATA = OGBENCH_METADATA | frozenset({
     # D4RL, Minari; tianshou
     "infos", "metadata", "info", "policy",
-    # OGBench: the simulator's state, and representations of goals
-    "qpos", "qvel", "button_states", "oracle_reps",
     # d3rlpy 1
     "discrete_action", "version",
+    # pandas
+    "__index_level_0__",
 })  # fmt: skip
 
 #: TensorDicts: entries at the root or under "next" that TorchRL writes beside a transition, with all below them.
@@ -79,6 +87,19 @@ TORCHRL_METADATA = frozenset({
     # its datasets of others
     "info", "infos", "metadata", "episode", "seed", "frame", "language_instruction",
 })  # fmt: skip
+
+
+def component(key: str) -> tuple[str, int] | None:
+    """Of which column a scalar one is a component, and the how manieth; None if it is none.
+
+    >>> component("observations/2"), component("next_obs_10"), component("rewards"), component("version_2")
+    (('observations', 2), ('next_obs', 10), None, None)
+    """
+    match = re.fullmatch(r"(.+)([/_])(0|[1-9]\d{0,5})", key)
+    # Of a Dict observation's entries, "state_0" is a name like any other.
+    if match is None or (match[1] if match[2] == "_" else match[1].split("/")[0]) not in _COLUMNS:
+        return None
+    return match[1], int(match[3])
 
 
 def require_any(name: str, given: Iterable[str]) -> None:

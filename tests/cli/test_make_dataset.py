@@ -288,3 +288,24 @@ def test_ogbenchs_rewards_are_those_of_the_mazes_default_task(make: Make, tmp_pa
         np.testing.assert_array_equal(file["rewards"], there - 1.0)
         np.testing.assert_array_equal(file["terminals"], there)
         assert file["timeouts"].sum() == 2
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        np.array("no JSON"),
+        np.array(json.dumps("a string")),
+        np.array(json.dumps({"spaces": {"observation": 1, "action": []}, "env": "Pendulum-v1"})),
+        np.array("[" * 100_000),
+        np.array(["{}", "{}"]),
+        np.arange(3),
+        np.array("0" * 2**20),
+    ],
+)
+def test_metadata_of_others_say_nothing(metadata: Any, tmp_path: Path) -> None:
+    rows = Rows()
+    for _ in range(3):
+        rows.add(np.zeros(2), [0.5], 1.0, np.ones(2), terminal=False, timeout=True)
+    np.savez_compressed(tmp_path / "data.npz", metadata=metadata, **rows.columns())  # type: ignore[arg-type]
+    dataset = read_dataset(tmp_path / "data.npz")
+    assert (len(dataset.tensors), dataset.spaces, dataset.env) == (3, None, None)

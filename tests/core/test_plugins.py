@@ -224,9 +224,9 @@ def test_a_source_that_looks_like_a_readers_says_why_it_is_not(tmp_path: Path) -
 
 
 def test_the_error_says_which_plugin_it_takes(tmp_path: Path) -> None:
-    (tmp_path / "d.parquet").touch()
+    (tmp_path / "d.feather").touch()
     for source, needed in (
-        (tmp_path / "d.parquet", "it takes a plugin for .parquet"),
+        (tmp_path / "d.feather", "it takes a plugin for .feather"),
         (Namespace(), "it takes a plugin for argparse"),
         (torch.nn.Identity(), "it takes a plugin for torch"),
     ):

@@ -36,7 +36,7 @@ WORLD = 10**13
 
 #: Loads what it is told, each in a fork of its own, below a limit of address space; answers with a line of JSON.
 PROGRAM = f"""
-import json, os, resource, signal, sys, time, traceback
+import importlib, json, os, resource, signal, sys, time, traceback
 from pathlib import Path
 import h5py, torch
 from iql_plugins import load, load_dataset
@@ -49,10 +49,11 @@ for name in ("d3rlpy", "torchrl", "sb3"):
         load(name)
     except PluginError:
         pass
-try:
-    import minari
-except ImportError:
-    pass
+for name in ("minari", "pyarrow.parquet"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
 calls = {{
     "dataset": load_dataset,
     "source": load_source,
@@ -98,7 +99,8 @@ def process() -> Iterator["subprocess.Popen[str]"]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # Arrow's own allocators reserve a gigabyte at once.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"},
     ) as process:
         yield process
         assert process.stdin is not None
@@ -265,6 +267,77 @@ def test_an_archive_that_is_compressed_loads(mapped: bool, tmp_path: Path) -> No
     data = load_dataset(tmp_path / "d.npz", memmap_dir=tmp_path / "mapped" if mapped else None)
     assert len(data) == 300_000
     assert (data["action"] == 0.5).all()
+
+
+# Parquet
+
+
+def varint(number: int) -> bytes:
+    """An integer as Thrift's compact protocol has it, in which footers are written."""
+    number, content = number << 1 ^ number >> 63, b""
+    while number > 127:
+        number, content = number >> 7, content + bytes([number & 127 | 128])
+    return content + bytes([number])
+
+
+#: A number that a footer has nowhere by chance.
+MANY = 12345
+
+
+def write_parquet(path: Path, claim: int, which: slice) -> Path:
+    """A file of so many rows, of whose footer some of the numbers of rows and values are another one."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    arrays = columns(MANY)
+    pairs = arrays.pop("observations").reshape(-1)
+    arrays["actions"] = arrays["actions"].reshape(-1)
+    parquet.write_table(pa.table({"observations": pa.FixedSizeListArray.from_arrays(pairs, 2)} | arrays), path)
+    content = path.read_bytes()
+    (size,) = struct.unpack("<I", content[-8:-4])
+    first, *rest = content[-8 - size : -8].split(varint(MANY))
+    assert len(rest) > 4
+    claims = [varint(MANY)] * len(rest)
+    claims[which] = [varint(claim)] * len(claims[which])
+    footer = first + b"".join(number + part for number, part in zip(claims, rest, strict=True))
+    path.write_bytes(content[: -8 - size] + footer + struct.pack("<I", len(footer)) + b"PAR1")
+    return path
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize(
+    ("claim", "text"), [(WORLD, "of the memory"), (10**7, "expected [10000000, 2]"), (-1, "says it has -1 rows")]
+)
+def test_parquet_that_claims_the_world_is_refused(
+    claim: int, text: str, mapped: bool, refused: Refused, tmp_path: Path
+) -> None:
+    options = {"memmap_dir": str(tmp_path / "mapped")} if mapped else {}
+    path = write_parquet(tmp_path / "d.parquet", claim, slice(None))
+    assert text in refused("dataset", path, **options)
+    assert os.listdir(tmp_path) == ["d.parquet"]
+
+
+def test_parquet_of_which_a_page_alone_claims_the_world_is_refused(refused: Refused, tmp_path: Path) -> None:
+    """Of what a page says that it has, the footer says nothing: a row of a list may be any of its values."""
+    path = write_parquet(tmp_path / "d.parquet", MANY, slice(None))
+    content = path.read_bytes()
+    head, tail = content.split(varint(2 * MANY), 1)
+    assert len(head) < 100, "in the header of the observations' page"
+    for claim, text in ((10**9, "for a row group, more than"), (-1, "has a damaged header")):
+        path.write_bytes(head + varint(claim) + tail)
+        assert text in refused("dataset", path)
+
+
+def test_no_number_of_a_footer_alone_takes_memory(loaded: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    errors = []
+    for number, claim in itertools.product(range(10), (WORLD, 1, -1)):
+        path = write_parquet(tmp_path / "d.parquet", claim, slice(number, number + 1))
+        result = loaded("dataset", path)
+        assert result["megabytes"] < MOST_MEGABYTES, result
+        if "value" in result:
+            assert f"[{MANY}, 1]" in result["value"]
+        else:
+            assert (result["error"], result["text"].count(str(path))) == ("DatasetError", 1), result
+            errors.append(result["text"])
+    assert any("in its row groups" in error for error in errors)
 
 
 # HDF5

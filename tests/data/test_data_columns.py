@@ -144,6 +144,73 @@ def test_masks_that_make_time_outs_of_all_terminals_are_refused(write: Callable[
     assert flags(load_dataset(write(arrays(masks=[1] * 5, terminals=[0] * 5))), "terminated") == [0] * 5
 
 
+def of_ogbench(compact: bool = False, **more: Any) -> Arrays:
+    """What its loader returns of two trajectories of four states."""
+    observations = np.arange(8, dtype=np.float32).reshape(8, 1)
+    ends = np.array([0, 0, 1, 1] * 2 if compact else [0, 0, 0, 1] * 2)
+    columns = {"observations": observations, "actions": np.full((8, 2), 0.5), "rewards": np.zeros(8), "terminals": ends}
+    return columns | ({"valids": np.array([1, 1, 1, 0] * 2)} if compact else {}) | more
+
+
+def test_a_compact_file_of_ogbench_keeps_final_observations_and_bootstraps_from_them(
+    write: Callable[[Arrays], Path], tmp_path: Path
+) -> None:
+    # The first trajectory meets a terminal state in its second row; the second one's final state is one.
+    path = write(of_ogbench(compact=True, masks=[1, 0, 1, 1, 1, 1, 1, 0]))
+    for data in (load_dataset(path), load_dataset(path, memmap_dir=tmp_path / "mapped")):
+        assert data["observation"].squeeze(-1).tolist() == [0, 1, 2, 4, 5, 6]
+        assert data["next", "observation"].squeeze(-1)[[0, 2, 3, 4, 5]].tolist() == [1, 3, 5, 6, 7]
+        assert flags(data, "done") == [0, 1, 1, 0, 0, 1]
+        assert flags(data, "terminated") == [0, 1, 0, 0, 0, 0]
+    assert read_dataset(path).dropped == 0, "final observations are no transitions"
+    for columns in (of_ogbench(compact=True), of_ogbench(compact=True, masks=[1] * 8)):
+        data = load_dataset(write(columns))
+        assert flags(data, "done") == [0, 0, 1, 0, 0, 1]
+        assert flags(data, "terminated") == [0] * 6
+
+
+def test_a_compact_file_of_ogbench_may_be_cut_anywhere(write: Callable[[Arrays], Path]) -> None:
+    for rows, expected in ((7, [0, 1, 2, 4, 5]), (6, [0, 1, 2, 4])):
+        data = load_dataset(write({key: column[:rows] for key, column in of_ogbench(compact=True).items()}))
+        assert data["observation"].squeeze(-1).tolist() == expected
+
+
+def test_valids_that_go_with_nothing_else_are_refused(write: Callable[[Arrays], Path]) -> None:
+    columns = of_ogbench(compact=True)
+    message = error(write(columns | {"terminals": [0, 0, 0, 1] * 2}))
+    assert "'terminals' 0 and 'valids' 1 in row 2 contradict each other, as in 2 rows" in message
+    for key in ("timeouts", "next_observations"):
+        more = {key: columns["observations"] if key == "next_observations" else np.zeros(8)}
+        assert f"and {key!r}: drop one of the two" in error(write(columns | more))
+    del columns["terminals"]
+    assert "no 'terminals'" in error(write(columns))
+
+
+def test_terminals_of_ogbench_do_not_stop_bootstraps_for_want_of_masks(write: Callable[[Arrays], Path]) -> None:
+    message = error(write(of_ogbench(qpos=np.zeros((8, 3)))))
+    assert "'terminals' are 1 after every 4 steps, and 'masks' are missing: with 'qpos' it looks like" in message
+    # As the message says.
+    data = load_dataset(write(of_ogbench(qpos=np.zeros((8, 3)), masks=[1] * 8)))
+    assert flags(data, "done") == [0, 0, 1, 0, 0, 1]
+    assert flags(data, "terminated") == [0] * 6
+    columns = renamed(of_ogbench(qpos=np.zeros((8, 3))), "terminals", "terminations")
+    assert flags(load_dataset(write(columns)), "terminated") == [0, 0, 0, 1] * 2
+    # Without its simulator's state, or after any number of steps, nobody knows.
+    assert flags(load_dataset(write(of_ogbench())), "terminated") == [0, 0, 0, 1] * 2
+    for ends in ([0, 0, 1, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0, 0, 1], [0, 1, 0, 1, 0, 0, 0, 0], [1] * 8):
+        data = load_dataset(write(of_ogbench(qpos=np.zeros((8, 3)), terminals=ends)))
+        assert data["next", "terminated"].sum() == sum(ends)
+
+
+def test_data_of_ogbench_without_rewards_are_told_where_they_are(write: Callable[[Arrays], Path]) -> None:
+    columns = of_ogbench(qpos=np.zeros((8, 3)))
+    del columns["rewards"]
+    message = error(write(columns))
+    assert "no 'rewards'; it has actions, observations, terminals; if it is OGBench's: 'rewards' and 'masks'" in message
+    assert "ogbench.make_env_and_datasets('cube-double-play-singletask-v0')" in message
+    assert "OGBench" not in error(write(columns | {"timeouts": np.zeros(8)}))
+
+
 def test_dones_alone_are_refused(write: Callable[[Arrays], Path]) -> None:
     for name in ("dones", "done", "episode_terminals"):
         message = error(write(arrays(**{name: DONES})))

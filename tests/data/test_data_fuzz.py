@@ -1,6 +1,7 @@
 """Whatever is in a file: a dataset that passes its check, or one clear error."""
 
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from iql_plugins.data.inspection import inspect
 
 h5py = pytest.importorskip("h5py")
 
+#: Where the package that reads them is there.
+PARQUET = [".parquet"] if find_spec("pyarrow") else []
 KEYS = ("observations", "next_observations", "actions", "rewards", "terminals", "timeouts")
 FUZZ = settings(
     max_examples=120,
@@ -140,7 +143,7 @@ def test_any_damaged_file_loads_or_is_one_clear_error(suffix: str, data: st.Data
 
 
 @FUZZ
-@given(content=st.binary(max_size=200), suffix=st.sampled_from([".npz", ".hdf5", ".h5"]))
+@given(content=st.binary(max_size=200), suffix=st.sampled_from([".npz", ".hdf5", ".h5", *PARQUET]))
 def test_any_bytes_are_one_clear_error(content: bytes, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"d{suffix}"
     path.write_bytes(content)

@@ -107,6 +107,7 @@ def test_timeouts_that_are_marked_as_terminals(lengths: tuple[int, ...], ends: s
     if finding is not None:
         assert finding.count == 3
         assert finding.row == (24 if lengths[0] == 5 else 19)
+        assert "OGBench's files mark the last steps of trajectories: read its 'masks'" in finding.suggestion
 
 
 def test_terminals_that_are_never_set() -> None:

@@ -278,6 +278,24 @@ def hdf5(work: Workshop) -> Hostile:
     return Hostile(path, {2: dataset_commands(path)}, trusted)
 
 
+def parquet(work: Workshop) -> Hostile:
+    """Arrow's types of users were pickles; releases before 21 load them if they are told to."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = work.folder / "data.parquet"
+    columns = arrays()
+    columns |= {key: pa.array(list(columns[key])) for key in ("observations", "actions")}
+    table = pa.table(columns)
+    extension = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": work.payload}
+    number = table.schema.get_field_index("rewards")
+    table = table.set_column(number, table.schema.field(number).with_metadata(extension), table.column(number))
+    pq.write_table(table.replace_schema_metadata({"pandas": work.payload}), path)
+
+    def trusted() -> None:
+        pickle.loads(pq.read_schema(path).metadata[b"pandas"])
+
+    return Hostile(path, {0: dataset_commands(path)[:1]}, trusted)
+
+
 def tensordict_folder(work: Workshop, entry: Any) -> Hostile:
     path = work.folder / "tensordict"
     dataset = load_dataset("pendulum-v1-sac")[:ROWS]
@@ -385,6 +403,7 @@ FILES: dict[str, Callable[[Workshop], Hostile]] = {
     "npz": npz,
     "pkl": pkl,
     "hdf5": hdf5,
+    "parquet": parquet,
     "TensorDict's data": non_tensor_data,
     "TensorDict's stack": non_tensor_stack,
     "Minari with a module": minari_with_a_module,

@@ -181,6 +181,14 @@ def hdf5(folder: Path) -> Path:
     return folder / "d.hdf5"
 
 
+def parquet(folder: Path) -> Path:
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    arrays = columns()
+    vectors = {key: pa.array(list(arrays.pop(key))) for key in ("observations", "actions")}
+    parquet.write_table(pa.table(arrays | vectors), folder / "d.parquet", row_group_size=7)
+    return folder / "d.parquet"
+
+
 def of_d3rlpy(folder: Path) -> Path:
     with h5py.File(folder / "d.h5", "w") as file:
         file["num_episodes"] = 3
@@ -204,7 +212,7 @@ def of_tensordict(folder: Path) -> Path:
     return folder / "d"
 
 
-DATASETS = (npz, npz_compressed, hdf5, of_d3rlpy, of_minari, of_tensordict)
+DATASETS = (npz, npz_compressed, parquet, hdf5, of_d3rlpy, of_minari, of_tensordict)
 
 
 @pytest.mark.parametrize("mapped", [False, True])

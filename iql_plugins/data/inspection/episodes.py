@@ -58,7 +58,8 @@ def timeouts_as_terminals(view: View) -> Iterator[Finding]:
             f"{count} of {len(lengths)} terminal states come after exactly {longest} steps, which no episode exceeds"
             + (", " if bool(view.cut.any()) else ", and there is no time-out: ")
             + "that looks like a time limit",
-            f"if {longest} is a time limit, {suggestion}",
+            f"if {longest} is a time limit, {suggestion}; the terminals of OGBench's files mark the last steps of "
+            "trajectories: read its 'masks' with them",
             int(view.ends[at_limit][0]),
             count,
         )

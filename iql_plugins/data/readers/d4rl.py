@@ -46,4 +46,4 @@ def _load(path: Path, options: Options) -> Dataset:
         found: dict[str, Column] = {}
         for key in readable(name, file):
             found |= hdf5.columns(file, key, path)
-        return Transitions.from_columns(name, found).load(options)
+        return Transitions.from_columns(name, found, set(file) - set(found)).load(options)

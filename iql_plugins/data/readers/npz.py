@@ -1,6 +1,5 @@
 """NumPy archives (``.npz``) with the columns of D4RL."""
 
-import json
 import math
 import shutil
 import tempfile
@@ -21,12 +20,15 @@ from iql_plugins.data.arrays import Array, Transitions
 from iql_plugins.data.columns import readable, require_any
 from iql_plugins.data.dataset import Dataset, DatasetError, Options, existing_parent, file_of, one_line, reading
 from iql_plugins.hookspecs import hookimpl
+from iql_plugins.limits import parse_json
 from iql_plugins.spaces import Spaces
 
 __all__ = ["PROVENANCE", "load"]
 
 #: The member that says how `iql-plugins make-dataset` made the others: a JSON object, as text.
 PROVENANCE = "metadata"
+#: Bytes.
+_MOST_PROVENANCE = 2**20
 
 #: NumPy's own limit of a header, and its length and magic before it; a longer one is not even unpacked.
 _HEADER_BYTES = 12 + 10_000
@@ -60,13 +62,13 @@ def load(path: Path, options: Options) -> Dataset:
         if not archive:
             raise DatasetError(f"{name} is no .npz archive, or a truncated one")
         with ExitStack() as stack:
-            members = _members(path, options, stack)
+            members, metadata = _members(path, options, stack)
             unpacked = sum(member.nbytes for member in members.values())
-            dataset = Transitions.from_columns(name, members).load(options, unpacked)
+            dataset = Transitions.from_columns(name, members, metadata).load(options, unpacked)
             return replace(dataset, **_described(path))
 
 
-def _members(path: Path, options: Options, stack: ExitStack) -> dict[str, "_Member"]:
+def _members(path: Path, options: Options, stack: ExitStack) -> tuple[dict[str, "_Member"], list[str]]:
     archive = stack.enter_context(ZipFile(path))
     folder = None
     if options.memmap_dir is not None:
@@ -81,17 +83,24 @@ def _members(path: Path, options: Options, stack: ExitStack) -> dict[str, "_Memb
         if key in read:
             copy = None if folder is None else folder / f"{len(members)}.npy"
             members[key] = _Member(archive, info, f"{path}: {key!r}", copy)
-    return members
+    return members, [key for key, _ in files if key not in read]
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """The spaces and the environment's id that a file says; those of others say nothing, or mean something else."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            document = json.loads(str(content[PROVENANCE]))
-        return {"spaces": Spaces.from_json(document["spaces"]), "env": str(document["env"])}
-    except (KeyError, TypeError, ValueError):
-        return {}
+    """The spaces and the environment's id that a file says; metadata of others say nothing, or mean something else."""
+    with ZipFile(path) as archive:
+        info = archive.NameToInfo.get(f"{PROVENANCE}.npy")
+        if info is None or info.file_size > _MOST_PROVENANCE:
+            return {}
+        try:
+            member = _Member(archive, info, f"{path}: {PROVENANCE!r}", None)
+            if member.dtype.kind != "U" or member.shape != ():
+                return {}
+            document = parse_json(str(member._array))
+            return {"spaces": Spaces.from_json(document["spaces"]), "env": str(document["env"])}
+        # A stranger's document: whatever it has in the place of these two.
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return {}
 
 
 class _Member:
