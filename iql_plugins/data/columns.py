@@ -90,7 +90,7 @@ TORCHRL_METADATA = frozenset({
 
 
 def component(key: str) -> tuple[str, int] | None:
-    """Of which column a scalar one is a component, and the how manieth; None if it is none.
+    """The column of which a scalar one is a component, and the component's number; None if it is none.
 
     >>> component("observations/2"), component("next_obs_10"), component("rewards"), component("version_2")
     (('observations', 2), ('next_obs', 10), None, None)

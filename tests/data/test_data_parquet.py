@@ -129,7 +129,7 @@ def test_other_names_behind_a_dot_are_entries_of_a_dict_observation(tmp_path: Pa
 
 
 def test_a_folder_of_parts_is_their_rows_in_the_order_of_their_numbers(expected: Any, tmp_path: Path) -> None:
-    folder = tmp_path / "d"
+    folder = tmp_path / "d.parquet"
     for number in range(ROWS):
         write(
             folder / f"part.{number}.parquet", {key: values[number : number + 1] for key, values in columns().items()}

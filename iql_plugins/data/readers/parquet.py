@@ -24,17 +24,18 @@ __all__: list[str] = []
 @hookimpl
 def iql_read_dataset(source: object, options: Options) -> Dataset | None:
     """Takes the path of a ``.parquet`` file, or of a folder with some, but for those of a format of its own."""
-    file = file_of(source, ".parquet")
-    folder = Path(source) if file is None and isinstance(source, str | os.PathLike) else None
-    parts = [file] if file is not None else sorted(_parts(folder), key=_number_aware) if folder is not None else []
+    if not isinstance(source, str | os.PathLike):
+        return None
+    path = Path(source)
+    if path.is_dir():
+        # What begins so is no part, but about the parts.
+        found = (part for part in path.glob("*.parquet") if part.name[0] not in "._" and part.is_file())
+        parts = sorted(found, key=_number_aware)
+    else:
+        parts = [path] if file_of(source, ".parquet") is not None else []
     if not parts or foreign.conversion(parts[0]) is not None:
         return None
-    return _load(file or folder or parts[0], parts, options)
-
-
-def _parts(folder: Path) -> list[Path]:
-    # What begins so is no part, but about the parts.
-    return [path for path in folder.glob("*.parquet") if path.name[0] not in "._" and path.is_file()]
+    return _load(path, parts, options)
 
 
 def _number_aware(path: Path) -> list[tuple[int, str]]:
@@ -96,7 +97,7 @@ class _Leaf:
 
 @dataclass(frozen=True, eq=False)
 class _Group:
-    """A row group: of which file, the how manieth, and its rows among those of all."""
+    """A row group: its file, that file's footer, its number there, and its rows among those of all files."""
 
     file: Path
     metadata: Any
@@ -110,7 +111,7 @@ def _groups(parts: Sequence[Path], metadata: Sequence[Any]) -> list[_Group]:
     for part, footer in zip(parts, metadata, strict=True):
         lengths = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
         if min(lengths, default=0) < 0 or sum(lengths) != footer.num_rows:
-            raise DatasetError(f"{part} says it has {footer.num_rows} rows, and {lengths} in its row groups")
+            raise DatasetError(f"{part} says it has {footer.num_rows} rows, and {sum(lengths)} in its row groups")
         for number, rows in enumerate(lengths):
             if rows:
                 groups.append(_Group(part, footer, number, range(start, start + rows)))
