@@ -267,9 +267,11 @@ def test_d3rlpys_observations_go_where_they_belong_whatever_their_names_are(
     algorithm.impl.agent.learner.last_losses = torch.zeros(4)
     buffer = iql_d3rlpy.to_replay_buffer(dataset)
     algorithm.impl.update(TorchMiniBatch.from_batch(buffer.sample_transition_batch(4), 0.99, False, "cpu"), 1)
+    # d3rlpy has zeros behind a terminal state.
+    goes_on = 1.0 - seen[0]["next_terminated"].float()
     for name in names:
-        for prefix in ("observation", "next_observation"):
-            assert (seen[0][f"{prefix}_{name}"] == float(name)).all()
+        assert (seen[0][f"observation_{name}"] == float(name)).all()
+        assert (seen[0][f"next_observation_{name}"] == float(name) * goes_on).all()
 
 
 def test_d3rlpys_discrete_actions_are_indices_also_where_a_batch_does_not_tell() -> None:
