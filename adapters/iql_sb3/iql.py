@@ -5,7 +5,8 @@ import copy
 import io
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter
+from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -416,8 +417,7 @@ class IQL(OfflineLearning):
     def _prepare_training(self) -> None:
         if "_logger" not in self.__dict__:
             self._logger = configure_logger(self.verbose, self.tensorboard_log, "IQL")
-        if not any(isinstance(writer, Metrics) and writer.model is self for writer in self._logger.output_formats):
-            self._logger.output_formats.insert(0, Metrics(self))
+        Metrics.of(self._logger).model = weakref.ref(self)
         if not self._has_statistics:
             raise ValueError(
                 "normalize_observations and reward_scale='return_range' need the statistics of a dataset: "
@@ -732,21 +732,39 @@ class IQL(OfflineLearning):
 class Metrics(KVWriter):
     """Comes before a logger's other outputs, and adds a model's metrics to what they are about to write.
 
-    Args:
-        model: whose.
+    Attributes:
+        model: the one that has trained last with this logger, as long as there is one.
     """
 
-    def __init__(self, model: IQL) -> None:
-        self.model = model
+    def __init__(self) -> None:
+        self.model: Callable[[], IQL | None] = _nobody
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": _nobody}
+
+    @classmethod
+    def of(cls, logger: Logger) -> "Metrics":
+        """A logger's own."""
+        own = next((writer for writer in logger.output_formats if isinstance(writer, cls)), None)
+        if own is None:
+            own = cls()
+            logger.output_formats.insert(0, own)
+        return own
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Adds them; ``DivergenceError`` if losses or weights are no longer finite."""
-        metrics = {f"train/{name}": value for name, value in self.model.metrics().items()}
+        if (model := self.model()) is None:
+            return
+        metrics = {f"train/{name}": value for name, value in model.metrics().items()}
         key_values.update(metrics)
         key_excluded.update(dict.fromkeys(metrics, ("",)))
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+def _nobody() -> None:
+    return None
 
 
 def _start(schedule: FloatSchedule) -> float:

@@ -1,7 +1,7 @@
 """The loss's networks as Stable-Baselines3's users know them: an actor, critics, features extractors."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +153,19 @@ class _View(Loaded):
                 "networks: give optimizer_class and optimizer_kwargs in policy_kwargs, or write into its param_groups"
             )
         self.__dict__["_optimizer"] = optimizer
+
+    def train(self, mode: bool = True) -> Any:
+        """As any module's. A training goes on with all networks in their training mode, whoever switched one."""
+        if not mode and self._name != "target_qvalue_network":
+            self._owner.training = False
+        return super().train(mode)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As any module's; what a state of an earlier release does not have, the normalisers', stays as it is."""
+        if not any(name.startswith("normalizers.") for name in state_dict):
+            own = self.normalizers.state_dict(prefix="normalizers.")
+            state_dict = {**own, **state_dict}
+        return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def _owner(self) -> "IQLPolicy":

@@ -1,7 +1,7 @@
 """The one optimiser of all networks, a network at a time."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,11 +34,10 @@ class NetworkOptimizer(Optimizer):
         return [group for group in self._whole.param_groups if group["name"] == self._network]
 
     @property
-    def state(self) -> defaultdict[Any, Any]:  # type: ignore[override]
-        """The state of its parameters."""
-        whole = self._whole.state
+    def state(self) -> "_State":  # type: ignore[override]
+        """The state of its parameters; what is written there counts."""
         own = [parameter for group in self.param_groups for parameter in group["params"]]
-        return defaultdict(dict, {parameter: whole[parameter] for parameter in own if parameter in whole})
+        return _State(self._whole.state, own)
 
     def step(self, closure: Any = None) -> Any:
         """As the optimiser's, of this network alone."""
@@ -77,7 +76,7 @@ class NetworkOptimizer(Optimizer):
         whole = self._whole
         groups, state = whole.param_groups, whole.state
         places = [place for place, group in enumerate(groups) if group["name"] == self._network]
-        whole.param_groups, whole.state = self.param_groups, self.state
+        whole.param_groups, whole.state = self.param_groups, defaultdict(dict, self.state)
         try:
             yield whole
         finally:
@@ -89,3 +88,30 @@ class NetworkOptimizer(Optimizer):
                     state.pop(parameter, None)
             state.update(whole.state)
             whole.param_groups, whole.state = groups, state
+
+
+class _State(MutableMapping[Any, Any]):
+    """The entries of an optimiser's state that some parameters have.
+
+    Args:
+        whole: the optimiser's.
+        own: the parameters.
+    """
+
+    def __init__(self, whole: MutableMapping[Any, Any], own: Sequence[Any]) -> None:
+        self._whole, self._own = whole, own
+
+    def __getitem__(self, parameter: Any) -> Any:
+        return self._whole[parameter]
+
+    def __setitem__(self, parameter: Any, value: Any) -> None:
+        self._whole[parameter] = value
+
+    def __delitem__(self, parameter: Any) -> None:
+        del self._whole[parameter]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([parameter for parameter in self._own if parameter in self._whole])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

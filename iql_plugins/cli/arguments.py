@@ -59,6 +59,12 @@ def _adapters() -> Iterable[str]:
     return host().available()
 
 
+def _recipes() -> Iterable[str]:
+    from iql_plugins.cli.recipes import RECIPES
+
+    return RECIPES
+
+
 def option(name: str) -> str:
     """The option of a setting."""
     return f"--{name.replace('_', '-')}"
@@ -155,6 +161,8 @@ class Evaluate:
     """Number of episodes."""
     seed: int = 0
     """Of the first episode's start; the next ones count up."""
+    video: str | None = None
+    """New .mp4 of the first episode."""
     adapter: Annotated[str | None, _named(_adapters, name="from")] = None
     """The adapter of a native file; by default it is found by the file's suffix."""
     trust_pickle: Flag = False
@@ -212,6 +220,8 @@ class Inspect:
     """gymnasium's id of the environment, whose bounds actions are held against."""
     fail_on: Literal["never", "error", "warning", "note"] = "never"
     """End with exit status 1 if there is a finding of this severity or a higher one: for checks of data by machines."""
+    plot: str | None = None
+    """Draw returns, lengths, rewards, actions and the observations' coverage into this .png."""
     trust_pickle: Flag = False
     """Load a pickle, which can run any code."""
     json: Flag = False
@@ -238,7 +248,7 @@ class MakeDataset:
     Without a name: lists the recipes. A call that was killed is gone on with by the next one.
     """
 
-    name: Annotated[str | None, tyro.conf.Positional] = None
+    name: Annotated[str | None, tyro.conf.Positional, _named(_recipes)] = None
     """The recipe."""
     out: str = "."
     """The folder of the file, NAME-SEED.npz."""

@@ -1,5 +1,6 @@
 """A plugin imported in a process of its own, which it may end, block or write to stdout of: ``adapters --check``."""
 
+import contextlib
 import json
 import os
 import signal
@@ -50,7 +51,6 @@ def check(name: str, timeout: float) -> Check:
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-                # Its children end with it.
                 start_new_session=True,
             )
         try:
@@ -59,8 +59,12 @@ def check(name: str, timeout: float) -> Check:
             return Check("hung", f"hung: it was not imported after {timeout:g} seconds")
         finally:
             if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                process.kill()
                 process.wait()
+            # What it has started, too.
+            if hasattr(os, "killpg"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
         error = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
         if error is not None:
             return Check("error", error)

@@ -1,18 +1,30 @@
-"""The picture of a run."""
+"""The pictures of a run, and of a dataset."""
 
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from tensordict.utils import NestedKey
+from torch import Tensor
+
 from iql_plugins import checkpoint
 from iql_plugins.cli.errors import imported
 from iql_plugins.cli.settings import METHODS, Settings
 from iql_plugins.cli.statistics import Estimate, estimate
 from iql_plugins.cli.training import METRICS, Outcome, metrics_rows
+from iql_plugins.data import Dataset
+from iql_plugins.data.arrays import Array
+from iql_plugins.data.dataset import REWARD, leaves
+from iql_plugins.data.episodes import episode_lengths, episode_returns
+from iql_plugins.spaces import Box, Discrete, Spaces
 
-__all__ = ["learning_curve"]
+__all__ = ["dataset_page", "learning_curve"]
 
+#: Rows of a dataset.
+MOST_DRAWN = 20_000
 COLORS = {"iql": "tab:blue", "bc": "tab:orange"}
 
 
@@ -45,6 +57,86 @@ def learning_curve(settings: Settings, run: Path, outcomes: Sequence[Outcome], d
             title=f"{settings.env} from {Path(settings.dataset).name}",
         )
     axes.legend()
+    _write(figure, path)
+
+
+def dataset_page(source: Dataset, spaces: Spaces | None, path: Path) -> None:
+    """Draws a dataset: returns, lengths, rewards, actions against their bounds, and what observations cover.
+
+    Values that are not finite are left out. Of large datasets rows at equal distances are drawn.
+
+    Args:
+        source: the dataset.
+        spaces: the environment's, for the bounds of actions; None where they are not known.
+        path: of the PNG.
+    """
+    figure: Any = imported("matplotlib.figure").Figure(figsize=(11, 6.5), layout="constrained")
+    figure.suptitle(f"{source.source}: {len(source.tensors):,} transitions")
+    axes = figure.subplots(2, 3).flat
+    returns = episode_returns(source.tensors).numpy()
+    _histogram(axes[0], returns, "return of an episode", "episodes")
+    axes[1].plot(np.arange(len(returns)), returns, ".", markersize=3)
+    axes[1].set(xlabel="episode", ylabel="return", title="in the order of the data")
+    _histogram(axes[2], episode_lengths(source.tensors).numpy(), "length of an episode", "episodes")
+    rows = torch.linspace(0, len(source.tensors) - 1, min(MOST_DRAWN, len(source.tensors)), device="cpu").long()
+    _histogram(axes[3], _rows(source, REWARD, rows), "reward", "transitions")
+    _draw_actions(axes[4], _rows(source, "action", rows), spaces)
+    _draw_coverage(axes[5], source, rows)
+    _write(figure, path)
+
+
+def _rows(source: Dataset, key: NestedKey, rows: Tensor) -> Array:
+    """``[n, features]`` float64."""
+    tensor = source.tensors.get(key)
+    values: Array = tensor[rows.to(tensor.device)].reshape(len(rows), -1).double().cpu().numpy()
+    return values
+
+
+def _histogram(axes: Any, values: Array, name: str, counted: str) -> None:
+    axes.hist(values[np.isfinite(values)], bins=50)
+    axes.set(xlabel=name, ylabel=counted)
+
+
+def _draw_actions(axes: Any, actions: Array, spaces: Spaces | None) -> None:
+    space = None if spaces is None else spaces.action
+    if isinstance(space, Discrete) or np.array_equal(actions, np.round(actions)):
+        values, counts = np.unique(actions[np.isfinite(actions)], return_counts=True)
+        axes.bar(values, counts)
+        axes.set(xlabel="action", ylabel="transitions")
+        return
+    columns = [column[np.isfinite(column)] for column in actions.T]
+    places = np.arange(len(columns))
+    axes.boxplot(columns, positions=places, whis=(1, 99), showfliers=False, manage_ticks=False)
+    for index, column in enumerate(columns):
+        axes.plot([index, index], [column.min(), column.max()], "_", color="tab:blue")
+    if isinstance(space, Box):
+        for bound, label in ((space.low, "bounds"), (space.high, None)):
+            if bound is not None:
+                axes.plot(places, np.broadcast_to(bound, places.shape), "r_", markersize=12, label=label)
+        axes.legend()
+    axes.set(xlabel="component of the action", ylabel="1, 25, 50, 75, 99%; extremes")
+
+
+def _draw_coverage(axes: Any, source: Dataset, rows: Tensor) -> None:
+    """The first two principal components of the standardised observations, episodes from dark to light."""
+    keys = [key for key, tensor in leaves(source.tensors, "observation").items() if tensor.is_floating_point()]
+    values = np.concatenate([_rows(source, key, rows) for key in keys] or [np.zeros((len(rows), 0))], axis=1)
+    values = values[np.isfinite(values).all(axis=1)]
+    deviation = values.std(axis=0)
+    values = (values - values.mean(axis=0))[:, deviation > 0] / deviation[deviation > 0]
+    axes.set(title="coverage of observations")
+    if values.shape[1] < 2 or len(values) < 2:
+        axes.text(0.5, 0.5, "fewer than two features that are numbers", ha="center", transform=axes.transAxes)
+        return
+    _, scales, directions = np.linalg.svd(values, full_matrices=False)
+    shares = scales**2 / np.sum(scales**2)
+    places = values @ directions[:2].T
+    axes.scatter(*places.T, c=np.arange(len(places)), s=2, linewidths=0, cmap="viridis")
+    for axis, name in enumerate(("xlabel", "ylabel")):
+        axes.set(**{name: f"principal component {axis + 1} ({shares[axis]:.0%})"})
+
+
+def _write(figure: Any, path: Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     checkpoint.write_bytes(path, image.getvalue())

@@ -10,9 +10,10 @@ from typing import Any
 from iql_plugins.cli.arguments import Adapters, Inspect
 from iql_plugins.cli.check import Check, check
 from iql_plugins.cli.errors import UserError, imported, mistakes
-from iql_plugins.cli.output import Result, announced, table
+from iql_plugins.cli.figures import dataset_page
+from iql_plugins.cli.output import Result, announced, new_file, table
 from iql_plugins.cli.rollouts import environment_spaces
-from iql_plugins.data import inspection
+from iql_plugins.data import inspection, read_dataset
 from iql_plugins.data.inspection import Report, Statistics
 from iql_plugins.plugins import PluginError, PluginInfo, host
 
@@ -128,12 +129,19 @@ def _framework(entry: dict[str, Any]) -> str:
 
 def inspect(arguments: Inspect) -> Result:
     """What is in a dataset, and what is wrong with it."""
-    options: dict[str, Any] = {"trust_pickle": arguments.trust_pickle}
+    options: dict[str, Any] = {}
     if arguments.env is not None:
         spaces = environment_spaces(arguments.env)
         options |= {"discrete": spaces.discrete, "spaces": spaces}
+    picture = None if arguments.plot is None else new_file("--plot", arguments.plot, ".png")
     with mistakes(ValueError, ImportError, PluginError):
-        report = inspection.inspect(arguments.dataset, **options)
+        source = read_dataset(
+            arguments.dataset, trust_pickle=arguments.trust_pickle, discrete=options.pop("discrete", None), finite=False
+        )
+        report = inspection.inspect(source, **options)
+    if picture is not None:
+        with mistakes(OSError):
+            dataset_page(source, options.get("spaces") or source.spaces, picture)
     failing = () if arguments.fail_on == "never" else report.findings_from(arguments.fail_on)
     return Result(report.as_dict(), _report_parts(report), status=int(bool(failing)))
 

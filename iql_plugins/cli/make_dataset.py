@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import shlex
 import shutil
 import sys
 import warnings
@@ -55,24 +56,44 @@ def run(arguments: MakeDataset) -> Result:
         folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{recipe.name}-{arguments.seed}.npz"
     recorded = {"recipe": recipe.name, "seed": arguments.seed, "versions": made_with}
-    if file.exists():
-        provenance = _provenance(file)
-        if {name: provenance.get(name) for name in recorded} != recorded:
-            raise UserError(f"{str(file)!r} is there already, and was made by something else: move it, or take --out")
-        note(f"{file} is there already")
-        return _result(file, provenance)
     work = folder / f".{recipe.shares or recipe.name}-{arguments.seed}"
     with mistakes(OSError):
         work.mkdir(exist_ok=True)
-        with locked(work):
-            _start_over_unless(work / "versions.json", made_with)
-            with _progress() as report, _quiet():
-                columns = recipe.make(arguments.seed, Parts(work, report))
-            provenance = _described(recipe, columns, recorded)
-            checkpoint.write_bytes(file, archive({**columns, PROVENANCE: np.array(json.dumps(provenance))}))
-        if recipe.shares is None:
-            shutil.rmtree(work)
+        with locked(work, use="making a dataset in"):
+            if file.exists():
+                provenance = _found(file, recorded)
+            else:
+                _start_over_unless(work / "versions.json", made_with)
+                with _progress() as report, _quiet():
+                    columns = recipe.make(arguments.seed, Parts(work, report))
+                provenance = _described(recipe, columns, recorded)
+                checkpoint.write_bytes(file, archive({**columns, PROVENANCE: np.array(json.dumps(provenance))}))
+            # What another recipe goes on from stays, and so does what is not this one's.
+            if recipe.shares is None:
+                shutil.rmtree(work)
     return _result(file, provenance)
+
+
+def _found(file: Path, recorded: dict[str, Any]) -> dict[str, Any]:
+    """What a file says that is there already.
+
+    Raises:
+        UserError: if it is not the one that would be made.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            columns = {name: content[name] for name in content.files if name != PROVENANCE}
+            provenance = dict(json.loads(str(content[PROVENANCE])))
+        made = {name: provenance.get(name) for name in recorded} == recorded
+        if not made or provenance["sha256"] != _sha256(columns):
+            raise ValueError("its content is another one")
+    # Whatever it is, it is none of ours.
+    except Exception as error:
+        raise UserError(
+            f"{str(file)!r} is there already, and was made by something else: move it, or take --out"
+        ) from error
+    note(f"{file} is there already")
+    return provenance
 
 
 def _recipe(name: str) -> Recipe:
@@ -114,9 +135,6 @@ def _start_over_unless(file: Path, made_with: dict[str, str]) -> None:
 
 
 def _described(recipe: Recipe, columns: Columns, recorded: dict[str, Any]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for name, rows in sorted(columns.items()):
-        digest.update(f"\0{name}\0{rows.dtype}\0{rows.shape}\0".encode() + np.ascontiguousarray(rows).tobytes())
     ends = np.flatnonzero(columns["terminals"] | columns["timeouts"]) + 1
     returns = [float(part.sum(dtype=np.float64)) for part in np.split(columns["rewards"], ends)[: len(ends)]]
     return {
@@ -127,18 +145,16 @@ def _described(recipe: Recipe, columns: Columns, recorded: dict[str, Any]) -> di
         "transitions": len(columns["rewards"]),
         "episodes": len(returns),
         "returns": {"mean": float(np.mean(returns)), "min": min(returns), "max": max(returns)},
-        "sha256": digest.hexdigest(),
+        "sha256": _sha256(columns),
     }
 
 
-def _provenance(file: Path) -> dict[str, Any]:
-    try:
-        with np.load(file, allow_pickle=False) as content:
-            document = json.loads(str(content[PROVENANCE]))
-    except Exception:
-        # Whatever it is, it is none of ours.
-        return {}
-    return document if isinstance(document, dict) else {}
+def _sha256(columns: Columns) -> str:
+    """Of names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+    for name, rows in sorted(columns.items()):
+        digest.update(f"\0{name}\0{rows.dtype}\0{rows.shape}\0".encode() + np.ascontiguousarray(rows).tobytes())
+    return digest.hexdigest()
 
 
 def _result(file: Path, provenance: dict[str, Any]) -> Result:
@@ -151,7 +167,7 @@ def _result(file: Path, provenance: dict[str, Any]) -> Result:
         ["environment", provenance["env"]],
     ]
     # Below the table, where no column breaks a line that is to be copied.
-    lines = [f"SHA-256 {document['file_sha256']}", f"iql-plugins train --dataset {file}"]
+    lines = [f"SHA-256 {document['file_sha256']}", f"iql-plugins train --dataset {shlex.quote(str(file))}"]
     return Result(document, [table([str(file), ""], rows), *lines])
 
 

@@ -7,9 +7,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TextIO
 
-from iql_plugins.cli.errors import imported
+from iql_plugins.cli.errors import UserError, imported
 from iql_plugins.documents import finite_json
 
 __all__ = ["Result", "announced", "captured_stdout", "json_text", "note", "show", "table"]
@@ -56,6 +57,25 @@ def show(result: Result) -> None:
         else:
             console.print(part)
     sys.stdout.flush()
+
+
+def new_file(option: str, given: str, suffix: str) -> Path:
+    """The path of a file that is to be written.
+
+    Args:
+        option: that it was given by, for errors.
+        given: the path.
+        suffix: that it must have.
+
+    Raises:
+        UserError: for another suffix, a folder in its place, or one that it would be in and that is not there.
+    """
+    path = Path(given)
+    if path.suffix != suffix:
+        raise UserError(f"{option} must be a {suffix} file, got {given!r}")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"{option}: there is no folder {str(path.parent)!r}, or a folder in the place of {path.name!r}")
+    return path
 
 
 def note(text: str) -> None:

@@ -10,8 +10,8 @@ import torch
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.cli.arguments import Convert, Evaluate, Export
 from iql_plugins.cli.errors import UserError, imported, mistakes
-from iql_plugins.cli.output import Result, table
-from iql_plugins.cli.rollouts import environment_spaces, recorded_environment, rollouts
+from iql_plugins.cli.output import Result, new_file, table
+from iql_plugins.cli.rollouts import environment_spaces, record, recorded_environment, rollouts
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.cli.training import POLICY, adapter_training, evaluation_seeds
 from iql_plugins.export import CHECKS, SUFFIXES, ExportError, as_one, export_policy, random_observations
@@ -59,6 +59,7 @@ def evaluate(arguments: Evaluate) -> Result:
     if arguments.seed < 0:
         raise UserError(f"--seed must be at least 0, got {arguments.seed}")
     imported("scipy.stats")
+    video = None if arguments.video is None else new_file("--video", arguments.video, ".mp4")
     agent = load_agent(arguments.policy, arguments.adapter, arguments.trust_pickle)
     env = arguments.env or _recorded_environment(agent, arguments.policy)
     if env is None:
@@ -70,6 +71,9 @@ def evaluate(arguments: Evaluate) -> Result:
     result = estimate([returns])
     document: dict[str, Any] = {"policy": arguments.policy, "env": env, "episodes": arguments.episodes}
     document |= result.as_dict(env) | {"returns": returns, "lengths": lengths}
+    if video is not None:
+        record(agent.act, env, arguments.seed, video)
+        document["video"] = str(video)
     rows = [
         ["mean return", f"{result.mean:.1f}"],
         ["95% interval", f"{result.low:.1f} to {result.high:.1f}"],
@@ -78,7 +82,8 @@ def evaluate(arguments: Evaluate) -> Result:
     ]
     if "normalized_score" in document:
         rows.append(["normalised score", f"{document['normalized_score']:.1f}"])
-    return Result(document, [table([env, f"{arguments.episodes} episodes"], rows)])
+    parts = [table([env, f"{arguments.episodes} episodes"], rows)]
+    return Result(document, parts if video is None else [*parts, f"the first episode: {video}"])
 
 
 def export(arguments: Export) -> Result:

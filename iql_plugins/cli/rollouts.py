@@ -1,11 +1,14 @@
 """Episodes of gymnasium's environments under a policy."""
 
 import contextlib
+import os
 import re
 import shlex
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import metadata
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +16,7 @@ import numpy as np
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.spaces import Spaces
 
-__all__ = ["Episode", "environment_spaces", "recorded_environment", "rollouts"]
+__all__ = ["Episode", "environment_spaces", "record", "recorded_environment", "rollouts"]
 
 #: Environments that are stepped side by side, so that the policy acts on a batch.
 WIDTH = 32
@@ -94,6 +97,31 @@ def rollouts(act: Callable[[Any], Any], env: str, seeds: Sequence[int]) -> list[
     return episodes
 
 
+def record(act: Callable[[Any], Any], env: str, seed: int, path: Path) -> None:
+    """Films the episode that :func:`rollouts` plays for a seed.
+
+    Args:
+        act: see :func:`rollouts`.
+        env: see :func:`rollouts`.
+        seed: of the episode.
+        path: of the ``.mp4``, replaced in one step.
+
+    Raises:
+        UserError: if the environment cannot be made, or draws no pictures, or a package is missing.
+    """
+    imported("moviepy", "video")
+    recorder = imported("gymnasium.wrappers").RecordVideo
+    gymnasium = imported("gymnasium")
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder, _quiet():
+        # An environment that cannot draw raises what it likes.
+        with mistakes(gymnasium.error.Error, ImportError, TypeError, ValueError):
+            made = recorder(_make(env, render_mode="rgb_array"), folder, name_prefix="video", disable_logger=True)
+        with contextlib.closing(made), mistakes(gymnasium.error.Error, ImportError):
+            _side_by_side(act, [made], [seed])
+        [film] = Path(folder).glob("*.mp4")
+        os.replace(film, path)
+
+
 def _side_by_side(act: Callable[[Any], Any], envs: Sequence[Any], seeds: Sequence[int]) -> list[Episode]:
     observations = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds, strict=False)]
     totals, lengths = [0.0] * len(seeds), [0] * len(seeds)
@@ -120,28 +148,31 @@ def _stacked(observations: Sequence[Any]) -> Any:
     return np.stack(observations)
 
 
-def _make(env: str) -> Any:
+def _make(env: str, **options: Any) -> Any:
     gymnasium = imported("gymnasium")
     with _quiet():
         try:
             _register(env)
-            return gymnasium.make(env, disable_env_checker=True)
+            return gymnasium.make(env, disable_env_checker=True, **options)
         except (gymnasium.error.Error, ImportError) as error:
             # gymnasium's own errors say what to do.
             hint = _missing(env) if isinstance(error, ImportError) else ""
             raise UserError(f"the environment {env!r} cannot be made: {' '.join(str(error).split())}{hint}") from error
 
 
-#: Packages that register environments when they are imported, and how the ids of these begin.
-_REGISTRARS = {"gymnasium_robotics": ("PointMaze_", "AntMaze_"), "ogbench": ("pointmaze-", "antmaze-")}
+#: Packages that register environments when they are imported, and the ids of these. D4RL's end otherwise.
+_REGISTRARS = {
+    "gymnasium_robotics": r"(Point|Ant)Maze_\w+-v\d+",
+    "ogbench": r"(point|ant|humanoid)maze-(medium|large|giant|teleport)(-singletask(-task\d)?)?-v0",
+}
 
 
 def _register(env: str) -> None:
     """Imports the package that knows an id that gymnasium does not, if it is one of the known ones."""
     if env in imported("gymnasium").registry:
         return
-    for package, prefixes in _REGISTRARS.items():
-        if env.startswith(prefixes):
+    for package, ids in _REGISTRARS.items():
+        if re.fullmatch(ids, env):
             imported(package, "benchmarks")
 
 

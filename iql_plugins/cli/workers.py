@@ -94,12 +94,13 @@ def train_all(
 
 
 @contextlib.contextmanager
-def locked(run: Path, *, alone: bool = True) -> Iterator[None]:
+def locked(run: Path, *, alone: bool = True, use: str = "training in") -> Iterator[None]:
     """Keeps other runs out of a run directory until this process ends, and every other that is inside.
 
     Args:
         run: the directory.
         alone: whether no process may be inside already; the ones that train for it are.
+        use: what it would be doing with the directory, for the error.
 
     Raises:
         UserError: if one is that must not.
@@ -117,7 +118,7 @@ def locked(run: Path, *, alone: bool = True) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
-            raise UserError(f"another process is training in {run}") from error
+            raise UserError(f"another process is {use} {run}") from error
         yield
 
 

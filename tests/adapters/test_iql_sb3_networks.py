@@ -1,8 +1,11 @@
 """Code that reaches into an off-policy algorithm's networks: actor, critics, their targets, extractors, optimisers."""
 
 import copy
+import csv
+import gc
 import io
 import pickle
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ pytest.importorskip("stable_baselines3")
 from agents import SPACES, draw_nothing, make_agent, make_dataset
 from gymnasium import spaces
 from sb3_helpers import NETWORKS, SMALL, RandomEnv, SmallPolicy, Widened
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, NatureCNN
 from stable_baselines3.common.utils import polyak_update
@@ -25,6 +29,7 @@ from iql_plugins.data import load_dataset
 from iql_sb3 import IQL, IQLPolicy
 from iql_sb3.files import load_agent
 from iql_sb3.policies import Actor, Critic
+from iql_sb3.spaces import layout_spaces
 
 BOUNDED = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([5.0, 0.1], np.float32))
 IMAGES = spaces.Box(0, 255, (3, 36, 36), np.uint8)
@@ -53,6 +58,13 @@ def normalized() -> IQL:
 
 
 MODELS = {"vectors": vectors, "images": images, "discrete": discrete, "normalized": normalized}
+
+
+def logged() -> Any:
+    """Transitions of the environment of :func:`vectors`, the same ones whenever it is called."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make_dataset(layout_spaces(spaces.Box(-1.0, 1.0, (3,)), BOUNDED), 50).cpu()
 
 
 def samples(model: IQL, count: int = 5) -> Any:
@@ -375,3 +387,87 @@ def test_an_agent_acts_through_networks_that_the_framework_s_users_know(tmp_path
     for loaded in (Actor.load(tmp_path / "actor"), IQLPolicy.load(tmp_path / "policy")):
         actions, _ = loaded.predict(observations, deterministic=True)
         np.testing.assert_allclose(actions, agent.act(observations), rtol=1e-5)
+
+
+def test_who_predicts_while_a_model_is_trained_changes_nothing_of_what_it_learns() -> None:
+    weights = []
+    for part in (None, "policy", "actor"):
+        model = vectors(policy_kwargs={**NETWORKS, "dropout": 0.5}, dataset=logged(), seed=0)
+        observation = samples(model)
+
+        def look(local: Any, _: Any, part: Any = part, observation: Any = observation) -> bool:
+            if part is not None:
+                random = torch.get_rng_state()
+                getattr(local["self"], part).predict(observation, deterministic=True)
+                torch.set_rng_state(random)
+            return True
+
+        model.learn_offline(4, callback=look)
+        weights.append(torch.cat([p.flatten() for p in model.policy.parameters()]))
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_a_network_that_was_switched_to_evaluation_is_trained_as_all_are(part: str) -> None:
+    model = vectors(dataset=logged())
+    getattr(model, part).set_training_mode(False)
+    model.train(1)
+    assert getattr(model, part).network.training
+    assert model.policy.training
+
+
+def test_a_networks_state_of_an_earlier_release_is_loaded() -> None:
+    model, other = normalized(), normalized()
+    old = {name: tensor + 1 for name, tensor in model.actor.state_dict().items() if not name.startswith("normalizers.")}
+    statistics = {name: tensor.clone() for name, tensor in other.policy.normalizers.state_dict().items()}
+    other.actor.load_state_dict(old)
+    assert_equal(old.values(), [other.actor.state_dict()[name] for name in old])
+    assert_equal(statistics.values(), other.policy.normalizers.state_dict().values())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.actor.load_state_dict(dict(list(old.items())[1:]))
+
+
+def test_the_state_of_a_network_s_optimiser_is_what_is_written_into_it() -> None:
+    model = vectors(dataset=logged())
+    model.train(2)
+    actor, critic = model.actor.optimizer, model.critic.optimizer
+    assert len(actor.state) > 0
+    before = len(critic.state)
+    parameter = actor.param_groups[0]["params"][0]
+    actor.state[parameter] = {**actor.state[parameter], "exp_avg": torch.ones_like(parameter)}
+    assert torch.equal(model.learner.optimizers[0].state[parameter]["exp_avg"], torch.ones_like(parameter))
+    actor.state.clear()
+    assert (len(actor.state), len(critic.state)) == (0, before)
+    assert parameter not in model.learner.optimizers[0].state
+    model.train(1)
+    assert float(actor.state[parameter]["step"]) == 1.0
+
+
+def test_models_that_share_a_logger_write_their_own_metrics_and_are_let_go(tmp_path: Path) -> None:
+    shared = configure(str(tmp_path / "shared"), ["csv"])
+
+    def rows(logger: Any, models: int) -> list[str]:
+        for number in range(models):
+            model = vectors(dataset=logged(), seed=number)
+            model.set_logger(logger)
+            model.learn_offline(2, log_interval=2)
+            if number == 0 and models == 2:
+                with torch.no_grad():
+                    next(model.policy.loss.actor_network.parameters()).fill_(torch.nan)
+            alive.append(weakref.ref(model))
+        text = (Path(logger.dir) / "progress.csv").read_text().splitlines()
+        return [row["train/mean_value"] for row in csv.DictReader(text)]
+
+    alive: list[Any] = []
+    both = rows(shared, 2)
+    own = configure(str(tmp_path / "alone"), ["csv"])
+    alone = rows(own, 1)
+    assert both[0] == alone[0]
+    assert both[1] not in both[0]
+    gc.collect()
+    assert [model() for model in alive] == [None, None, None]
+    # Whoever is gone writes nothing.
+    shared.dump()
+    shared.close()
+    own.close()

@@ -16,10 +16,12 @@ import pytest
 import torch
 
 from iql_plugins import load_dataset, read_dataset
-from iql_plugins.cli import main, make_dataset
+from iql_plugins.cli import main, make_dataset, rollouts
 from iql_plugins.cli.recipes import RECIPES, classic, locomotion, mazes
 from iql_plugins.cli.recipes.recipe import Columns, Parts, Rows
-from iql_plugins.spaces import Spaces
+from iql_plugins.cli.workers import locked
+from iql_plugins.data import Dataset
+from iql_plugins.spaces import Box, Discrete, Spaces
 
 Make = Callable[..., dict[str, Any]]
 #: Each small enough for a test.
@@ -33,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, name, value in (
         (mazes, "_POINTMAZE_PARTS", 2), (mazes, "_POINTMAZE_ROWS", 400),
         (mazes, "_OGBENCH_PARTS", 2), (mazes, "_OGBENCH_SIZES", {"navigate": (1, 300), "stitch": (2, 150)}),
-        (locomotion, "_CHUNK", 150), (locomotion, "_EVALUATION_EPISODES", 1),
+        (locomotion, "_CHUNK", 110), (locomotion, "_EVALUATION_EPISODES", 1),
         (locomotion, "_ROLLOUT_PARTS", 2), (locomotion, "_ROLLOUT_ROWS", 30),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, value)
@@ -153,6 +155,38 @@ def test_a_second_call_finds_the_file_and_another_one_in_its_place_is_an_error(
     monkeypatch.setattr(make_dataset, "_versions", lambda: {"numpy": "0"})
     assert "was made by something else: move it" in make("pendulum-mixed", tmp_path)["error"]
     assert Path(first["file"]).stat().st_mtime_ns == modified
+
+
+def test_a_file_whose_numbers_were_changed_is_not_vouched_for(make: Make, tmp_path: Path) -> None:
+    file = Path(make("pendulum-mixed", tmp_path)["file"])
+    with np.load(file) as content:
+        columns = dict(content)
+    columns["rewards"][0] += 1.0
+    np.savez_compressed(file, **columns)
+    assert "was made by something else: move it" in make("pendulum-mixed", tmp_path)["error"]
+
+
+def test_parts_that_a_kill_has_left_go_with_the_next_call(make: Make, tmp_path: Path) -> None:
+    make("pendulum-mixed", tmp_path)
+    (tmp_path / ".pendulum-mixed-0").mkdir()
+    (tmp_path / ".pendulum-mixed-0" / "random-0.1.npz").write_bytes(b"")
+    assert make("pendulum-mixed", tmp_path)["status"] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["pendulum-mixed-0.npz"]
+
+
+def test_a_part_that_cannot_be_read_is_made_again(make: Make, tmp_path: Path) -> None:
+    whole = make("pendulum-mixed", tmp_path / "whole")
+    work = tmp_path / "again" / ".pendulum-mixed-0"
+    work.mkdir(parents=True)
+    (work / "versions.json").write_text(json.dumps(make_dataset._versions()))
+    (work / "random-0.1.npz").write_bytes(b"half of a part")
+    assert make("pendulum-mixed", tmp_path / "again")["file_sha256"] == whole["file_sha256"]
+
+
+def test_two_calls_do_not_make_one_dataset(make: Make, tmp_path: Path) -> None:
+    (tmp_path / ".pendulum-mixed-0").mkdir()
+    with locked(tmp_path / ".pendulum-mixed-0"):
+        assert "another process is making a dataset in" in make("pendulum-mixed", tmp_path)["error"]
 
 
 def test_parts_of_other_versions_are_made_anew(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,9 +337,49 @@ def test_ogbenchs_rewards_are_those_of_the_mazes_default_task(make: Make, tmp_pa
     ],
 )
 def test_metadata_of_others_say_nothing(metadata: Any, tmp_path: Path) -> None:
+    dataset = described(metadata, tmp_path)
+    assert (len(dataset.tensors), dataset.spaces, dataset.env) == (3, None, None)
+
+
+def test_metadata_are_taken_for_data_that_they_fit(tmp_path: Path) -> None:
+    right = Spaces(Box((2,)), Box((1,), low=(-1.0,), high=(1.0,)))
+    dataset = described(np.array(json.dumps({"spaces": right.to_json(), "env": "Any-v0"})), tmp_path)
+    assert (dataset.spaces, dataset.env) == (right, "Any-v0")
+    for spaces, env in ((right, ["Any-v0"]), (Spaces(Box((7,)), right.action), "Any-v0"),
+                        (Spaces(right.observation, Discrete(3)), "Any-v0")):  # fmt: skip
+        dataset = described(np.array(json.dumps({"spaces": spaces.to_json(), "env": env})), tmp_path)
+        assert (dataset.spaces, dataset.env) == (None, None)
+
+
+def described(metadata: Any, folder: Path) -> Dataset:
     rows = Rows()
     for _ in range(3):
         rows.add(np.zeros(2), [0.5], 1.0, np.ones(2), terminal=False, timeout=True)
-    np.savez_compressed(tmp_path / "data.npz", metadata=metadata, **rows.columns())  # type: ignore[arg-type]
-    dataset = read_dataset(tmp_path / "data.npz")
-    assert (len(dataset.tensors), dataset.spaces, dataset.env) == (3, None, None)
+    np.savez_compressed(folder / "data.npz", metadata=metadata, **rows.columns())  # type: ignore[arg-type]
+    return read_dataset(folder / "data.npz")
+
+
+@pytest.mark.parametrize(
+    ("env", "package"),
+    [
+        ("PointMaze_Open_Diverse_GR-v3", "gymnasium_robotics"),
+        ("humanoidmaze-giant-singletask-task3-v0", "ogbench"),
+        # D4RL's, and nobody's.
+        ("antmaze-medium-play-v2", None),
+        ("pointmaze", None),
+    ],
+)
+def test_known_ids_name_their_package(env: str, package: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(gymnasium, "registry", {})
+    real = rollouts.imported
+
+    def imported(module: str, extra: str = "cli") -> Any:
+        if extra != "benchmarks":
+            return real(module, extra)
+        asked.append(module)
+        return None
+
+    monkeypatch.setattr(rollouts, "imported", imported)
+    rollouts._register(env)
+    assert asked == ([] if package is None else [package])

@@ -41,7 +41,7 @@ def _trained(task: _Task, seed: int, parts: Parts) -> int:
     """Trains SAC until its return is reached, chunk after chunk; returns the number of the last one."""
     for chunk in range(_MOST_CHUNKS):
         name = f"chunk-{chunk:03}"
-        if not parts.path(name).exists():
+        if not parts.has(name):
             what = f"SAC until a mean return of {task.target:.0f}: {_progress(parts, chunk)}"
             parts.report(chunk, _MOST_CHUNKS, what)
             checkpoint.write_bytes(parts.path(name), archive(_chunk(task, seed, chunk, parts)))

@@ -65,10 +65,18 @@ class Parts:
         """
         for number, name in enumerate(names):
             self.report(number, len(names), what)
-            if not self.path(name).exists():
+            if not self.has(name):
                 checkpoint.write_bytes(self.path(name), archive(make(number)))
         self.report(len(names), len(names), what)
         return joined([self.read(name) for name in names])
+
+    def has(self, name: str) -> bool:
+        """Whether a part is finished; a file that cannot be read is none."""
+        try:
+            self.read(name)
+        except Exception:
+            return False
+        return True
 
     def path(self, name: str) -> Path:
         """The file of a part."""

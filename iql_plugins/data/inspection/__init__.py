@@ -125,8 +125,8 @@ def inspect(
     =============================== ==================================================================
 
     Args:
-        source: a dataset, or anything that :func:`~iql_plugins.data.load_dataset` knows. Values that are not finite
-            are a finding, not an error.
+        source: a :class:`~iql_plugins.data.Dataset`, or anything that :func:`~iql_plugins.data.load_dataset` knows.
+            Values that are not finite are a finding, not an error.
         action_low: the environment's lower bound of actions, a number or ``[act]``. None asks ``spaces``, and takes -1
             where they have none.
         action_high: the upper bound, likewise; both or neither.
@@ -140,7 +140,9 @@ def inspect(
     """
     if (action_low is None) != (action_high is None):
         raise ValueError("action_low and action_high belong together: give both or neither")
-    dataset = read_dataset(source, trust_pickle=trust_pickle, discrete=discrete, finite=False)
+    dataset = source
+    if not isinstance(dataset, Dataset):
+        dataset = read_dataset(source, trust_pickle=trust_pickle, discrete=discrete, finite=False)
     view = _view(dataset, spaces or dataset.spaces, action_low, action_high)
     entries = dict(dataset.tensors.items(True, True))
     names = {key: key if isinstance(key, str) else ".".join(key) for key in entries}

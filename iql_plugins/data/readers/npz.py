@@ -14,6 +14,7 @@ from typing import Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo, is_zipfile
 
 import numpy as np
+from tensordict import TensorDictBase
 
 from iql_plugins.checkpoint import naming
 from iql_plugins.data.arrays import Array, Transitions
@@ -65,7 +66,7 @@ def load(path: Path, options: Options) -> Dataset:
             members, metadata = _members(path, options, stack)
             unpacked = sum(member.nbytes for member in members.values())
             dataset = Transitions.from_columns(name, members, metadata).load(options, unpacked)
-            return replace(dataset, **_described(path))
+            return replace(dataset, **_described(path, dataset.tensors))
 
 
 def _members(path: Path, options: Options, stack: ExitStack) -> tuple[dict[str, "_Member"], list[str]]:
@@ -86,8 +87,8 @@ def _members(path: Path, options: Options, stack: ExitStack) -> tuple[dict[str, 
     return members, [key for key, _ in files if key not in read]
 
 
-def _described(path: Path) -> dict[str, Any]:
-    """The spaces and the environment's id that a file says; metadata of others say nothing, or mean something else."""
+def _described(path: Path, tensors: TensorDictBase) -> dict[str, Any]:
+    """The environment's id and spaces that a file says, if its data are of them. Metadata of others say nothing."""
     with ZipFile(path) as archive:
         info = archive.NameToInfo.get(f"{PROVENANCE}.npy")
         if info is None or info.file_size > _MOST_PROVENANCE:
@@ -97,7 +98,9 @@ def _described(path: Path) -> dict[str, Any]:
             if member.dtype.kind != "U" or member.shape != ():
                 return {}
             document = parse_json(str(member._array))
-            return {"spaces": Spaces.from_json(document["spaces"]), "env": str(document["env"])}
+            spaces, env = Spaces.from_json(document["spaces"]), document["env"]
+            spaces.check(tensors)
+            return {"spaces": spaces, "env": env} if isinstance(env, str) else {}
         # A stranger's document: whatever it has in the place of these two.
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return {}
