@@ -33,8 +33,12 @@ STEPS_BETWEEN_CHECKS = 1000
 Groups = Sequence[dict[str, Any]]
 
 
-class DivergenceError(ArithmeticError):
-    """A training whose losses or weights are no longer finite; one line that says which, and since when."""
+class DivergenceError(ArithmeticError, ValueError):
+    """A training whose losses or weights are no longer finite; one line that says which, and since when.
+
+    It is a ``ValueError``, as what torch's distributions raise for NaN is: searches of hyper-parameters (RL Zoo3's)
+    prune trials that end so, and go on.
+    """
 
 
 def cosine_decay(step: int, horizon: int) -> float:

@@ -222,6 +222,27 @@ def test_the_zoo_searches_hyper_parameters(tmp_path: Path) -> None:
     assert any(trial["state"] == "COMPLETE" for trial in trials)
 
 
+@pytest.mark.slow
+def test_a_trial_that_diverges_does_not_end_the_zoos_search(tmp_path: Path) -> None:
+    pytest.importorskip("rl_zoo3")
+    program = """
+import sys
+from iql_plugins.training.learner import DivergenceError
+from iql_sb3 import IQL
+from iql_sb3.zoo import main
+def diverges(self, *args, **kwargs):
+    raise DivergenceError("loss_qvalue not finite at step 3")
+IQL.learn = diverges
+main(sys.argv[1:])
+"""
+    options = ["--algo", "iql", "--env", "Pendulum-v1", "-f", "logs", "-n", "240", "--seed", "1"]
+    search = ["-optimize", "--n-trials", "2", "--n-evaluations", "1", "--no-optim-plots", "--eval-episodes", "1"]
+    run("-c", program, "train", *options, *search, folder=tmp_path)
+    report = next((tmp_path / "logs" / "iql").glob("report_Pendulum-v1_2-trials-*.csv"))
+    with report.open() as file:
+        assert [trial["state"] for trial in csv.DictReader(file)] == ["PRUNED", "PRUNED"]
+
+
 # Programs
 
 
