@@ -230,17 +230,20 @@ import sys
 from iql_plugins.training.learner import DivergenceError
 from iql_sb3 import IQL
 from iql_sb3.zoo import main
+learn = IQL.learn
 def diverges(self, *args, **kwargs):
+    IQL.learn = learn
     raise DivergenceError("loss_qvalue not finite at step 3")
 IQL.learn = diverges
 main(sys.argv[1:])
 """
     options = ["--algo", "iql", "--env", "Pendulum-v1", "-f", "logs", "-n", "240", "--seed", "1"]
     search = ["-optimize", "--n-trials", "2", "--n-evaluations", "1", "--no-optim-plots", "--eval-episodes", "1"]
-    run("-c", program, "train", *options, *search, folder=tmp_path)
+    parameters = ["-params", "learning_starts:100", "train_freq:50", "gradient_steps:1"]
+    run("-c", program, "train", *options, *search, *parameters, folder=tmp_path)
     report = next((tmp_path / "logs" / "iql").glob("report_Pendulum-v1_2-trials-*.csv"))
     with report.open() as file:
-        assert [trial["state"] for trial in csv.DictReader(file)] == ["PRUNED", "PRUNED"]
+        assert [trial["state"] for trial in csv.DictReader(file)] == ["PRUNED", "COMPLETE"]
 
 
 # Programs
