@@ -58,8 +58,19 @@ FINE_TUNING = {
 EVERY = 1000
 #: Datasets of others are in the folder that ``--data`` names.
 RATIOS: dict[str, Any] = {
-    "Pendulum-v1": {"dataset": DATASET, "offline": CONFIG.n_steps // 2, "online": 1000},
-    "CartPole-v1": {"dataset": "{data}/tianshou_cartpole_qrdqn.npz", "offline": 1000, "online": 1000},
+    "Pendulum-v1": {
+        "dataset": DATASET,
+        "offline": CONFIG.n_steps // 2,
+        "online": 1000,
+        "hyperparameters": HYPERPARAMETERS,
+    },
+    # The algorithm's defaults.
+    "CartPole-v1": {
+        "dataset": "{data}/tianshou_cartpole_qrdqn.npz",
+        "offline": 1000,
+        "online": 1000,
+        "hyperparameters": {},
+    },
 }
 RESULTS = Path(__file__).parent / "results" / "sb3.json"
 
@@ -177,6 +188,7 @@ def offline_ratios(
     dataset: str,
     offline: int,
     online: int,
+    hyperparameters: dict[str, Any],
     done: dict[str, Any],
     keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
@@ -189,6 +201,7 @@ def offline_ratios(
         dataset: what is learned from.
         offline: gradient steps.
         online: steps in the environment.
+        hyperparameters: of the model; the actor's rate is constant.
         done: what was kept before; its seeds are not run again.
         keep: takes what there is after each seed.
     """
@@ -196,6 +209,7 @@ def offline_ratios(
         "dataset": Path(dataset).stem,
         "gradient_steps": offline,
         "environment_steps": online,
+        "hyperparameters": hyperparameters,
         "every": EVERY // 2,
         "episodes": episodes,
     }
@@ -203,7 +217,7 @@ def offline_ratios(
     data = load_dataset(dataset)
     for seed in range(len(by_seed), seeds):
         trained = io.BytesIO()
-        model = IQL("MlpPolicy", env_id, dataset=data, seed=seed, **HYPERPARAMETERS | {"actor_schedule": "constant"})
+        model = IQL("MlpPolicy", env_id, dataset=data, seed=seed, **hyperparameters | {"actor_schedule": "constant"})
         model.learn_offline(offline, log_interval=None).save(trained)
         unit: dict[str, Any] = {"seed": seed, "offline": mean_return(model, episodes, env_id), "online": {}}
         for ratio in (0.0, 0.25, 0.5):
