@@ -1,8 +1,9 @@
-r"""The equations of Implicit Q-Learning as pure tensor functions.
+r"""The equations of Implicit Q-Learning and its family as pure tensor functions.
 
 Kostrikov, Nair and Levine 2021, "Offline Reinforcement Learning with Implicit Q-Learning"
-(arXiv:2110.06169). ``*B`` is any batch shape, the same one in every argument of a call: shapes
-are compared, never broadcast, because ``[B, 1]`` against ``[B]`` would silently give ``[B, B]``.
+(arXiv:2110.06169), unless a function names another source. ``*B`` is any batch shape, the same one
+in every argument of a call: shapes are compared, never broadcast, because ``[B, 1]`` against ``[B]``
+would silently give ``[B, B]``.
 No function here owns parameters, reads a device value on the host or draws a random number.
 """
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
 
-from iql_plugins.ranges import EXPECTILE, POSITIVE, TEMPERATURE, choice
+from iql_plugins.ranges import EXPECTILE, POSITIVE, QUANTILE, TEMPERATURE, choice
 
 __all__ = [
     "Health",
@@ -28,6 +29,7 @@ __all__ = [
     "health",
     "iql_losses",
     "minimum_over_critics",
+    "quantile_loss",
     "qvalue_loss",
     "reduce_loss",
     "td_error",
@@ -75,6 +77,34 @@ def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
     EXPECTILE.check("expectile", expectile)
     weight = torch.where(diff > 0, expectile, 1.0 - expectile)
     return (weight * diff.square()).to(diff.dtype)
+
+
+def quantile_loss(diff: Tensor, quantile: float) -> Tensor:
+    r"""Asymmetric absolute error whose minimiser is the ``quantile`` of the data: the pinball loss.
+
+    .. math:: |\tau - \mathbb{1}(u < 0)|\, |u|
+
+    Koenker and Bassett 1978, with :math:`u = Q(s, a) - V(s)`. IDQL (Hansen-Estruch et al. 2023, arXiv:2304.10573)
+    compares it with the expectile: ``jaxrl5/agents/ddpm_iql/ddpm_iql_learner.py``, lines 20 to 22, of
+    github.com/philippe-eecs/IDQL.
+
+    >>> quantile_loss(torch.tensor([2.0, -2.0]), quantile=0.75)  # V too low by 2, V too high by 2
+    tensor([1.5000, 0.5000])
+
+    Args:
+        diff: ``[*B]`` target minus prediction, ``Q(s, a) - V(s)``, in return units. Gradients flow
+            through all of it: detach Q first.
+        quantile: in (0, 1); 0.5 is half the absolute error.
+
+    Returns:
+        ``[*B]`` unreduced losses, in return units, with ``diff``'s dtype.
+
+    Raises:
+        ValueError: if ``quantile`` is outside (0, 1).
+    """
+    QUANTILE.check("quantile", quantile)
+    weight = torch.where(diff > 0, quantile, 1.0 - quantile)
+    return (weight * diff.abs()).to(diff.dtype)
 
 
 def advantage_weight(advantage: Tensor, temperature: float, max_weight: float = 100.0) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from iql_plugins.losses import functional
-from iql_plugins.ranges import Range
+from iql_plugins.ranges import QUANTILE, Range
 
 __all__ = [
     "Objective",
@@ -124,13 +124,31 @@ def _expectile_regression(of: Quantities) -> Tensor:
     return functional.expectile_loss(of.advantage, of.setting("expectile"))
 
 
+def _quantile_regression(of: Quantities) -> Tensor:
+    return functional.quantile_loss(of.advantage, of.setting("quantile"))
+
+
 def _advantage_weighted_regression(of: Quantities) -> Tensor:
     return functional.weighted_log_likelihood(of.log_prob, of.weight)
 
 
 Objective = ValueObjective | PolicyExtraction
 _Kind = TypeVar("_Kind", ValueObjective, PolicyExtraction)
-_TABLES: dict[type, dict[str, Any]] = {ValueObjective: {}, PolicyExtraction: {}}
+_SHIPPED = (
+    ValueObjective("expectile", _expectile_regression, exponential_weight),
+    ValueObjective(
+        "quantile",
+        _quantile_regression,
+        exponential_weight,
+        {"quantile": Option(0.7, QUANTILE, "τ of the returns that V is, in (0, 1).")},
+    ),
+    PolicyExtraction("awr", _advantage_weighted_regression),
+)
+# Filled at once, not by register(): that asks for the hyper-parameters, whose module needs this one.
+_TABLES: dict[type, dict[str, Any]] = {
+    kind: {entry.name: entry for entry in _SHIPPED if isinstance(entry, kind)}
+    for kind in (ValueObjective, PolicyExtraction)
+}
 _KINDS = {ValueObjective: "value_objective", PolicyExtraction: "policy_extraction"}
 #: Kind and name of the entries that are a plugin's: whoever asks the plugins again gets them again.
 _OF_PLUGINS: set[tuple[type, str]] = set()
@@ -177,12 +195,6 @@ def _check(entries: Iterable[object], taken: Set[tuple[type, str]]) -> None:
 
             if shared := sorted(entry.options.keys() & set(hyperparameters())):
                 raise ValueError(f"an option of {entry.name!r} has the name of a hyper-parameter: {', '.join(shared)}")
-
-
-register(
-    ValueObjective("expectile", _expectile_regression, exponential_weight),
-    PolicyExtraction("awr", _advantage_weighted_regression),
-)
 
 
 def value_objective(name: str) -> ValueObjective:

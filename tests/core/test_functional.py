@@ -1,6 +1,7 @@
 """Hand-computed numbers for every equation, and properties that hold for all inputs."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -43,10 +44,68 @@ def test_the_minimiser_of_the_expectile_loss_is_the_expectile() -> None:
     assert candidates[losses.argmin()].item() == pytest.approx(3.0, abs=1e-3)
 
 
+Q = tensor([1.0, 0.0, -2.0, 4.0], dtype=torch.float64)
+#: The losses of V per sample, from Q(s, a) and V(s).
+VALUE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "expectile": lambda q, v: F.expectile_loss(q - v, 0.75),
+    "quantile": lambda q, v: F.quantile_loss(q - v, 0.75),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "q", "v", "expected"),
+    [
+        ("quantile", [2.0, -2.0, 0.0], 0.0, [1.5, 0.5, 0.0]),
+    ],
+)
+def test_a_loss_of_v_by_hand(name: str, q: list[float], v: float, expected: list[float]) -> None:
+    value = torch.full((len(q),), v, dtype=torch.float64)
+    loss = VALUE_LOSSES[name](tensor(q, dtype=torch.float64), value)
+    torch.testing.assert_close(loss, tensor(expected, dtype=torch.float64))
+
+
+def slope(name: str, q: torch.Tensor, v: float) -> float:
+    """Of the mean loss of one state, whose V is v."""
+    value = tensor(v, dtype=torch.float64, requires_grad=True)
+    VALUE_LOSSES[name](q, value.expand_as(q)).mean().backward()
+    assert value.grad is not None
+    return value.grad.item()
+
+
+@pytest.mark.parametrize("v", [-1.0, 0.5, 3.0])
+@pytest.mark.parametrize("name", VALUE_LOSSES)
+def test_the_gradient_of_a_loss_of_v_is_its_slope(name: str, v: float) -> None:
+    step = 1e-6
+    higher, lower = (VALUE_LOSSES[name](Q, torch.full_like(Q, v + sign * step)).mean().item() for sign in (1, -1))
+    assert slope(name, Q, v) == pytest.approx((higher - lower) / (2 * step), rel=1e-6, abs=1e-8)
+
+
+def fixed_point(name: str, q: torch.Tensor) -> float:
+    """The V of a state at which the loss has its minimum, by bisection."""
+    low, high = q.min().item() - 10.0, q.max().item() + 10.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(name, q, middle) < 0 else (low, middle)
+    return low
+
+
+def test_v_of_a_bandit_is_what_the_loss_is_named_after() -> None:
+    weight = (0.75 - (fixed_point("expectile", Q) > Q).double()).abs()
+    assert fixed_point("expectile", Q) == pytest.approx(((weight * Q).sum() / weight.sum()).item())
+    # Between the third and the fourth of four, all are quantiles of 0.75; the lowest is found.
+    assert fixed_point("quantile", Q) == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("expectile", [0.0, -0.1, 1.5, math.nan])
 def test_an_expectile_out_of_range_is_refused(expectile: float) -> None:
     with pytest.raises(ValueError, match=r"expectile must be in \(0, 1\]"):
         F.expectile_loss(tensor([1.0]), expectile)
+
+
+@pytest.mark.parametrize("quantile", [0.0, 1.0, math.nan])
+def test_a_quantile_out_of_range_is_refused(quantile: float) -> None:
+    with pytest.raises(ValueError, match=r"quantile must be in \(0, 1\)"):
+        F.quantile_loss(tensor([1.0]), quantile)
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,8 @@ def keywords_of(kind: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"value_objective": "tilt"}, "value_objective must be one of 'expectile', 'tilted', got 'tilt'"),
-        ({"policy_extraction": "sac"}, "policy_extraction must be one of 'awr', 'cloned', got 'sac'"),
+        ({"value_objective": "tilt"}, "value_objective must be one of 'expectile', .*'tilted', got 'tilt'"),
+        ({"policy_extraction": "sac"}, "policy_extraction must be one of 'awr', .*'cloned', got 'sac'"),
         ({"objective_options": {"level": 0.5}}, "objective_options has 'level': 'expectile' and 'awr' have none"),
         ({**OPTIONS, "objective_options": {"lvl": 1.0}}, "'lvl': those of 'tilted' and 'cloned' are level, strength"),
         ({**OPTIONS, "objective_options": {"level": 1.5}}, r"level must be in \[0, 1\], got 1.5"),
@@ -166,12 +166,13 @@ def test_a_plugin_that_breaks_its_word_harms_no_other(monkeypatch: pytest.Monkey
 def test_a_wrong_name_blames_nobody_whose_entries_are_in_use() -> None:
     assert objectives.value_objective("tilted").name == "tilted"
     for _ in range(2):
-        with pytest.raises(ValueError, match="must be one of 'expectile', 'tilted', got 'typo'"):
+        with pytest.raises(ValueError, match=r"must be one of 'expectile', .*'tilted', got 'typo'"):
             objectives.value_objective("typo")
     assert plugins.host().available()["good"].error is None
 
 
 def test_names_of_options_are_nobody_elses() -> None:
+    objectives._check(objectives._SHIPPED, set())
     own = {"temperature": LEVEL}
     with pytest.raises(ValueError, match="an option of 'hot' has the name of a hyper-parameter: temperature"):
         objectives.register(ValueObjective("hot", quantile_regression, exponential_weight, own))
@@ -265,4 +266,4 @@ def test_the_command_line_trains_with_them(tmp_path: Path, capfd: pytest.Capture
         assert main(["train", "--resume", str(folder), "--json"]) == 2
         assert "in config.json" in json.loads(capfd.readouterr().out)["error"]
     assert main(["train", "--run-dir", str(tmp_path / "other"), *options, "--value-objective", "tilt"]) == 2
-    assert "value_objective must be one of 'expectile', 'tilted', got 'tilt'" in capfd.readouterr().err
+    assert "'tilted', got 'tilt'" in capfd.readouterr().err
