@@ -26,6 +26,7 @@ __all__ = [
     "distance",
     "entropy",
     "expectile_loss",
+    "gumbel_loss",
     "health",
     "iql_losses",
     "minimum_over_critics",
@@ -105,6 +106,49 @@ def quantile_loss(diff: Tensor, quantile: float) -> Tensor:
     QUANTILE.check("quantile", quantile)
     weight = torch.where(diff > 0, quantile, 1.0 - quantile)
     return (weight * diff.abs()).to(diff.dtype)
+
+
+def gumbel_loss(
+    diff: Tensor, temperature: float, largest_exponent: float = 7.0, *, mask: Tensor | None = None
+) -> Tensor:
+    r"""Gumbel regression, of Extreme Q-Learning, whose minimiser is a soft maximum of the data.
+
+    .. math:: e^{z - m} - z e^{-m} - e^{-m}, \qquad z = \min(u / \beta_V,\, c), \quad m = \max(\max_B z,\, -1)
+
+    Garg et al. 2023 (arXiv:2301.02328), with :math:`u = Q(s, a) - V(s)`: ``offline/critic.py``, lines 10 to 21, of
+    github.com/Div99/XQL. Without clipping V is :math:`\beta_V \log \mathbb{E}\, e^{Q / \beta_V}`. The factor
+    :math:`e^{-m}` of the whole batch keeps the numbers small; where a batch is split, each part has its own.
+
+    >>> gumbel_loss(torch.tensor([1.0, 0.0]), temperature=1.0)  # m = 1: 1 - 2 / e, and 1 / e - 1 / e
+    tensor([0.2642, 0.0000])
+
+    Args:
+        diff: ``[*B]`` target minus prediction, ``Q(s, a) - V(s)``, in return units. Gradients flow
+            through it where z is not clipped, and stop at m: detach Q first.
+        temperature: :math:`\beta_V` > 0, in return units; the smaller, the closer V is to the maximum.
+        largest_exponent: c > 0.
+        mask: ``[*B]`` bool, True where a sample counts in m.
+
+    Returns:
+        ``[*B]`` unreduced losses >= 0, without a unit, with ``diff``'s dtype.
+
+    Raises:
+        ValueError: if ``temperature`` or ``largest_exponent`` is not positive and finite, or a shape differs.
+    """
+    POSITIVE.check("temperature", temperature)
+    POSITIVE.check("largest_exponent", largest_exponent)
+    exponent = (diff / temperature).clamp(max=largest_exponent)
+    largest = _largest_exponent(exponent, mask)
+    return (exponent - largest).exp() - (exponent + 1.0) * (-largest).exp()
+
+
+def _largest_exponent(exponent: Tensor, mask: Tensor | None) -> Tensor:
+    """``[]`` of a batch, at least -1, without gradient."""
+    _check_shapes(exponent.shape, "diff", mask=mask)
+    exponent = exponent.detach()
+    if mask is not None:
+        exponent = exponent.masked_fill(~mask, -1.0)
+    return exponent.amax().clamp(min=-1.0)
 
 
 def advantage_weight(advantage: Tensor, temperature: float, max_weight: float = 100.0) -> Tensor:

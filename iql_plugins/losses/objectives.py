@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from iql_plugins.losses import functional
-from iql_plugins.ranges import QUANTILE, Range
+from iql_plugins.ranges import POSITIVE, QUANTILE, Range
 
 __all__ = [
     "Objective",
@@ -63,6 +63,10 @@ class Quantities(Protocol):
     @property
     def log_prob(self) -> Tensor:
         """``[*B]`` log-probability (nats) of the dataset's action."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """``[*B]`` bool, True where a sample counts; None where all do. For what a loss takes of the whole batch."""
 
     def setting(self, name: str) -> Any:
         """A hyper-parameter of the loss, or an option of an objective."""
@@ -128,6 +132,10 @@ def _quantile_regression(of: Quantities) -> Tensor:
     return functional.quantile_loss(of.advantage, of.setting("quantile"))
 
 
+def _gumbel_regression(of: Quantities) -> Tensor:
+    return functional.gumbel_loss(of.advantage, of.setting("loss_temperature"), of.setting("max_clip"), mask=of.mask)
+
+
 def _advantage_weighted_regression(of: Quantities) -> Tensor:
     return functional.weighted_log_likelihood(of.log_prob, of.weight)
 
@@ -141,6 +149,15 @@ _SHIPPED = (
         _quantile_regression,
         exponential_weight,
         {"quantile": Option(0.7, QUANTILE, "τ of the returns that V is, in (0, 1).")},
+    ),
+    ValueObjective(
+        "gumbel",
+        _gumbel_regression,
+        exponential_weight,
+        {
+            "loss_temperature": Option(1.0, POSITIVE, "β > 0 of V, in return units; small, V is close to the maximum."),
+            "max_clip": Option(7.0, POSITIVE, "the largest exponent, advantage / loss_temperature, that counts."),
+        },
     ),
     PolicyExtraction("awr", _advantage_weighted_regression),
 )

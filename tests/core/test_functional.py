@@ -49,6 +49,16 @@ Q = tensor([1.0, 0.0, -2.0, 4.0], dtype=torch.float64)
 VALUE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "expectile": lambda q, v: F.expectile_loss(q - v, 0.75),
     "quantile": lambda q, v: F.quantile_loss(q - v, 0.75),
+    "gumbel": lambda q, v: F.gumbel_loss(q - v, 2.0),
+}
+
+#: The exponents of those that are divided by e to the largest one, and what they are without.
+MASKED: dict[str, Callable[..., torch.Tensor]] = {
+    "gumbel": lambda q, v, mask: F.gumbel_loss(q - v, 2.0, mask=mask),
+}
+SCALES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gumbel": lambda u: u / 2.0}
+PLAIN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "gumbel": lambda q, v: ((q - v) / 2.0).exp() - (q - v) / 2.0 - 1.0,
 }
 
 
@@ -56,12 +66,38 @@ VALUE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = 
     ("name", "q", "v", "expected"),
     [
         ("quantile", [2.0, -2.0, 0.0], 0.0, [1.5, 0.5, 0.0]),
+        # z = 2, 1 and 0, m = 2.
+        ("gumbel", [4.0, 2.0, 0.0], 0.0, [1 - 3 * math.exp(-2), math.exp(-1) - 2 * math.exp(-2), 0.0]),
+        # z = 7, clipped, and -1: m = 7.
+        ("gumbel", [100.0, -2.0], 0.0, [1 - 8 * math.exp(-7), math.exp(-8)]),
+        # z = -2 and -3: m is -1 at least.
+        ("gumbel", [-4.0, -6.0], 0.0, [math.exp(-1) + math.e, math.exp(-2) + 2 * math.e]),
     ],
 )
 def test_a_loss_of_v_by_hand(name: str, q: list[float], v: float, expected: list[float]) -> None:
     value = torch.full((len(q),), v, dtype=torch.float64)
     loss = VALUE_LOSSES[name](tensor(q, dtype=torch.float64), value)
     torch.testing.assert_close(loss, tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_largest_exponent_is_that_of_the_samples_that_count(name: str) -> None:
+    q, v = tensor([1.0, 9.0, math.nan]), torch.zeros(3)
+    mask = tensor([True, False, False])
+    expected = VALUE_LOSSES[name](q[:1], v[:1])
+    torch.testing.assert_close(MASKED[name](q, v, mask)[:1], expected)
+    assert not torch.equal(MASKED[name](q[:2], v[:2], None)[:1], expected)
+    assert MASKED[name](q, v, torch.zeros(3, dtype=torch.bool))[:2].isfinite().all()
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_loss_of_v_with_an_exponential_never_overflows(name: str) -> None:
+    value = tensor([-1e30, -1e4, 0.0, 1e4, 1e30], requires_grad=True)
+    loss = VALUE_LOSSES[name](torch.zeros(5), value)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert value.grad is not None
+    assert value.grad.isfinite().all()
 
 
 def slope(name: str, q: torch.Tensor, v: float) -> float:
@@ -76,8 +112,12 @@ def slope(name: str, q: torch.Tensor, v: float) -> float:
 @pytest.mark.parametrize("name", VALUE_LOSSES)
 def test_the_gradient_of_a_loss_of_v_is_its_slope(name: str, v: float) -> None:
     step = 1e-6
-    higher, lower = (VALUE_LOSSES[name](Q, torch.full_like(Q, v + sign * step)).mean().item() for sign in (1, -1))
-    assert slope(name, Q, v) == pytest.approx((higher - lower) / (2 * step), rel=1e-6, abs=1e-8)
+    values = [Q.new_full(Q.shape, v + sign * step) for sign in (1, -1)]
+    # What the whole batch is divided by is a constant of the gradient.
+    scale = math.exp(-SCALES[name](Q - v).max().clamp(min=-1.0)) if name in SCALES else 1.0
+    plain = VALUE_LOSSES[name] if name not in SCALES else PLAIN[name]
+    higher, lower = (plain(Q, value).mean().item() for value in values)
+    assert slope(name, Q, v) == pytest.approx(scale * (higher - lower) / (2 * step), rel=1e-6, abs=1e-8)
 
 
 def fixed_point(name: str, q: torch.Tensor) -> float:
@@ -94,6 +134,7 @@ def test_v_of_a_bandit_is_what_the_loss_is_named_after() -> None:
     assert fixed_point("expectile", Q) == pytest.approx(((weight * Q).sum() / weight.sum()).item())
     # Between the third and the fourth of four, all are quantiles of 0.75; the lowest is found.
     assert fixed_point("quantile", Q) == pytest.approx(1.0)
+    assert fixed_point("gumbel", Q) == pytest.approx(2.0 * (Q / 2.0).exp().mean().log().item())
 
 
 @pytest.mark.parametrize("expectile", [0.0, -0.1, 1.5, math.nan])
@@ -102,10 +143,18 @@ def test_an_expectile_out_of_range_is_refused(expectile: float) -> None:
         F.expectile_loss(tensor([1.0]), expectile)
 
 
-@pytest.mark.parametrize("quantile", [0.0, 1.0, math.nan])
-def test_a_quantile_out_of_range_is_refused(quantile: float) -> None:
-    with pytest.raises(ValueError, match=r"quantile must be in \(0, 1\)"):
-        F.quantile_loss(tensor([1.0]), quantile)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda u: F.quantile_loss(u, 0.0), r"quantile must be in \(0, 1\), got 0.0"),
+        (lambda u: F.quantile_loss(u, 1.0), r"quantile must be in \(0, 1\), got 1.0"),
+        (lambda u: F.gumbel_loss(u, 0.0), "temperature must be a finite number > 0"),
+        (lambda u: F.gumbel_loss(u, 1.0, -1.0), "largest_exponent must be a finite number > 0"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(call: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(tensor([1.0]))
 
 
 @pytest.mark.parametrize(
@@ -266,6 +315,7 @@ def test_a_column_is_never_broadcast_against_a_row() -> None:
         lambda: F.qvalue_loss(q, column, "l2"),
         lambda: F.td_error(q, column),
         lambda: F.advantage(q, column),
+        lambda: F.gumbel_loss(row, 1.0, mask=flags.unsqueeze(-1)),
         lambda: F.weighted_log_likelihood(row, column),
         lambda: F.reduce_loss(row, weight=column),
         lambda: F.reduce_loss(row, mask=flags.unsqueeze(-1)),
