@@ -26,6 +26,7 @@ __all__ = [
     "distance",
     "entropy",
     "expectile_loss",
+    "exponential_loss",
     "gumbel_loss",
     "health",
     "iql_losses",
@@ -33,6 +34,8 @@ __all__ = [
     "quantile_loss",
     "qvalue_loss",
     "reduce_loss",
+    "sparse_loss",
+    "sparse_weight",
     "td_error",
     "td_lambda_target",
     "td_target",
@@ -149,6 +152,91 @@ def _largest_exponent(exponent: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         exponent = exponent.masked_fill(~mask, -1.0)
     return exponent.amax().clamp(min=-1.0)
+
+
+def sparse_loss(diff: Tensor, value: Tensor, alpha: float) -> Tensor:
+    r"""The loss of V of Sparse Q-Learning, under which bad actions do not count at all.
+
+    .. math:: \mathbb{1}(t > 0)\, t^2 + V(s) / \alpha, \qquad t = u / 2\alpha + 1
+
+    Xu et al. 2023 (arXiv:2303.15810), with :math:`u = Q(s, a) - V(s)`: ``critic.py``, lines 18 to 21, of
+    github.com/ryanxhr/IVR. At the minimum :math:`\mathbb{E} \max(t, 0) = 1`.
+
+    >>> sparse_loss(torch.tensor([2.0, -3.0]), torch.tensor([1.0, 1.0]), alpha=1.0)  # t = 2 and -1/2
+    tensor([5., 1.])
+
+    Args:
+        diff: ``[*B]`` target minus prediction, ``Q(s, a) - V(s)``, in return units. Gradients flow
+            through all of it: detach Q first.
+        value: ``[*B]`` V(s), in return units; gradients flow through it.
+        alpha: :math:`\alpha` > 0, in return units; the smaller, the closer V is to the maximum.
+
+    Returns:
+        ``[*B]`` unreduced losses, without a unit, with ``diff``'s dtype.
+
+    Raises:
+        ValueError: if ``alpha`` is not positive and finite, or the shapes differ.
+    """
+    POSITIVE.check("alpha", alpha)
+    _check_shapes(diff.shape, "diff", value=value)
+    return (diff / (2.0 * alpha) + 1.0).clamp(min=0.0).square() + value / alpha
+
+
+def sparse_weight(advantage: Tensor, max_weight: float = 100.0) -> Tensor:
+    r"""Weight of a dataset action in the policy's regression of Sparse Q-Learning.
+
+    .. math:: w = \operatorname{clip}\big(A(s, a),\, 0,\, w_{\max}\big)
+
+    The authors' code, ``actor.py``, lines 15 to 21, of github.com/ryanxhr/IVR; the paper (see :func:`sparse_loss`)
+    has :math:`\max(1 + A / 2\alpha,\, 0)`.
+
+    >>> sparse_weight(torch.tensor([-1.0, 2.0, 1e6]))
+    tensor([  0.,   2., 100.])
+
+    Args:
+        advantage: ``[*B]`` in return units. Detach it: the weight is a constant of the policy's loss.
+        max_weight: the largest weight, > 0.
+
+    Returns:
+        ``[*B]`` weights in [0, ``max_weight``], with ``advantage``'s dtype.
+
+    Raises:
+        ValueError: if ``max_weight`` is not positive and finite.
+    """
+    POSITIVE.check("max_weight", max_weight)
+    return advantage.clamp(0.0, max_weight)
+
+
+def exponential_loss(diff: Tensor, value: Tensor, alpha: float, *, mask: Tensor | None = None) -> Tensor:
+    r"""The loss of V of Exponential Q-Learning, whose minimiser is a soft maximum of the data.
+
+    .. math:: e^{t - m} + e^{-m}\, V(s) / \alpha, \qquad t = \min(u / \alpha,\, 5), \quad m = \max(\max_B t,\, -1)
+
+    Xu et al. 2023 (arXiv:2303.15810), with :math:`u = Q(s, a) - V(s)`: ``critic.py``, lines 22 to 28, of
+    github.com/ryanxhr/IVR. Without clipping V is :math:`\alpha \log \mathbb{E}\, e^{Q / \alpha}`, as that of
+    :func:`gumbel_loss`, from whose gradient this one differs where t is clipped.
+
+    >>> exponential_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), alpha=1.0)  # m = 1: 1, and 2 / e
+    tensor([1.0000, 0.7358])
+
+    Args:
+        diff: ``[*B]`` target minus prediction, ``Q(s, a) - V(s)``, in return units. Gradients flow
+            through it where t is not clipped, and stop at m: detach Q first.
+        value: ``[*B]`` V(s), in return units; gradients flow through it.
+        alpha: :math:`\alpha` > 0, in return units; the smaller, the closer V is to the maximum.
+        mask: ``[*B]`` bool, True where a sample counts in m.
+
+    Returns:
+        ``[*B]`` unreduced losses, without a unit, with ``diff``'s dtype.
+
+    Raises:
+        ValueError: if ``alpha`` is not positive and finite, or a shape differs.
+    """
+    POSITIVE.check("alpha", alpha)
+    _check_shapes(diff.shape, "diff", value=value)
+    exponent = (diff / alpha).clamp(max=5.0)
+    largest = _largest_exponent(exponent, mask)
+    return (exponent - largest).exp() + (-largest).exp() * value / alpha
 
 
 def advantage_weight(advantage: Tensor, temperature: float, max_weight: float = 100.0) -> Tensor:

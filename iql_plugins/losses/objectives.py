@@ -136,6 +136,23 @@ def _gumbel_regression(of: Quantities) -> Tensor:
     return functional.gumbel_loss(of.advantage, of.setting("loss_temperature"), of.setting("max_clip"), mask=of.mask)
 
 
+def _sparse_regression(of: Quantities) -> Tensor:
+    return functional.sparse_loss(of.advantage, of.value, of.setting("alpha"))
+
+
+def _sparse_weight(of: Quantities) -> Tensor:
+    return functional.sparse_weight(of.advantage.detach(), of.setting("max_weight"))
+
+
+def _exponential_regression(of: Quantities) -> Tensor:
+    return functional.exponential_loss(of.advantage, of.value, of.setting("alpha"), mask=of.mask)
+
+
+def _sharp_exponential_weight(of: Quantities) -> Tensor:
+    # The authors' code: actor.py, lines 18 to 21, of github.com/ryanxhr/IVR.
+    return functional.advantage_weight(of.advantage.detach(), 10.0 / of.setting("alpha"), of.setting("max_weight"))
+
+
 def _advantage_weighted_regression(of: Quantities) -> Tensor:
     return functional.weighted_log_likelihood(of.log_prob, of.weight)
 
@@ -158,6 +175,18 @@ _SHIPPED = (
             "loss_temperature": Option(1.0, POSITIVE, "β > 0 of V, in return units; small, V is close to the maximum."),
             "max_clip": Option(7.0, POSITIVE, "the largest exponent, advantage / loss_temperature, that counts."),
         },
+    ),
+    ValueObjective(
+        "sparse",
+        _sparse_regression,
+        _sparse_weight,
+        {"alpha": Option(1.0, POSITIVE, "α > 0, in return units; small, V is close to the maximum.")},
+    ),
+    ValueObjective(
+        "exponential",
+        _exponential_regression,
+        _sharp_exponential_weight,
+        {"alpha": Option(2.0, POSITIVE, "α > 0, in return units; small, V is close to the maximum.")},
     ),
     PolicyExtraction("awr", _advantage_weighted_regression),
 )

@@ -50,15 +50,19 @@ VALUE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = 
     "expectile": lambda q, v: F.expectile_loss(q - v, 0.75),
     "quantile": lambda q, v: F.quantile_loss(q - v, 0.75),
     "gumbel": lambda q, v: F.gumbel_loss(q - v, 2.0),
+    "sparse": lambda q, v: F.sparse_loss(q - v, v, 0.5),
+    "exponential": lambda q, v: F.exponential_loss(q - v, v, 2.0),
 }
-
-#: The exponents of those that are divided by e to the largest one, and what they are without.
-MASKED: dict[str, Callable[..., torch.Tensor]] = {
-    "gumbel": lambda q, v, mask: F.gumbel_loss(q - v, 2.0, mask=mask),
-}
-SCALES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"gumbel": lambda u: u / 2.0}
-PLAIN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "gumbel": lambda q, v: ((q - v) / 2.0).exp() - (q - v) / 2.0 - 1.0,
+#: Those that the whole batch divides by e to its largest u / 2: with a mask, and without the division.
+SCALED: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
+    "gumbel": (
+        lambda q, v, mask: F.gumbel_loss(q - v, 2.0, mask=mask),
+        lambda q, v: ((q - v) / 2.0).exp() - (q - v) / 2.0 - 1.0,
+    ),
+    "exponential": (
+        lambda q, v, mask: F.exponential_loss(q - v, v, 2.0, mask=mask),
+        lambda q, v: ((q - v) / 2.0).exp() + v / 2.0,
+    ),
 }
 
 
@@ -72,6 +76,13 @@ PLAIN: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
         ("gumbel", [100.0, -2.0], 0.0, [1 - 8 * math.exp(-7), math.exp(-8)]),
         # z = -2 and -3: m is -1 at least.
         ("gumbel", [-4.0, -6.0], 0.0, [math.exp(-1) + math.e, math.exp(-2) + 2 * math.e]),
+        # t = u + 1: 3, 0 and -1.
+        ("sparse", [3.0, 0.0, -1.0], 1.0, [9.0 + 2.0, 2.0, 2.0]),
+        # t = 1, 0 and -1, m = 1.
+        ("exponential", [3.0, 1.0, -1.0], 1.0, [1 + 0.5 / math.e, 1.5 / math.e, math.exp(-2) + 0.5 / math.e]),
+        # t = 5, clipped: m = 5. And t = -2: m is -1 at least.
+        ("exponential", [100.0], 2.0, [1 + math.exp(-5)]),
+        ("exponential", [-2.0], 2.0, [math.exp(-1) + math.e]),
     ],
 )
 def test_a_loss_of_v_by_hand(name: str, q: list[float], v: float, expected: list[float]) -> None:
@@ -80,17 +91,17 @@ def test_a_loss_of_v_by_hand(name: str, q: list[float], v: float, expected: list
     torch.testing.assert_close(loss, tensor(expected, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("name", SCALED)
 def test_a_largest_exponent_is_that_of_the_samples_that_count(name: str) -> None:
     q, v = tensor([1.0, 9.0, math.nan]), torch.zeros(3)
     mask = tensor([True, False, False])
-    expected = VALUE_LOSSES[name](q[:1], v[:1])
-    torch.testing.assert_close(MASKED[name](q, v, mask)[:1], expected)
-    assert not torch.equal(MASKED[name](q[:2], v[:2], None)[:1], expected)
-    assert MASKED[name](q, v, torch.zeros(3, dtype=torch.bool))[:2].isfinite().all()
+    expected, masked = VALUE_LOSSES[name](q[:1], v[:1]), SCALED[name][0]
+    torch.testing.assert_close(masked(q, v, mask)[:1], expected)
+    assert not torch.equal(masked(q[:2], v[:2], None)[:1], expected)
+    assert masked(q, v, torch.zeros(3, dtype=torch.bool))[:2].isfinite().all()
 
 
-@pytest.mark.parametrize("name", SCALES)
+@pytest.mark.parametrize("name", SCALED)
 def test_a_loss_of_v_with_an_exponential_never_overflows(name: str) -> None:
     value = tensor([-1e30, -1e4, 0.0, 1e4, 1e30], requires_grad=True)
     loss = VALUE_LOSSES[name](torch.zeros(5), value)
@@ -114,8 +125,8 @@ def test_the_gradient_of_a_loss_of_v_is_its_slope(name: str, v: float) -> None:
     step = 1e-6
     values = [Q.new_full(Q.shape, v + sign * step) for sign in (1, -1)]
     # What the whole batch is divided by is a constant of the gradient.
-    scale = math.exp(-SCALES[name](Q - v).max().clamp(min=-1.0)) if name in SCALES else 1.0
-    plain = VALUE_LOSSES[name] if name not in SCALES else PLAIN[name]
+    scale = math.exp(-((Q - v) / 2.0).max().clamp(min=-1.0)) if name in SCALED else 1.0
+    plain = SCALED[name][1] if name in SCALED else VALUE_LOSSES[name]
     higher, lower = (plain(Q, value).mean().item() for value in values)
     assert slope(name, Q, v) == pytest.approx(scale * (higher - lower) / (2 * step), rel=1e-6, abs=1e-8)
 
@@ -134,6 +145,9 @@ def test_v_of_a_bandit_is_what_the_loss_is_named_after() -> None:
     assert fixed_point("expectile", Q) == pytest.approx(((weight * Q).sum() / weight.sum()).item())
     # Between the third and the fourth of four, all are quantiles of 0.75; the lowest is found.
     assert fixed_point("quantile", Q) == pytest.approx(1.0)
+    assert fixed_point("exponential", Q) == pytest.approx(2.0 * (Q / 2.0).exp().mean().log().item())
+    of_sparse = (1.0 + (Q - fixed_point("sparse", Q)) / (2 * 0.5)).clamp(min=0.0).mean()
+    assert of_sparse.item() == pytest.approx(1.0)
     assert fixed_point("gumbel", Q) == pytest.approx(2.0 * (Q / 2.0).exp().mean().log().item())
 
 
@@ -150,6 +164,9 @@ def test_an_expectile_out_of_range_is_refused(expectile: float) -> None:
         (lambda u: F.quantile_loss(u, 1.0), r"quantile must be in \(0, 1\), got 1.0"),
         (lambda u: F.gumbel_loss(u, 0.0), "temperature must be a finite number > 0"),
         (lambda u: F.gumbel_loss(u, 1.0, -1.0), "largest_exponent must be a finite number > 0"),
+        (lambda u: F.exponential_loss(u, u, -1.0), "alpha must be a finite number > 0"),
+        (lambda u: F.sparse_loss(u, u, 0.0), "alpha must be a finite number > 0"),
+        (lambda u: F.sparse_weight(u, 0.0), "max_weight must be a finite number > 0"),
     ],
 )
 def test_an_option_out_of_range_is_refused(call: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
@@ -176,6 +193,14 @@ def test_an_option_out_of_range_is_refused(call: Callable[[torch.Tensor], torch.
 def test_the_advantage_weight(advantage: float, temperature: float, max_weight: float, expected: float) -> None:
     weight = F.advantage_weight(tensor([advantage]), temperature, max_weight)
     assert weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "max_weight", "expected"),
+    [(-1.0, 100.0, 0.0), (0.5, 100.0, 0.5), (200.0, 100.0, 100.0), (math.inf, 7.0, 7.0)],
+)
+def test_the_sparse_weight(advantage: float, max_weight: float, expected: float) -> None:
+    assert F.sparse_weight(tensor([advantage]), max_weight).item() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -316,6 +341,9 @@ def test_a_column_is_never_broadcast_against_a_row() -> None:
         lambda: F.td_error(q, column),
         lambda: F.advantage(q, column),
         lambda: F.gumbel_loss(row, 1.0, mask=flags.unsqueeze(-1)),
+        lambda: F.sparse_loss(row, column, 1.0),
+        lambda: F.exponential_loss(row, column, 1.0),
+        lambda: F.exponential_loss(row, row, 1.0, mask=flags.unsqueeze(-1)),
         lambda: F.weighted_log_likelihood(row, column),
         lambda: F.reduce_loss(row, weight=column),
         lambda: F.reduce_loss(row, mask=flags.unsqueeze(-1)),
