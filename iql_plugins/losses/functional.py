@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
 
-from iql_plugins.ranges import EXPECTILE, POSITIVE, QUANTILE, TEMPERATURE, choice
+from iql_plugins.ranges import EXPECTILE, NON_NEGATIVE, POSITIVE, QUANTILE, TEMPERATURE, choice
 
 __all__ = [
     "Health",
@@ -23,8 +23,10 @@ __all__ = [
     "Reduction",
     "advantage",
     "advantage_weight",
+    "ddpg_bc_loss",
     "distance",
     "entropy",
+    "expected_q",
     "expectile_loss",
     "exponential_loss",
     "gumbel_loss",
@@ -292,6 +294,60 @@ def weighted_log_likelihood(log_prob: Tensor, weight: Tensor) -> Tensor:
     """
     _check_shapes(log_prob.shape, "log_prob", weight=weight)
     return -(weight.detach() * log_prob)
+
+
+def ddpg_bc_loss(q: Tensor, log_prob: Tensor, bc_coefficient: float, *, mask: Tensor | None = None) -> Tensor:
+    r"""The policy's loss per sample that climbs the critics and stays near the data: DDPG+BC.
+
+    .. math:: -\frac{Q(s, \pi(s))}{\mathbb{E}_B |Q(s, \pi(s))|} - \alpha \log \pi(a \mid s)
+
+    Park et al. 2024 (arXiv:2406.09329), with the normalisation of TD3+BC (Fujimoto and Gu 2021):
+    ``impls/agents/gciql.py``, lines 92 to 110, of github.com/seohongpark/ogbench. The denominator is of the whole
+    batch; where a batch is split, each part has its own.
+
+    >>> ddpg_bc_loss(torch.tensor([1.0, -3.0]), torch.tensor([-1.0, -2.0]), bc_coefficient=1.0)  # mean |Q| is 2
+    tensor([0.5000, 3.5000])
+
+    Args:
+        q: ``[*B]`` Q(s, π(s)) of the policy's own action, in return units; gradients flow through it to the action, and
+            stop at the denominator.
+        log_prob: ``[*B]`` log-density (nats) of the dataset action; gradients flow through it.
+        bc_coefficient: :math:`\alpha` >= 0, what behaviour cloning counts; the larger, the nearer to the data.
+        mask: ``[*B]`` bool, True where a sample counts in the denominator.
+
+    Returns:
+        ``[*B]`` unreduced losses.
+
+    Raises:
+        ValueError: if ``bc_coefficient`` is negative or not finite, or a shape differs.
+    """
+    NON_NEGATIVE.check("bc_coefficient", bc_coefficient)
+    _check_shapes(q.shape, "q", log_prob=log_prob, mask=mask)
+    scale = reduce_loss(q.detach().abs(), "mean", mask=mask) + 1e-6
+    return -q / scale - bc_coefficient * log_prob
+
+
+def expected_q(q: Tensor, probabilities: Tensor) -> Tensor:
+    r"""What a policy over discrete actions expects, :math:`\sum_a \pi(a \mid s)\, Q(s, a)`.
+
+    What Q of the policy's action is in :func:`ddpg_bc_loss`, as in discrete SAC (Christodoulou 2019,
+    arXiv:1910.07207): an index has no gradient.
+
+    >>> expected_q(torch.tensor([[1.0, 5.0]]), torch.tensor([[0.75, 0.25]]))
+    tensor([2.])
+
+    Args:
+        q: ``[*B, n]`` Q(s, ·) of all actions, in return units. Gradients stop here.
+        probabilities: ``[*B, n]`` of the policy; gradients flow through them.
+
+    Returns:
+        ``[*B]`` in return units.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shapes(q.shape, "q", probabilities=probabilities)
+    return (q.detach() * probabilities).sum(-1)
 
 
 def minimum_over_critics(q: Tensor) -> Tensor:
@@ -646,7 +702,7 @@ class Health(NamedTuple):
     Attributes:
         share_at_max_weight: ``[]``, share of the samples whose weight is clipped; above a few percent the temperature
             is too high for the scale of the returns.
-        effective_sample_size: ``[]``, (Σw)² / (B Σw²) in (0, 1]: the share of the batch that teaches the policy.
+        effective_sample_size: ``[]``, (Σw)² / (B Σw²) in [0, 1]: the share of the batch that teaches the policy.
         share_value_above_q: ``[]``, share of the samples with V(s) above min Q̂(s, a): more than half of them for an
             expectile above 1/2, the more the higher it is.
         mean_value: ``[]``, in return units.
@@ -694,22 +750,26 @@ def health(
         ValueError: as :func:`advantage` and :func:`advantage_weight`.
     """
     diff = advantage(target_q, value).detach()
+    tiny = torch.finfo(diff.dtype).tiny
+
+    def largest(quantity: Tensor) -> Tensor:
+        return (quantity if mask is None else quantity.masked_fill(~mask, -math.inf)).amax()
+
     # Relative to the largest weight: all of them may be too small for their squares to be numbers.
     if weight is None:
         weight = advantage_weight(diff, temperature, max_weight)
         limit = math.log(max_weight)
         log_weight = torch.zeros_like(diff) if temperature == 0.0 else (temperature * diff).clamp(max=limit)
+        relative = (log_weight - largest(log_weight)).exp()
     else:
-        log_weight = weight.clamp(min=torch.finfo(weight.dtype).tiny).log()
-    largest = (log_weight if mask is None else log_weight.masked_fill(~mask, -math.inf)).amax()
-    relative = (log_weight - largest).exp()
+        relative = weight / largest(weight).clamp(min=tiny)
 
     def mean(quantity: Tensor) -> Tensor:
         return reduce_loss(quantity, "mean", mask=mask)
 
     return Health(
         mean((weight >= max_weight).to(weight.dtype)),
-        mean(relative).square() / mean(relative.square()).clamp(min=torch.finfo(diff.dtype).tiny),
+        mean(relative).square() / mean(relative.square()).clamp(min=tiny),
         mean((diff < 0).to(weight.dtype)),
         mean(value.detach()),
         mean(minimum_over_critics(target_q.detach())),

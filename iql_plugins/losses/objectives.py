@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from iql_plugins.losses import functional
-from iql_plugins.ranges import POSITIVE, QUANTILE, Range
+from iql_plugins.ranges import NON_NEGATIVE, POSITIVE, QUANTILE, Range
 
 __all__ = [
     "Objective",
@@ -40,8 +40,8 @@ __all__ = [
 class Quantities(Protocol):
     """What the losses of a batch are made of, each computed when it is first asked for, and once.
 
-    ``*B`` is the batch's shape. ``target_q`` and ``target`` have no gradient; ``value``, ``advantage``, ``q`` and
-    ``log_prob`` have that of their network.
+    ``*B`` is the batch's shape. ``target_q`` and ``target`` have no gradient; ``value``, ``advantage``, ``q``,
+    ``log_prob`` and ``policy_q`` have that of their network.
     """
 
     @property
@@ -63,6 +63,13 @@ class Quantities(Protocol):
     @property
     def log_prob(self) -> Tensor:
         """``[*B]`` log-probability (nats) of the dataset's action."""
+
+    @property
+    def policy_q(self) -> Tensor:
+        """``[*B]`` min Q(s, π(s)) of the critics at the policy's own action, for discrete actions its expectation.
+
+        Gradients reach the policy, and no parameter of the critics.
+        """
 
     @property
     def mask(self) -> Tensor | None:
@@ -112,11 +119,13 @@ class PolicyExtraction:
         name: what users call it.
         loss: ``[*B]`` of the policy, per sample.
         options: by name.
+        weighs: whether it weighs actions; if not, the health of a batch has all weigh the same.
     """
 
     name: str
     loss: Callable[[Quantities], Tensor]
     options: Mapping[str, Option] = field(default_factory=dict)
+    weighs: bool = True
 
 
 def exponential_weight(of: Quantities) -> Tensor:
@@ -157,6 +166,10 @@ def _advantage_weighted_regression(of: Quantities) -> Tensor:
     return functional.weighted_log_likelihood(of.log_prob, of.weight)
 
 
+def _ddpg_bc(of: Quantities) -> Tensor:
+    return functional.ddpg_bc_loss(of.policy_q, of.log_prob, of.setting("bc_coefficient"), mask=of.mask)
+
+
 Objective = ValueObjective | PolicyExtraction
 _Kind = TypeVar("_Kind", ValueObjective, PolicyExtraction)
 _SHIPPED = (
@@ -189,6 +202,12 @@ _SHIPPED = (
         {"alpha": Option(2.0, POSITIVE, "α > 0, in return units; small, V is close to the maximum.")},
     ),
     PolicyExtraction("awr", _advantage_weighted_regression),
+    PolicyExtraction(
+        "ddpg_bc",
+        _ddpg_bc,
+        {"bc_coefficient": Option(0.3, NON_NEGATIVE, "α >= 0, what behaviour cloning counts beside Q / mean |Q|.")},
+        weighs=False,
+    ),
 )
 # Filled at once, not by register(): that asks for the hyper-parameters, whose module needs this one.
 _TABLES: dict[type, dict[str, Any]] = {

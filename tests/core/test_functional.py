@@ -167,6 +167,7 @@ def test_an_expectile_out_of_range_is_refused(expectile: float) -> None:
         (lambda u: F.exponential_loss(u, u, -1.0), "alpha must be a finite number > 0"),
         (lambda u: F.sparse_loss(u, u, 0.0), "alpha must be a finite number > 0"),
         (lambda u: F.sparse_weight(u, 0.0), "max_weight must be a finite number > 0"),
+        (lambda u: F.ddpg_bc_loss(u, u, -0.1), "bc_coefficient must be a finite number >= 0"),
     ],
 )
 def test_an_option_out_of_range_is_refused(call: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
@@ -220,6 +221,44 @@ def test_the_advantage_weight_and_its_gradient_never_overflow(dtype: torch.dtype
 def test_a_weight_out_of_range_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         F.advantage_weight(tensor([0.0]), **({"temperature": 1.0} | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("q", "log_prob", "bc_coefficient", "mask", "expected"),
+    [
+        ([1.0, -3.0], [-0.5, -2.0], 1.0, None, [-0.5 + 0.5, 1.5 + 2.0]),
+        ([1.0, -3.0], [-0.5, -2.0], 0.0, None, [-0.5, 1.5]),
+        ([1.0, -3.0], [-0.5, -2.0], 2.0, [True, False], [-1.0 + 1.0, 3.0 + 4.0]),
+        ([1.0, math.nan], [-0.5, -2.0], 1.0, [True, False], [-1.0 + 0.5, math.nan]),
+        ([0.0, 0.0], [-0.5, -2.0], 1.0, None, [0.5, 2.0]),
+    ],
+)
+def test_the_loss_of_ddpg_and_cloning(
+    q: list[float], log_prob: list[float], bc_coefficient: float, mask: list[bool] | None, expected: list[float]
+) -> None:
+    loss = F.ddpg_bc_loss(tensor(q), tensor(log_prob), bc_coefficient, mask=None if mask is None else tensor(mask))
+    torch.testing.assert_close(loss, tensor(expected), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_the_scale_of_the_critics_is_a_constant_of_the_gradient() -> None:
+    q, log_prob = Q.clone().requires_grad_(), torch.zeros_like(Q, requires_grad=True)
+    F.ddpg_bc_loss(q, log_prob, 0.5).sum().backward()
+    torch.testing.assert_close(q.grad, torch.full_like(Q, -1 / (7 / 4 + 1e-6)))
+    torch.testing.assert_close(log_prob.grad, torch.full_like(Q, -0.5))
+    larger, before = (1000.0 * Q).requires_grad_(), torch.zeros_like(Q)
+    F.ddpg_bc_loss(larger, before, 0.5).sum().backward()
+    torch.testing.assert_close(larger.grad, q.grad / 1000.0)
+
+
+def test_an_expectation_over_actions_trains_the_policy_alone() -> None:
+    q = tensor([[1.0, 5.0], [-2.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    logits = tensor([[0.0, 0.0], [0.0, math.log(3.0)]], dtype=torch.float64, requires_grad=True)
+    expected = F.expected_q(q, logits.softmax(-1))
+    torch.testing.assert_close(expected, tensor([3.0, 1.0], dtype=torch.float64))
+    expected.sum().backward()
+    assert q.grad is None
+    # π(a) (Q(a) - E Q).
+    torch.testing.assert_close(logits.grad, tensor([[-1.0, 1.0], [-0.75, 0.75]], dtype=torch.float64))
 
 
 def test_a_time_limit_bootstraps_and_a_terminal_state_does_not() -> None:
@@ -344,6 +383,9 @@ def test_a_column_is_never_broadcast_against_a_row() -> None:
         lambda: F.sparse_loss(row, column, 1.0),
         lambda: F.exponential_loss(row, column, 1.0),
         lambda: F.exponential_loss(row, row, 1.0, mask=flags.unsqueeze(-1)),
+        lambda: F.ddpg_bc_loss(row, column, 1.0),
+        lambda: F.ddpg_bc_loss(row, row, 1.0, mask=flags.unsqueeze(-1)),
+        lambda: F.expected_q(row, column),
         lambda: F.weighted_log_likelihood(row, column),
         lambda: F.reduce_loss(row, weight=column),
         lambda: F.reduce_loss(row, mask=flags.unsqueeze(-1)),
@@ -482,3 +524,22 @@ def test_health_is_what_a_hand_computes() -> None:
     assert found.mean_qvalue == pytest.approx((1.0 + math.log(3.0)) / 4)
     above = F.health(target_q, value + 0.1, temperature=1.0, mask=torch.tensor([True, True, False, False]))
     assert above.share_value_above_q == 0.5
+
+
+@pytest.mark.parametrize(
+    ("weight", "mask", "expected"),
+    [
+        ([3.0, 1.0, 1.0, 1.0], None, 6.0**2 / (4 * 12.0)),
+        ([0.0, 0.0, 2.0, 9.0], [True, True, True, False], 1 / 3),
+        ([1e-30, 1e-30, 0.0, 0.0], None, 0.5),
+        # Nothing teaches the policy: no action is above V, in sparse Q-learning.
+        ([0.0, 0.0, 0.0, 0.0], None, 0.0),
+    ],
+)
+def test_the_sample_size_of_another_objectives_weights(
+    weight: list[float], mask: list[bool] | None, expected: float
+) -> None:
+    found = F.health(
+        torch.zeros(1, 4), torch.zeros(4), weight=tensor(weight), mask=None if mask is None else tensor(mask)
+    )
+    assert found.effective_sample_size == pytest.approx(expected)
