@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from iql_plugins.losses.functional import LossFunction
-from iql_plugins.losses.objectives import check_options
+from iql_plugins.losses.objectives import SHIPPED, PolicyExtraction, ValueObjective, check_options
 from iql_plugins.ranges import (
     COUNT,
     COUNTS,
@@ -48,6 +48,12 @@ def _declared(default: Any, valid: Range, home: Home, description: str) -> Any:
     return field(default=default, metadata={"range": valid, "home": home, "description": description})
 
 
+def _entries(kind: type) -> str:
+    """The objectives of a kind that ship, in words."""
+    names = [f'"{entry.name}"' for entry in SHIPPED if isinstance(entry, kind)]
+    return f"{', '.join(names)}, or a plugin's."
+
+
 @dataclass(frozen=True, kw_only=True)
 class IQLConfig:
     """The hyper-parameters of a training; the defaults are those of the authors for locomotion.
@@ -74,11 +80,9 @@ class IQLConfig:
     loss_function: LossFunction = _declared(
         "l2", _LOSS_FUNCTION, "loss", 'distance of Q to its target: "l1", "l2" or "smooth_l1".'
     )
-    value_objective: str = _declared(
-        "expectile", _NAME, "loss", "how V is learned: an entry of iql_plugins.losses.objectives."
-    )
+    value_objective: str = _declared("expectile", _NAME, "loss", f"how V is learned: {_entries(ValueObjective)}")
     policy_extraction: str = _declared(
-        "awr", _NAME, "loss", "how the policy is learned from Q and V: an entry of iql_plugins.losses.objectives."
+        "awr", _NAME, "loss", f"how the policy is learned from Q and V: {_entries(PolicyExtraction)}"
     )
     objective_options: Mapping[str, float] = field(
         default_factory=dict,

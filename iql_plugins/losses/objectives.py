@@ -23,6 +23,7 @@ from iql_plugins.losses import functional
 from iql_plugins.ranges import NON_NEGATIVE, POSITIVE, QUANTILE, Range
 
 __all__ = [
+    "SHIPPED",
     "Objective",
     "Option",
     "PolicyExtraction",
@@ -172,7 +173,8 @@ def _ddpg_bc(of: Quantities) -> Tensor:
 
 Objective = ValueObjective | PolicyExtraction
 _Kind = TypeVar("_Kind", ValueObjective, PolicyExtraction)
-_SHIPPED = (
+#: The entries that need no plugin.
+SHIPPED = (
     ValueObjective("expectile", _expectile_regression, exponential_weight),
     ValueObjective(
         "quantile",
@@ -205,13 +207,13 @@ _SHIPPED = (
     PolicyExtraction(
         "ddpg_bc",
         _ddpg_bc,
-        {"bc_coefficient": Option(0.3, NON_NEGATIVE, "α >= 0, what behaviour cloning counts beside Q / mean |Q|.")},
+        {"bc_coefficient": Option(0.3, NON_NEGATIVE, "α >= 0, what behaviour cloning counts beside the critics.")},
         weighs=False,
     ),
 )
 # Filled at once, not by register(): that asks for the hyper-parameters, whose module needs this one.
 _TABLES: dict[type, dict[str, Any]] = {
-    kind: {entry.name: entry for entry in _SHIPPED if isinstance(entry, kind)}
+    kind: {entry.name: entry for entry in SHIPPED if isinstance(entry, kind)}
     for kind in (ValueObjective, PolicyExtraction)
 }
 _KINDS = {ValueObjective: "value_objective", PolicyExtraction: "policy_extraction"}

@@ -312,7 +312,7 @@ def test_a_wrong_name_blames_nobody_whose_entries_are_in_use() -> None:
 
 
 def test_names_of_options_are_nobody_elses() -> None:
-    objectives._check(objectives._SHIPPED, set())
+    objectives._check(objectives.SHIPPED, set())
     own = {"temperature": LEVEL}
     with pytest.raises(ValueError, match="an option of 'hot' has the name of a hyper-parameter: temperature"):
         objectives.register(ValueObjective("hot", quantile_regression, exponential_weight, own))
