@@ -164,6 +164,19 @@ def test_a_run_leaves_policy_picture_metrics_and_its_configuration(run: Run, tmp
     assert document["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
 
 
+def test_behaviour_cloning_is_that_whatever_the_objectives(run: Run, tmp_path: Path) -> None:
+    objectives = ["--value-objective", "sparse", "--policy-extraction", "ddpg_bc", "--objective-options", "alpha", "2"]
+    folder = tmp_path / "run"
+    assert run("train", *BOTH, *objectives, "--run-dir", folder)[0] == 0
+    trained, cloned = (Agent.load(folder / name / "policy.safetensors").config for name in ("", "bc"))
+    assert (trained.value_objective, trained.policy_extraction) == ("sparse", "ddpg_bc")
+    assert trained.objective_options == {"alpha": 2.0}
+    assert cloned == IQLConfig(
+        **trained.of()
+        | {"temperature": 0.0, "value_objective": "expectile", "policy_extraction": "awr", "objective_options": {}}
+    )
+
+
 def test_json_has_the_table_and_every_seed(run: Run, tmp_path: Path) -> None:
     status, out, _ = run("train", *BOTH, "--seeds", "2", "--seed", "3", "--run-dir", "many", "--json")
     assert status == 0

@@ -525,6 +525,7 @@ def test_a_frozen_network_stays_as_it_is(kind: str, alike: Callable[..., list[Ag
 @pytest.mark.parametrize(
     ("kind", "options"),
     [*[(kind, {}) for kind in VECTORS], ("continuous", OBJECTIVES["gumbel-ddpg_bc"])],
+    ids=str,
 )
 def test_compiled_agents_end_where_each_would_have_alone(
     kind: str, options: dict[str, Any], alike: Callable[..., list[Agent]]
