@@ -236,11 +236,32 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
+_IVR_ANTMAZE = dict.fromkeys(("actor_learning_rate", "critic_learning_rate", "value_learning_rate"), 2e-4)
+#: What the authors of a value objective change of a preset: IVR's configurations and scripts for "sparse" and
+#: "exponential", XQL's (``offline/reproduce``, the consistent ones) for "gumbel".
+OF_OBJECTIVES: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
+    {
+        ("locomotion", "gumbel"): {"objective_options": {"loss_temperature": 2.0}},
+        ("antmaze", "gumbel"): {"objective_options": {"loss_temperature": 0.6}, "actor_schedule": "constant"},
+        ("kitchen", "gumbel"): {"objective_options": {"loss_temperature": 5.0}},
+        ("adroit", "gumbel"): {"objective_options": {"loss_temperature": 5.0}},
+        ("locomotion", "sparse"): {"objective_options": {"alpha": 1.0}},
+        ("antmaze", "sparse"): {"objective_options": {"alpha": 0.1}, **_IVR_ANTMAZE},
+        ("kitchen", "sparse"): {"objective_options": {"alpha": 0.5}},
+        ("locomotion", "exponential"): {"objective_options": {"alpha": 2.0}},
+        ("antmaze", "exponential"): {"objective_options": {"alpha": 0.5}, **_IVR_ANTMAZE},
+        ("kitchen", "exponential"): {"objective_options": {"alpha": 2.0}},
+    }
+)
+
+
 def preset(name: str, **changes: Any) -> IQLConfig:
-    """A preset's hyper-parameters, some of them changed.
+    """A preset's hyper-parameters, some of them changed; with a value objective, those that its authors take there.
 
     >>> preset("antmaze", n_steps=10).temperature
     10.0
+    >>> preset("antmaze", value_objective="sparse").objective_options
+    {'alpha': 0.1}
 
     Raises:
         ValueError: for a name that is no preset; lists them.
@@ -248,7 +269,10 @@ def preset(name: str, **changes: Any) -> IQLConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return IQLConfig().replace(**{**PRESETS[name], **changes})
+    of_objective = OF_OBJECTIVES.get((name, changes.get("value_objective", "")), {})
+    if of_objective and "objective_options" in changes:
+        changes["objective_options"] = {**of_objective["objective_options"], **changes["objective_options"]}
+    return IQLConfig().replace(**{**PRESETS[name], **of_objective, **changes})
 
 
 def _check_names(changes: Mapping[str, Any]) -> None:

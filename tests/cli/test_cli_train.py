@@ -137,6 +137,12 @@ def test_options_win_over_the_preset_and_the_preset_over_the_defaults() -> None:
     given = hyperparameters("--preset=antmaze", "--temperature", "2", "--hidden-sizes", "3", "4")
     assert given == preset("antmaze", temperature=2.0, hidden_sizes=(3, 4))
     assert hyperparameters("--reward-scale", "0.5", "--max-grad-norm", "1").reward_scale == 0.5
+    sparse = ["--preset", "antmaze", "--value-objective", "sparse"]
+    assert hyperparameters(*sparse) == preset("antmaze", value_objective="sparse")
+    assert hyperparameters(*sparse).objective_options == {"alpha": 0.1}
+    assert hyperparameters(*sparse, "--objective-options", "alpha", "3").objective_options == {"alpha": 3.0}
+    with pytest.raises(UserError, match=r"value_objective must be one of 'expectile', .* got 'tilt'"):
+        hyperparameters("--preset", "antmaze", "--value-objective", "tilt")
 
 
 def test_a_run_leaves_policy_picture_metrics_and_its_configuration(run: Run, tmp_path: Path) -> None:
