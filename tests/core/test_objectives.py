@@ -352,6 +352,47 @@ def test_torchrls_loss_takes_them() -> None:
     assert algorithm.loss.objective_options == OPTIONS["objective_options"]
 
 
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_the_critics_are_asked_about_the_actions_of_torchrls_policies(kind: str) -> None:
+    pytest.importorskip("torchrl")
+    from tensordict.nn import NormalParamExtractor
+    from torchrl.modules import OneHotCategorical, ProbabilisticActor, TanhNormal, ValueOperator
+
+    from iql_torchrl import DiscreteIQLLoss, IQLLoss
+
+    spaces = SPACES[kind]
+    batch = make_dataset(spaces, 8).to(torch.empty(0).device)
+    given = {"policy_extraction": "ddpg_bc", "objective_options": {"bc_coefficient": 0.0}}
+    value = ValueOperator(torch.nn.Linear(3, 1), in_keys=["observation"])
+    if kind == "discrete":
+        batch["action"] = torch.nn.functional.one_hot(batch["action"].squeeze(-1) - 1, 4)
+        linear = TensorDictModule(torch.nn.Linear(3, 4), ["observation"], ["logits"])
+        actor = ProbabilisticActor(linear, in_keys=["logits"], distribution_class=OneHotCategorical)
+        qvalue = TensorDictModule(torch.nn.Linear(3, 4), ["observation"], ["state_action_value"])
+        loss: IQLLoss = DiscreteIQLLoss(actor, qvalue, value, action_space="one-hot", **given)
+        with torch.no_grad():
+            q = loss._frozen_critic_values(loss._reader.read(batch, ["observation"])).amin(0)
+            worth = (q * linear(batch)["logits"].softmax(-1)).sum(-1)
+    else:
+        body = torch.nn.Sequential(torch.nn.Linear(3, 4), NormalParamExtractor())
+        actor = ProbabilisticActor(
+            TensorDictModule(body, ["observation"], ["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            distribution_class=TanhNormal,
+            distribution_kwargs={"low": -2.0, "high": 5.0},
+        )
+        loss = IQLLoss(actor, critic(3, 2, hidden_sizes=(8,)), value, **given)
+        with torch.no_grad():
+            action = 1.5 + 3.5 * body(batch["observation"])[0].tanh()
+            worth = loss.qvalues(batch.clone().set("action", action)).amin(0)
+    loss.target_updater_attached()
+    result = loss(batch)["loss_actor"]
+    torch.testing.assert_close(result, -worth.mean() / (worth.abs().mean() + 1e-6), rtol=1e-4, atol=1e-4)
+    result.backward()
+    assert all(parameter.grad is not None for parameter in loss.actor_network.parameters())
+    assert all(parameter.grad is None for parameter in loss.qvalue_network.parameters())
+
+
 def test_stable_baselines3s_model_takes_them_saves_them_and_follows_changes(tmp_path: Path) -> None:
     pytest.importorskip("stable_baselines3")
     from iql_sb3 import IQL
