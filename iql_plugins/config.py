@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from iql_plugins.losses.functional import LossFunction
-from iql_plugins.losses.objectives import check_options
+from iql_plugins.losses.objectives import SHIPPED, PolicyExtraction, ValueObjective, check_options
 from iql_plugins.ranges import (
     COUNT,
     COUNTS,
@@ -48,6 +48,12 @@ def _declared(default: Any, valid: Range, home: Home, description: str) -> Any:
     return field(default=default, metadata={"range": valid, "home": home, "description": description})
 
 
+def _entries(kind: type) -> str:
+    """The objectives of a kind that ship, in words."""
+    names = [f'"{entry.name}"' for entry in SHIPPED if isinstance(entry, kind)]
+    return f"{', '.join(names)}, or a plugin's."
+
+
 @dataclass(frozen=True, kw_only=True)
 class IQLConfig:
     """The hyper-parameters of a training; the defaults are those of the authors for locomotion.
@@ -74,11 +80,9 @@ class IQLConfig:
     loss_function: LossFunction = _declared(
         "l2", _LOSS_FUNCTION, "loss", 'distance of Q to its target: "l1", "l2" or "smooth_l1".'
     )
-    value_objective: str = _declared(
-        "expectile", _NAME, "loss", "how V is learned: an entry of iql_plugins.losses.objectives."
-    )
+    value_objective: str = _declared("expectile", _NAME, "loss", f"how V is learned: {_entries(ValueObjective)}")
     policy_extraction: str = _declared(
-        "awr", _NAME, "loss", "how the policy is learned from Q and V: an entry of iql_plugins.losses.objectives."
+        "awr", _NAME, "loss", f"how the policy is learned from Q and V: {_entries(PolicyExtraction)}"
     )
     objective_options: Mapping[str, float] = field(
         default_factory=dict,
@@ -232,11 +236,32 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
+_IVR_ANTMAZE = dict.fromkeys(("actor_learning_rate", "critic_learning_rate", "value_learning_rate"), 2e-4)
+#: What the authors of a value objective change of a preset: IVR's configurations and scripts for "sparse" and
+#: "exponential", XQL's (``offline/reproduce``, the consistent ones) for "gumbel".
+OF_OBJECTIVES: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
+    {
+        ("locomotion", "gumbel"): {"objective_options": {"loss_temperature": 2.0}},
+        ("antmaze", "gumbel"): {"objective_options": {"loss_temperature": 0.6}, "actor_schedule": "constant"},
+        ("kitchen", "gumbel"): {"objective_options": {"loss_temperature": 5.0}},
+        ("adroit", "gumbel"): {"objective_options": {"loss_temperature": 5.0}},
+        ("locomotion", "sparse"): {"objective_options": {"alpha": 1.0}},
+        ("antmaze", "sparse"): {"objective_options": {"alpha": 0.1}, **_IVR_ANTMAZE},
+        ("kitchen", "sparse"): {"objective_options": {"alpha": 0.5}},
+        ("locomotion", "exponential"): {"objective_options": {"alpha": 2.0}},
+        ("antmaze", "exponential"): {"objective_options": {"alpha": 0.5}, **_IVR_ANTMAZE},
+        ("kitchen", "exponential"): {"objective_options": {"alpha": 2.0}},
+    }
+)
+
+
 def preset(name: str, **changes: Any) -> IQLConfig:
-    """A preset's hyper-parameters, some of them changed.
+    """A preset's hyper-parameters, some of them changed; with a value objective, those that its authors take there.
 
     >>> preset("antmaze", n_steps=10).temperature
     10.0
+    >>> preset("antmaze", value_objective="sparse").objective_options
+    {'alpha': 0.1}
 
     Raises:
         ValueError: for a name that is no preset; lists them.
@@ -244,7 +269,10 @@ def preset(name: str, **changes: Any) -> IQLConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    return IQLConfig().replace(**{**PRESETS[name], **changes})
+    of_objective = OF_OBJECTIVES.get((name, changes.get("value_objective", "")), {})
+    if of_objective and "objective_options" in changes:
+        changes["objective_options"] = {**of_objective["objective_options"], **changes["objective_options"]}
+    return IQLConfig().replace(**{**PRESETS[name], **of_objective, **changes})
 
 
 def _check_names(changes: Mapping[str, Any]) -> None:

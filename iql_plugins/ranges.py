@@ -14,6 +14,7 @@ __all__ = [
     "NON_NEGATIVE",
     "POSITIVE",
     "PROBABILITY",
+    "QUANTILE",
     "SHARE",
     "TEMPERATURE",
     "Range",
@@ -70,6 +71,7 @@ POSITIVE = Range("a finite number > 0", lambda v: 0.0 < v < math.inf)
 NON_NEGATIVE = Range("a finite number >= 0", lambda v: 0.0 <= v < math.inf)
 SHARE = Range("in [0, 1]", lambda v: 0.0 <= v <= 1.0)
 PROBABILITY = Range("in [0, 1)", lambda v: 0.0 <= v < 1.0)
+QUANTILE = Range("in (0, 1)", lambda v: 0.0 < v < 1.0)
 EXPECTILE = Range("in (0, 1]", lambda v: 0.0 < v <= 1.0, "; the paper uses 0.7 to 0.9")
 TEMPERATURE = Range(
     "a finite number >= 0 (it is the inverse temperature beta: 0 is behaviour cloning, 3 and 10 are the paper's)",

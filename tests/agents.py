@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.losses import objectives
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
 from iql_plugins.training.agent import Agent
 
@@ -20,6 +21,14 @@ SPACES = {
     "image": Spaces({"camera": Box((36, 36, 3), "uint8"), "speed": Box((2,))}, Discrete(3)),
 }
 ROWS = 80
+#: Each value objective that ships with each policy extraction, IQL's own two left out: what every training takes.
+OBJECTIVES = {
+    f"{value.name}-{policy.name}": {"value_objective": value.name, "policy_extraction": policy.name}
+    for value in objectives.SHIPPED
+    for policy in objectives.SHIPPED
+    if isinstance(value, objectives.ValueObjective) and isinstance(policy, objectives.PolicyExtraction)
+    if (value.name, policy.name) != ("expectile", "awr")
+}
 
 
 def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
-"""The table of hyper-parameters in ``examples/choosing_hyperparameters.md``, from their declarations; prints it."""
+"""The tables in ``examples/choosing_hyperparameters.md``, from what is declared; prints them."""
 
 from dataclasses import MISSING, fields
 
 from iql_d3rlpy import IQLConfig as D3rlpyConfig
 from iql_d3rlpy.algorithm import named
 from iql_plugins.config import IQLConfig, hyperparameters
+from iql_plugins.losses.objectives import SHIPPED
 from iql_sb3.conversion import NAMES, NETWORK_NAMES, OWN
 
 #: Where d3rlpy has them, if not in a field of the configuration.
@@ -36,6 +37,17 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def options_table() -> str:
+    """Of the objectives that have options, in Markdown."""
+    lines = ["| objective | option | default | must be | what it is |", "| --- | --- | --- | --- | --- |"]
+    for entry in SHIPPED:
+        for name, option in entry.options.items():
+            text = option.description.rstrip(".")
+            cells = [f"`{entry.name}`", f"`{name}`", f"{option.default}", option.range.words, text]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def sb3(name: str) -> str:
     """Where Stable-Baselines3's model has one."""
     if name in OWN:
@@ -46,4 +58,4 @@ def sb3(name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(table())  # noqa: T201
+    print(table(), options_table(), sep="\n\n")  # noqa: T201

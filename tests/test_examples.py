@@ -74,9 +74,11 @@ def test_the_page_on_hyper_parameters_shows_what_was_measured() -> None:
 def test_the_table_of_all_hyper_parameters_is_that_of_their_declarations() -> None:
     pytest.importorskip("stable_baselines3")
     pytest.importorskip("d3rlpy")
-    from hyperparameter_table import table
+    from hyperparameter_table import options_table, table
 
-    assert table() in (ROOT / "examples" / "choosing_hyperparameters.md").read_text(encoding="utf-8")
+    page = (ROOT / "examples" / "choosing_hyperparameters.md").read_text(encoding="utf-8")
+    assert table() in page
+    assert options_table() in page
 
 
 def test_the_benchmark_of_the_loss_runs(tmp_path: Path) -> None:

@@ -207,11 +207,11 @@ class IQLLoss(iql_plugins.IQLLoss, _Module):
         action = batch.tensors[self.tensor_keys.action]
         return action if isinstance(action, TensorDictBase) else super()._policy_action(batch, distribution, shape)
 
-    def _log_prob(self, batch: Batch, shape: Size) -> Tensor:
+    def _log_prob(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
         if not isinstance(batch.tensors[self.tensor_keys.action], TensorDictBase):
-            return super()._log_prob(batch, shape)
+            return super()._log_prob(batch, distribution, shape)
         with set_composite_lp_aggregate(True):
-            return super()._log_prob(batch, shape)
+            return super()._log_prob(batch, distribution, shape)
 
     # Value estimators: the core's is among the modules, and TorchRL's, which shows it, shares its buffers; or
     # TorchRL's is among the modules, and makes the target itself.

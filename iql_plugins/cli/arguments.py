@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.settings import CHANGEABLE
-from iql_plugins.config import PRESETS, IQLConfig, preset
+from iql_plugins.config import OF_OBJECTIVES, PRESETS, IQLConfig, preset
 from iql_plugins.plugins import PluginError, host
 
 tyro = imported("tyro")
@@ -147,6 +147,13 @@ class Train:
     json: Flag = False
     """Print one JSON document on stdout, and nothing else."""
     hyperparameters: Annotated[IQLConfig, tyro.conf.arg(name="")] = field(default_factory=IQLConfig)
+
+    def __post_init__(self) -> None:
+        # Not in the starting point: tyro takes the names of options that have a value there for an option's own.
+        given, name = self.hyperparameters, starting_preset(self.preset, self.dataset)
+        of_preset = OF_OBJECTIVES.get((name or "", given.value_objective), {}).get("objective_options", {})
+        merged = given.replace(objective_options={**of_preset, **given.objective_options})
+        object.__setattr__(self, "hyperparameters", merged)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,9 +365,13 @@ def _starting_point(arguments: Sequence[str]) -> IQLConfig:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", nargs="?")
     parser.add_argument("--dataset", nargs="?", default=DEFAULT_DATASET)
+    parser.add_argument("--value-objective", nargs="?")
     known, _ = parser.parse_known_args(list(arguments))
     name = starting_preset(known.preset, known.dataset)
-    return IQLConfig() if name is None else preset(name)
+    if name is None:
+        return IQLConfig()
+    own = {} if known.value_objective is None else {"value_objective": known.value_objective}
+    return preset(name, **own).replace(objective_options={})
 
 
 def starting_preset(given: str | None, dataset: str | None) -> str | None:

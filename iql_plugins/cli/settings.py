@@ -195,8 +195,16 @@ class Settings:
         return folder if unit.method == "iql" else folder / unit.method
 
     def config(self, method: Method) -> IQLConfig:
-        """The hyper-parameters of a method: behaviour cloning weighs all actions alike."""
-        return self.hyperparameters if method == "iql" else self.hyperparameters.replace(temperature=0.0)
+        """The hyper-parameters of a method: behaviour cloning weighs all alike, whatever IQL's objectives are."""
+        if method == "iql":
+            return self.hyperparameters
+        own = IQLConfig()
+        return self.hyperparameters.replace(
+            temperature=0.0,
+            value_objective=own.value_objective,
+            policy_extraction=own.policy_extraction,
+            objective_options=own.objective_options,
+        )
 
     def load(self, *, trust_pickle: bool = False) -> Dataset:
         """The dataset.

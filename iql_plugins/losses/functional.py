@@ -1,8 +1,9 @@
-r"""The equations of Implicit Q-Learning as pure tensor functions.
+r"""The equations of Implicit Q-Learning and its family as pure tensor functions.
 
 Kostrikov, Nair and Levine 2021, "Offline Reinforcement Learning with Implicit Q-Learning"
-(arXiv:2110.06169). ``*B`` is any batch shape, the same one in every argument of a call: shapes
-are compared, never broadcast, because ``[B, 1]`` against ``[B]`` would silently give ``[B, B]``.
+(arXiv:2110.06169), unless a function names another source. ``*B`` is any batch shape, the same one
+in every argument of a call: shapes are compared, never broadcast, because ``[B, 1]`` against ``[B]``
+would silently give ``[B, B]``.
 No function here owns parameters, reads a device value on the host or draws a random number.
 """
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
 
-from iql_plugins.ranges import EXPECTILE, POSITIVE, TEMPERATURE, choice
+from iql_plugins.ranges import EXPECTILE, NON_NEGATIVE, POSITIVE, QUANTILE, TEMPERATURE, choice
 
 __all__ = [
     "Health",
@@ -22,14 +23,21 @@ __all__ = [
     "Reduction",
     "advantage",
     "advantage_weight",
+    "ddpg_bc_loss",
     "distance",
     "entropy",
+    "expected_q",
     "expectile_loss",
+    "exponential_loss",
+    "gumbel_loss",
     "health",
     "iql_losses",
     "minimum_over_critics",
+    "quantile_loss",
     "qvalue_loss",
     "reduce_loss",
+    "sparse_loss",
+    "sparse_weight",
     "td_error",
     "td_lambda_target",
     "td_target",
@@ -75,6 +83,162 @@ def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
     EXPECTILE.check("expectile", expectile)
     weight = torch.where(diff > 0, expectile, 1.0 - expectile)
     return (weight * diff.square()).to(diff.dtype)
+
+
+def quantile_loss(diff: Tensor, quantile: float) -> Tensor:
+    r"""Asymmetric absolute error whose minimiser is the ``quantile`` of the data: the pinball loss.
+
+    .. math:: |\tau - \mathbb{1}(u < 0)|\, |u|
+
+    Koenker and Bassett 1978, with :math:`u = Q(s, a) - V(s)`. IDQL (Hansen-Estruch et al. 2023, arXiv:2304.10573)
+    compares it with the expectile: ``jaxrl5/agents/ddpm_iql/ddpm_iql_learner.py``, lines 20 to 22, of
+    github.com/philippe-eecs/IDQL.
+
+    >>> quantile_loss(torch.tensor([2.0, -2.0]), quantile=0.75)  # V too low by 2, V too high by 2
+    tensor([1.5000, 0.5000])
+
+    Args:
+        diff: ``[*B]`` target minus prediction, ``Q(s, a) - V(s)``, in return units. Gradients flow
+            through all of it: detach Q first.
+        quantile: in (0, 1); 0.5 is half the absolute error.
+
+    Returns:
+        ``[*B]`` unreduced losses, in return units, with ``diff``'s dtype.
+
+    Raises:
+        ValueError: if ``quantile`` is outside (0, 1).
+    """
+    QUANTILE.check("quantile", quantile)
+    weight = torch.where(diff > 0, quantile, 1.0 - quantile)
+    return (weight * diff.abs()).to(diff.dtype)
+
+
+def gumbel_loss(
+    diff: Tensor, temperature: float, largest_exponent: float = 7.0, *, mask: Tensor | None = None
+) -> Tensor:
+    r"""Gumbel regression, of Extreme Q-Learning, whose minimiser is a soft maximum of the data.
+
+    .. math:: e^{z - m} - z e^{-m} - e^{-m}, \qquad z = \min(u / \beta_V,\, c), \quad m = \max(\max_B z,\, -1)
+
+    Garg et al. 2023 (arXiv:2301.02328), with :math:`u = Q(s, a) - V(s)`: ``offline/critic.py``, lines 10 to 21, of
+    github.com/Div99/XQL. Without clipping V is :math:`\beta_V \log \mathbb{E}\, e^{Q / \beta_V}`. The factor
+    :math:`e^{-m}` of the whole batch keeps the numbers small; where a batch is split, each part has its own.
+
+    >>> gumbel_loss(torch.tensor([1.0, 0.0]), temperature=1.0)  # m = 1: 1 - 2 / e, and 1 / e - 1 / e
+    tensor([0.2642, 0.0000])
+
+    Args:
+        diff: ``[*B]`` target minus prediction, ``Q(s, a) - V(s)``, in return units. Gradients flow
+            through it where z is not clipped, and stop at m: detach Q first.
+        temperature: :math:`\beta_V` > 0, in return units; the smaller, the closer V is to the maximum.
+        largest_exponent: c > 0.
+        mask: ``[*B]`` bool, True where a sample counts in m.
+
+    Returns:
+        ``[*B]`` unreduced losses >= 0, without a unit, with ``diff``'s dtype.
+
+    Raises:
+        ValueError: if ``temperature`` or ``largest_exponent`` is not positive and finite, or a shape differs.
+    """
+    POSITIVE.check("temperature", temperature)
+    POSITIVE.check("largest_exponent", largest_exponent)
+    exponent = (diff / temperature).clamp(max=largest_exponent)
+    largest = _largest_exponent(exponent, mask)
+    return (exponent - largest).exp() - (exponent + 1.0) * (-largest).exp()
+
+
+def _largest_exponent(exponent: Tensor, mask: Tensor | None) -> Tensor:
+    """``[]`` of a batch, at least -1, without gradient."""
+    _check_shapes(exponent.shape, "diff", mask=mask)
+    exponent = exponent.detach()
+    if mask is not None:
+        exponent = exponent.masked_fill(~mask, -1.0)
+    return exponent.amax().clamp(min=-1.0)
+
+
+def sparse_loss(diff: Tensor, value: Tensor, alpha: float) -> Tensor:
+    r"""The loss of V of Sparse Q-Learning, under which bad actions do not count at all.
+
+    .. math:: \mathbb{1}(t > 0)\, t^2 + V(s) / \alpha, \qquad t = u / 2\alpha + 1
+
+    Xu et al. 2023 (arXiv:2303.15810), with :math:`u = Q(s, a) - V(s)`: ``critic.py``, lines 18 to 21, of
+    github.com/ryanxhr/IVR. At the minimum :math:`\mathbb{E} \max(t, 0) = 1`.
+
+    >>> sparse_loss(torch.tensor([2.0, -3.0]), torch.tensor([1.0, 1.0]), alpha=1.0)  # t = 2 and -1/2
+    tensor([5., 1.])
+
+    Args:
+        diff: ``[*B]`` target minus prediction, ``Q(s, a) - V(s)``, in return units. Gradients flow
+            through all of it: detach Q first.
+        value: ``[*B]`` V(s), in return units; gradients flow through it.
+        alpha: :math:`\alpha` > 0, in return units; the smaller, the closer V is to the maximum.
+
+    Returns:
+        ``[*B]`` unreduced losses, without a unit, with ``diff``'s dtype.
+
+    Raises:
+        ValueError: if ``alpha`` is not positive and finite, or the shapes differ.
+    """
+    POSITIVE.check("alpha", alpha)
+    _check_shapes(diff.shape, "diff", value=value)
+    return (diff / (2.0 * alpha) + 1.0).clamp(min=0.0).square() + value / alpha
+
+
+def sparse_weight(advantage: Tensor, max_weight: float = 100.0) -> Tensor:
+    r"""Weight of a dataset action in the policy's regression of Sparse Q-Learning.
+
+    .. math:: w = \operatorname{clip}\big(A(s, a),\, 0,\, w_{\max}\big)
+
+    The authors' code, ``actor.py``, lines 15 to 21, of github.com/ryanxhr/IVR; the paper (see :func:`sparse_loss`)
+    has :math:`\max(1 + A / 2\alpha,\, 0)`.
+
+    >>> sparse_weight(torch.tensor([-1.0, 2.0, 1e6]))
+    tensor([  0.,   2., 100.])
+
+    Args:
+        advantage: ``[*B]`` in return units. Detach it: the weight is a constant of the policy's loss.
+        max_weight: the largest weight, > 0.
+
+    Returns:
+        ``[*B]`` weights in [0, ``max_weight``], with ``advantage``'s dtype.
+
+    Raises:
+        ValueError: if ``max_weight`` is not positive and finite.
+    """
+    POSITIVE.check("max_weight", max_weight)
+    return advantage.clamp(0.0, max_weight)
+
+
+def exponential_loss(diff: Tensor, value: Tensor, alpha: float, *, mask: Tensor | None = None) -> Tensor:
+    r"""The loss of V of Exponential Q-Learning, whose minimiser is a soft maximum of the data.
+
+    .. math:: e^{t - m} + e^{-m}\, V(s) / \alpha, \qquad t = \min(u / \alpha,\, 5), \quad m = \max(\max_B t,\, -1)
+
+    Xu et al. 2023 (arXiv:2303.15810), with :math:`u = Q(s, a) - V(s)`: ``critic.py``, lines 22 to 28, of
+    github.com/ryanxhr/IVR. Without clipping V is :math:`\alpha \log \mathbb{E}\, e^{Q / \alpha}`, as that of
+    :func:`gumbel_loss`, from whose gradient this one differs where t is clipped.
+
+    >>> exponential_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), alpha=1.0)  # m = 1: 1, and 2 / e
+    tensor([1.0000, 0.7358])
+
+    Args:
+        diff: ``[*B]`` target minus prediction, ``Q(s, a) - V(s)``, in return units. Gradients flow
+            through it where t is not clipped, and stop at m: detach Q first.
+        value: ``[*B]`` V(s), in return units; gradients flow through it.
+        alpha: :math:`\alpha` > 0, in return units; the smaller, the closer V is to the maximum.
+        mask: ``[*B]`` bool, True where a sample counts in m.
+
+    Returns:
+        ``[*B]`` unreduced losses, without a unit, with ``diff``'s dtype.
+
+    Raises:
+        ValueError: if ``alpha`` is not positive and finite, or a shape differs.
+    """
+    POSITIVE.check("alpha", alpha)
+    _check_shapes(diff.shape, "diff", value=value)
+    exponent = (diff / alpha).clamp(max=5.0)
+    largest = _largest_exponent(exponent, mask)
+    return (exponent - largest).exp() + (-largest).exp() * value / alpha
 
 
 def advantage_weight(advantage: Tensor, temperature: float, max_weight: float = 100.0) -> Tensor:
@@ -130,6 +294,60 @@ def weighted_log_likelihood(log_prob: Tensor, weight: Tensor) -> Tensor:
     """
     _check_shapes(log_prob.shape, "log_prob", weight=weight)
     return -(weight.detach() * log_prob)
+
+
+def ddpg_bc_loss(q: Tensor, log_prob: Tensor, bc_coefficient: float, *, mask: Tensor | None = None) -> Tensor:
+    r"""The policy's loss per sample that climbs the critics and stays near the data: DDPG+BC.
+
+    .. math:: -\frac{Q(s, \pi(s))}{\mathbb{E}_B |Q(s, \pi(s))|} - \alpha \log \pi(a \mid s)
+
+    Park et al. 2024 (arXiv:2406.09329), with the normalisation of TD3+BC (Fujimoto and Gu 2021):
+    ``impls/agents/gciql.py``, lines 92 to 110, of github.com/seohongpark/ogbench. The denominator is of the whole
+    batch; where a batch is split, each part has its own.
+
+    >>> ddpg_bc_loss(torch.tensor([1.0, -3.0]), torch.tensor([-1.0, -2.0]), bc_coefficient=1.0)  # mean |Q| is 2
+    tensor([0.5000, 3.5000])
+
+    Args:
+        q: ``[*B]`` Q(s, π(s)) of the policy's own action, in return units; gradients flow through it to the action, and
+            stop at the denominator.
+        log_prob: ``[*B]`` log-density (nats) of the dataset action; gradients flow through it.
+        bc_coefficient: :math:`\alpha` >= 0, what behaviour cloning counts; the larger, the nearer to the data.
+        mask: ``[*B]`` bool, True where a sample counts in the denominator.
+
+    Returns:
+        ``[*B]`` unreduced losses.
+
+    Raises:
+        ValueError: if ``bc_coefficient`` is negative or not finite, or a shape differs.
+    """
+    NON_NEGATIVE.check("bc_coefficient", bc_coefficient)
+    _check_shapes(q.shape, "q", log_prob=log_prob, mask=mask)
+    scale = reduce_loss(q.detach().abs(), "mean", mask=mask) + 1e-6
+    return -q / scale - bc_coefficient * log_prob
+
+
+def expected_q(q: Tensor, probabilities: Tensor) -> Tensor:
+    r"""What a policy over discrete actions expects, :math:`\sum_a \pi(a \mid s)\, Q(s, a)`.
+
+    What Q of the policy's action is in :func:`ddpg_bc_loss`, as in discrete SAC (Christodoulou 2019,
+    arXiv:1910.07207): an index has no gradient.
+
+    >>> expected_q(torch.tensor([[1.0, 5.0]]), torch.tensor([[0.75, 0.25]]))
+    tensor([2.])
+
+    Args:
+        q: ``[*B, n]`` Q(s, ·) of all actions, in return units. Gradients stop here.
+        probabilities: ``[*B, n]`` of the policy; gradients flow through them.
+
+    Returns:
+        ``[*B]`` in return units.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    _check_shapes(q.shape, "q", probabilities=probabilities)
+    return (q.detach() * probabilities).sum(-1)
 
 
 def minimum_over_critics(q: Tensor) -> Tensor:
@@ -484,7 +702,7 @@ class Health(NamedTuple):
     Attributes:
         share_at_max_weight: ``[]``, share of the samples whose weight is clipped; above a few percent the temperature
             is too high for the scale of the returns.
-        effective_sample_size: ``[]``, (Σw)² / (B Σw²) in (0, 1]: the share of the batch that teaches the policy.
+        effective_sample_size: ``[]``, (Σw)² / (B Σw²) in [0, 1]: the share of the batch that teaches the policy.
         share_value_above_q: ``[]``, share of the samples with V(s) above min Q̂(s, a): more than half of them for an
             expectile above 1/2, the more the higher it is.
         mean_value: ``[]``, in return units.
@@ -532,22 +750,26 @@ def health(
         ValueError: as :func:`advantage` and :func:`advantage_weight`.
     """
     diff = advantage(target_q, value).detach()
+    tiny = torch.finfo(diff.dtype).tiny
+
+    def largest(quantity: Tensor) -> Tensor:
+        return (quantity if mask is None else quantity.masked_fill(~mask, -math.inf)).amax()
+
     # Relative to the largest weight: all of them may be too small for their squares to be numbers.
     if weight is None:
         weight = advantage_weight(diff, temperature, max_weight)
         limit = math.log(max_weight)
         log_weight = torch.zeros_like(diff) if temperature == 0.0 else (temperature * diff).clamp(max=limit)
+        relative = (log_weight - largest(log_weight)).exp()
     else:
-        log_weight = weight.clamp(min=torch.finfo(weight.dtype).tiny).log()
-    largest = (log_weight if mask is None else log_weight.masked_fill(~mask, -math.inf)).amax()
-    relative = (log_weight - largest).exp()
+        relative = weight / largest(weight).clamp(min=tiny)
 
     def mean(quantity: Tensor) -> Tensor:
         return reduce_loss(quantity, "mean", mask=mask)
 
     return Health(
         mean((weight >= max_weight).to(weight.dtype)),
-        mean(relative).square() / mean(relative.square()).clamp(min=torch.finfo(diff.dtype).tiny),
+        mean(relative).square() / mean(relative.square()).clamp(min=tiny),
         mean((diff < 0).to(weight.dtype)),
         mean(value.detach()),
         mean(minimum_over_critics(target_q.detach())),

@@ -1,5 +1,6 @@
 r"""The losses of Implicit Q-Learning over networks, for continuous and for discrete actions."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,9 +17,10 @@ from iql_plugins.keys import shown
 from iql_plugins.losses import functional
 from iql_plugins.losses.batch import Batch, dtype_kind, to_batch_shape
 from iql_plugins.losses.functional import LossFunction, Reduction
-from iql_plugins.losses.objectives import check_options
+from iql_plugins.losses.objectives import check_options, policy_extraction
 from iql_plugins.losses.quantities import BatchQuantities, NetworkQuantities
 from iql_plugins.losses.torchrl_contract import ScalarOutputMode, in_keys_of
+from iql_plugins.networks.distributions import at_least_float32
 
 __all__ = ["DiscreteIQLLoss", "IQLLoss"]
 
@@ -250,12 +252,14 @@ class IQLLoss(NetworkQuantities):
         keys = [*in_keys_of(self.qvalue_network), *in_keys_of(self.value_network), self._tensor_keys.action]
         of = self._quantities(tensordict, tensors, keys)
         value, target_q = of.value, of.target_q
-        weight = None if self.value_objective == "expectile" else of.weight
+        weight, max_weight = None if self.value_objective == "expectile" else of.weight, self.max_weight
+        if not policy_extraction(self.policy_extraction).weighs:
+            weight, max_weight = torch.ones_like(value), math.inf
         return functional.health(
             target_q,
             value,
             temperature=self.temperature,
-            max_weight=self.max_weight,
+            max_weight=max_weight,
             weight=weight,
             mask=of.mask,
         )
@@ -330,6 +334,18 @@ class DiscreteIQLLoss(IQLLoss):
             return index
         choices = torch.arange(event_shape[-1], device=index.device)
         return (index.unsqueeze(-1) == choices).to(torch.get_default_dtype())
+
+    def _policy_q(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
+        """``[*B]`` what the policy expects of min Q(s, ·); gradients flow to the policy alone."""
+        probabilities = getattr(distribution, "probs", None)
+        if not isinstance(probabilities, Tensor):
+            raise ValueError(
+                f"policy_extraction={self.policy_extraction!r} needs the probabilities of discrete actions, "
+                f"actor_network's {type(distribution).__name__} has no probs"
+            )
+        with torch.no_grad():
+            q = functional.minimum_over_critics(at_least_float32(self._frozen_critic_values(batch)))
+        return functional.expected_q(q, at_least_float32(probabilities))
 
     def _chosen(self, values: Tensor, batch: Batch, shape: Size) -> Tensor:
         if values.shape[1:-1] != shape:

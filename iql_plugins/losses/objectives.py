@@ -20,9 +20,10 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from iql_plugins.losses import functional
-from iql_plugins.ranges import Range
+from iql_plugins.ranges import NON_NEGATIVE, POSITIVE, QUANTILE, Range
 
 __all__ = [
+    "SHIPPED",
     "Objective",
     "Option",
     "PolicyExtraction",
@@ -40,8 +41,8 @@ __all__ = [
 class Quantities(Protocol):
     """What the losses of a batch are made of, each computed when it is first asked for, and once.
 
-    ``*B`` is the batch's shape. ``target_q`` and ``target`` have no gradient; ``value``, ``advantage``, ``q`` and
-    ``log_prob`` have that of their network.
+    ``*B`` is the batch's shape. ``target_q`` and ``target`` have no gradient; ``value``, ``advantage``, ``q``,
+    ``log_prob`` and ``policy_q`` have that of their network.
     """
 
     @property
@@ -63,6 +64,17 @@ class Quantities(Protocol):
     @property
     def log_prob(self) -> Tensor:
         """``[*B]`` log-probability (nats) of the dataset's action."""
+
+    @property
+    def policy_q(self) -> Tensor:
+        """``[*B]`` min Q(s, π(s)) of the critics at the policy's own action, for discrete actions its expectation.
+
+        Gradients reach the policy, and no parameter of the critics.
+        """
+
+    @property
+    def mask(self) -> Tensor | None:
+        """``[*B]`` bool, True where a sample counts; None where all do. For what a loss takes of the whole batch."""
 
     def setting(self, name: str) -> Any:
         """A hyper-parameter of the loss, or an option of an objective."""
@@ -108,11 +120,13 @@ class PolicyExtraction:
         name: what users call it.
         loss: ``[*B]`` of the policy, per sample.
         options: by name.
+        weighs: whether it weighs actions; if not, the health of a batch has all weigh the same.
     """
 
     name: str
     loss: Callable[[Quantities], Tensor]
     options: Mapping[str, Option] = field(default_factory=dict)
+    weighs: bool = True
 
 
 def exponential_weight(of: Quantities) -> Tensor:
@@ -124,13 +138,84 @@ def _expectile_regression(of: Quantities) -> Tensor:
     return functional.expectile_loss(of.advantage, of.setting("expectile"))
 
 
+def _quantile_regression(of: Quantities) -> Tensor:
+    return functional.quantile_loss(of.advantage, of.setting("quantile"))
+
+
+def _gumbel_regression(of: Quantities) -> Tensor:
+    return functional.gumbel_loss(of.advantage, of.setting("loss_temperature"), of.setting("max_clip"), mask=of.mask)
+
+
+def _sparse_regression(of: Quantities) -> Tensor:
+    return functional.sparse_loss(of.advantage, of.value, of.setting("alpha"))
+
+
+def _sparse_weight(of: Quantities) -> Tensor:
+    return functional.sparse_weight(of.advantage.detach(), of.setting("max_weight"))
+
+
+def _exponential_regression(of: Quantities) -> Tensor:
+    return functional.exponential_loss(of.advantage, of.value, of.setting("alpha"), mask=of.mask)
+
+
+def _sharp_exponential_weight(of: Quantities) -> Tensor:
+    # The authors' code: actor.py, lines 18 to 21, of github.com/ryanxhr/IVR.
+    return functional.advantage_weight(of.advantage.detach(), 10.0 / of.setting("alpha"), of.setting("max_weight"))
+
+
 def _advantage_weighted_regression(of: Quantities) -> Tensor:
     return functional.weighted_log_likelihood(of.log_prob, of.weight)
 
 
+def _ddpg_bc(of: Quantities) -> Tensor:
+    return functional.ddpg_bc_loss(of.policy_q, of.log_prob, of.setting("bc_coefficient"), mask=of.mask)
+
+
 Objective = ValueObjective | PolicyExtraction
 _Kind = TypeVar("_Kind", ValueObjective, PolicyExtraction)
-_TABLES: dict[type, dict[str, Any]] = {ValueObjective: {}, PolicyExtraction: {}}
+#: The entries that need no plugin.
+SHIPPED = (
+    ValueObjective("expectile", _expectile_regression, exponential_weight),
+    ValueObjective(
+        "quantile",
+        _quantile_regression,
+        exponential_weight,
+        {"quantile": Option(0.7, QUANTILE, "τ of the returns that V is, in (0, 1).")},
+    ),
+    ValueObjective(
+        "gumbel",
+        _gumbel_regression,
+        exponential_weight,
+        {
+            "loss_temperature": Option(1.0, POSITIVE, "β > 0 of V, in return units; small, V is close to the maximum."),
+            "max_clip": Option(7.0, POSITIVE, "the largest exponent, advantage / loss_temperature, that counts."),
+        },
+    ),
+    ValueObjective(
+        "sparse",
+        _sparse_regression,
+        _sparse_weight,
+        {"alpha": Option(1.0, POSITIVE, "α > 0, in return units; small, V is close to the maximum.")},
+    ),
+    ValueObjective(
+        "exponential",
+        _exponential_regression,
+        _sharp_exponential_weight,
+        {"alpha": Option(2.0, POSITIVE, "α > 0, in return units; small, V is close to the maximum.")},
+    ),
+    PolicyExtraction("awr", _advantage_weighted_regression),
+    PolicyExtraction(
+        "ddpg_bc",
+        _ddpg_bc,
+        {"bc_coefficient": Option(0.3, NON_NEGATIVE, "α >= 0, what behaviour cloning counts beside the critics.")},
+        weighs=False,
+    ),
+)
+# Filled at once, not by register(): that asks for the hyper-parameters, whose module needs this one.
+_TABLES: dict[type, dict[str, Any]] = {
+    kind: {entry.name: entry for entry in SHIPPED if isinstance(entry, kind)}
+    for kind in (ValueObjective, PolicyExtraction)
+}
 _KINDS = {ValueObjective: "value_objective", PolicyExtraction: "policy_extraction"}
 #: Kind and name of the entries that are a plugin's: whoever asks the plugins again gets them again.
 _OF_PLUGINS: set[tuple[type, str]] = set()
@@ -177,12 +262,6 @@ def _check(entries: Iterable[object], taken: Set[tuple[type, str]]) -> None:
 
             if shared := sorted(entry.options.keys() & set(hyperparameters())):
                 raise ValueError(f"an option of {entry.name!r} has the name of a hyper-parameter: {', '.join(shared)}")
-
-
-register(
-    ValueObjective("expectile", _expectile_regression, exponential_weight),
-    PolicyExtraction("awr", _advantage_weighted_regression),
-)
 
 
 def value_objective(name: str) -> ValueObjective:

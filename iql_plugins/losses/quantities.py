@@ -1,6 +1,7 @@
 """What the losses of a batch are made of: what the networks say, each computed once."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from iql_plugins.losses.bootstrap import time_dimension
 from iql_plugins.losses.functional import LossFunction
 from iql_plugins.losses.torchrl_contract import TorchRLContract, check_written, in_keys_of
 from iql_plugins.networks import calls, parameters
-from iql_plugins.networks.distributions import at_least_float32
+from iql_plugins.networks.distributions import at_least_float32, evaluated_action
 from iql_plugins.networks.ensemble import CriticEnsemble
 
 __all__ = ["BatchQuantities", "NetworkQuantities"]
@@ -42,11 +43,14 @@ class NetworkQuantities(TorchRLContract):
         together = self.num_qvalue_nets == 1 or self._tied >= parameters.leaves(self.qvalue_network).keys()
         self._ensemble = None if together else CriticEnsemble.read(self.qvalue_network)
 
-    def _log_prob(self, batch: Batch, shape: Size) -> Tensor:
-        """``[*B]`` log-probability of the dataset's action."""
+    def _distribution(self, batch: Batch) -> Any:
+        """The policy's, of actions in the batch's states."""
         inputs = batch.select(in_keys_of(self.actor_network))
         with _Explained("actor_network", self.actor_network, inputs):
-            distribution = calls.distribution(self.actor_network, inputs, batch.shape)
+            return calls.distribution(self.actor_network, inputs, batch.shape)
+
+    def _log_prob(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
+        """``[*B]`` log-probability of the dataset's action."""
         log_prob = distribution.log_prob(self._policy_action(batch, distribution, shape))
         if not isinstance(log_prob, Tensor) or log_prob.shape != shape:
             came = tuple(log_prob.shape) if isinstance(log_prob, Tensor) else type(log_prob).__name__
@@ -90,16 +94,46 @@ class NetworkQuantities(TorchRLContract):
     @torch.no_grad()
     def _target_q(self, batch: Batch, shape: Size) -> Tensor:
         """``[N, *B]`` Q(s, a) of the target critics, without gradient."""
-        return self._critic_values(self._network("target_qvalue_network"), frozenset(), frozenset(), batch, shape)
+        values = self._critic_values(self._network("target_qvalue_network"), frozenset(), frozenset(), batch)
+        return at_least_float32(self._chosen(values, batch, shape))
 
     def _q(self, batch: Batch, shape: Size) -> Tensor:
         """``[N, *B]`` Q(s, a) of the critics."""
         untrained = self._untrained["qvalue_network"]
-        return self._critic_values(self.qvalue_network, self._tied, untrained, batch, shape)
+        values = self._critic_values(self.qvalue_network, self._tied, untrained, batch)
+        return at_least_float32(self._chosen(values, batch, shape))
+
+    def _policy_q(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
+        """``[*B]`` min Q(s, π(s)) of the critics; gradients flow to the policy alone."""
+        key = self._tensor_keys.action
+        # Of composite policies a TensorDict.
+        given: Any = batch.tensors[key]
+        if key not in in_keys_of(self.qvalue_network):
+            raise ValueError(
+                f"policy_extraction={self.policy_extraction!r} asks the critics what the policy's action is worth: "
+                f"qvalue_network must read {shown(key)}, it reads {', '.join(map(shown, self.qvalue_network.in_keys))}"  # type: ignore[arg-type]
+            )
+        action = evaluated_action(distribution)
+        if not isinstance(given, Tensor) or action.shape != given.shape:
+            came = tuple(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(
+                f"policy_extraction={self.policy_extraction!r} gives the critics the policy's action of shape "
+                f"{tuple(action.shape)} in the place of {shown(key)}, which must have that shape, got {came}"
+            )
+        # Critics of half precision take the dataset's, a distribution has float32 at least.
+        action = action.to(given.dtype) if given.is_floating_point() else action
+        values = self._frozen_critic_values(replace(batch, tensors=batch.tensors | {key: action}))
+        return functional.minimum_over_critics(at_least_float32(self._chosen(values, batch, shape)))
+
+    def _frozen_critic_values(self, batch: Batch) -> Tensor:
+        """``[N, *B, ...]`` what the critics write; no gradient reaches their parameters."""
+        everything = frozenset(parameters.leaves(self.qvalue_network))
+        return self._critic_values(self.qvalue_network, self._tied, everything, batch)
 
     def _critic_values(
-        self, network: nn.Module, tied: frozenset[str], untrained: frozenset[str], batch: Batch, shape: Size
+        self, network: nn.Module, tied: frozenset[str], untrained: frozenset[str], batch: Batch
     ) -> Tensor:
+        """``[N, *B, ...]`` what critics write; no gradient reaches the leaves of ``untrained``."""
         inputs = batch.select(in_keys_of(network))
         key = self._tensor_keys.state_action_value
 
@@ -131,7 +165,7 @@ class NetworkQuantities(TorchRLContract):
                         vmap=not self.deactivate_vmap and (on_accelerator or self.vmap_randomness != "different"),
                         randomness=self.vmap_randomness,
                     )
-        return at_least_float32(self._chosen(values, batch, shape))
+        return values
 
     def _usable_ensemble(self, network: nn.Module, inputs: Mapping[NestedKey, Tensor]) -> CriticEnsemble | None:
         """The critics' steps, if nothing was asked for that they leave out."""
@@ -200,11 +234,11 @@ class NetworkQuantities(TorchRLContract):
         return values.squeeze(-1)
 
 
-def _once(compute: Callable[["BatchQuantities"], Tensor]) -> Any:
+def _once(compute: Callable[["BatchQuantities"], Any]) -> Any:
     """A property that is computed once; ``functools.cached_property`` breaks a compiled graph."""
     name = compute.__name__
 
-    def quantity(self: "BatchQuantities") -> Tensor:
+    def quantity(self: "BatchQuantities") -> Any:
         if name not in self.computed:
             self.computed[name] = compute(self)
         return self.computed[name]
@@ -224,7 +258,7 @@ class BatchQuantities:
     def __init__(self, loss: NetworkQuantities, batch: Batch) -> None:
         self._loss, self.batch = loss, batch
         self.shape: Size | None = None
-        self.computed: dict[str, Tensor] = {}
+        self.computed: dict[str, Any] = {}
 
     @_once
     def value(self) -> Tensor:
@@ -250,9 +284,19 @@ class BatchQuantities:
         return self._loss._q(self.batch, self._known_shape)
 
     @_once
+    def distribution(self) -> Any:
+        """The policy's."""
+        return self._loss._distribution(self.batch)
+
+    @_once
     def log_prob(self) -> Tensor:
         """``[*B]`` log-probability of the dataset's action."""
-        return self._loss._log_prob(self.batch, self._known_shape)
+        return self._loss._log_prob(self.batch, self.distribution, self._known_shape)
+
+    @_once
+    def policy_q(self) -> Tensor:
+        """``[*B]`` min Q(s, π(s)) of the critics, for discrete actions its expectation; gradients reach the policy."""
+        return self._loss._policy_q(self.batch, self.distribution, self._known_shape)
 
     @_once
     def target(self) -> Tensor:

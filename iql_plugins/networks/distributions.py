@@ -6,14 +6,14 @@ is the action that an evaluation takes.
 """
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.distributions import Categorical as _Categorical
 from torch.distributions import Distribution, constraints
 
-__all__ = ["Categorical", "TanhMeanNormal", "TanhNormal"]
+__all__ = ["Categorical", "TanhMeanNormal", "TanhNormal", "at_least_float32", "evaluated_action"]
 
 Shape = torch.Size | list[int] | tuple[int, ...]
 
@@ -25,6 +25,24 @@ _HALF_LOG_2_PI = 0.5 * math.log(2 * math.pi)
 def at_least_float32(x: Tensor) -> Tensor:
     """``x``, in float32 if it has a half-precision dtype."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def evaluated_action(distribution: Any) -> Tensor:
+    """The action that an evaluation takes, with gradient; inside the bounds if the distribution has any.
+
+    Raises:
+        ValueError: for a distribution that knows none.
+    """
+    try:
+        # Before the mode, which TorchRL's squashed Gaussian searches for.
+        action = getattr(distribution, "deterministic_sample", None)
+        mode: Tensor = distribution.mode if action is None else action
+    except NotImplementedError as error:
+        raise ValueError(
+            f"the policy's distribution must have a deterministic_sample or a mode, {type(distribution).__name__} has "
+            "neither"
+        ) from error
+    return mode
 
 
 class _BoxDistribution(Distribution):

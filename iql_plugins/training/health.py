@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from iql_plugins.losses.objectives import exponential_weight, policy_extraction, value_objective
+
 __all__ = ["HealthWarning", "Looks", "health_warnings"]
 
 #: What the means and medians below are taken of, at least: the metrics of one batch are noisy.
@@ -61,6 +63,10 @@ class Weighted(Protocol):
     def policy_extraction(self) -> str:
         """How the policy is learned."""
 
+    @property
+    def value_objective(self) -> str:
+        """How V is learned, which says what an action weighs."""
+
 
 def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
     """What the metrics of a training say against its result.
@@ -74,8 +80,8 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
     ``equal-weights``         the weights differ by less than a tenth: it is behaviour cloning
     ========================= ==================================================================
 
-    The last three are of the weights in the last quarter, where a policy is learned by weights of a temperature above
-    0. Each is told if it is beyond the noise from batch to batch; of fewer than 5 looks (20 for ``unsettled-values``)
+    The last three are of the weights in the last quarter, where a policy is learned by weights of the temperature, and
+    that is above 0. Each is told if it is beyond the noise from batch to batch; of fewer than 5 looks (20 for ``unsettled-values``)
     nothing is.
 
     >>> from iql_plugins.config import IQLConfig
@@ -90,7 +96,8 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
         of: the configuration, or the loss.
     """
     found = [_unsettled_values(looks)]
-    if of.policy_extraction == "awr" and of.temperature > 0.0:
+    exponential = value_objective(of.value_objective).weight is exponential_weight
+    if exponential and policy_extraction(of.policy_extraction).weighs and of.temperature > 0.0:
         found += [_few_samples(looks, of.temperature), _clipped(looks, of.temperature), _equal(looks, of.temperature)]
     return [warning for warning in found if warning is not None]
 

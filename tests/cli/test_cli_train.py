@@ -137,6 +137,12 @@ def test_options_win_over_the_preset_and_the_preset_over_the_defaults() -> None:
     given = hyperparameters("--preset=antmaze", "--temperature", "2", "--hidden-sizes", "3", "4")
     assert given == preset("antmaze", temperature=2.0, hidden_sizes=(3, 4))
     assert hyperparameters("--reward-scale", "0.5", "--max-grad-norm", "1").reward_scale == 0.5
+    sparse = ["--preset", "antmaze", "--value-objective", "sparse"]
+    assert hyperparameters(*sparse) == preset("antmaze", value_objective="sparse")
+    assert hyperparameters(*sparse).objective_options == {"alpha": 0.1}
+    assert hyperparameters(*sparse, "--objective-options", "alpha", "3").objective_options == {"alpha": 3.0}
+    with pytest.raises(UserError, match=r"value_objective must be one of 'expectile', .* got 'tilt'"):
+        hyperparameters("--preset", "antmaze", "--value-objective", "tilt")
 
 
 def test_a_run_leaves_policy_picture_metrics_and_its_configuration(run: Run, tmp_path: Path) -> None:
@@ -162,6 +168,19 @@ def test_a_run_leaves_policy_picture_metrics_and_its_configuration(run: Run, tmp
     assert document["settings"]["hyperparameters"]["compile"] in ("yes", "no")  # not "auto"
     assert document["settings"]["threads"] >= 1
     assert document["environment"]["packages"]["torch"] == torch.__version__.partition("+")[0] or torch.__version__
+
+
+def test_behaviour_cloning_is_that_whatever_the_objectives(run: Run, tmp_path: Path) -> None:
+    objectives = ["--value-objective", "sparse", "--policy-extraction", "ddpg_bc", "--objective-options", "alpha", "2"]
+    folder = tmp_path / "run"
+    assert run("train", *BOTH, *objectives, "--run-dir", folder)[0] == 0
+    trained, cloned = (Agent.load(folder / name / "policy.safetensors").config for name in ("", "bc"))
+    assert (trained.value_objective, trained.policy_extraction) == ("sparse", "ddpg_bc")
+    assert trained.objective_options == {"alpha": 2.0}
+    assert cloned == IQLConfig(
+        **trained.of()
+        | {"temperature": 0.0, "value_objective": "expectile", "policy_extraction": "awr", "objective_options": {}}
+    )
 
 
 def test_json_has_the_table_and_every_seed(run: Run, tmp_path: Path) -> None:
@@ -781,9 +800,11 @@ OTHERS = {
     "earlier_ends": [10],
     "loss_function": "l1",
     "max_grad_norm": 0.5,
+    "policy_extraction": "ddpg_bc",
     "reward_scale": 0.5,
     "seeds": [0],
     "spaces": Spaces(Box((3,)), Discrete(2)).to_json(),
+    "value_objective": "sparse",
 }
 
 
@@ -842,11 +863,8 @@ def changes(folder: Path) -> list[Any]:
     return [unit["changes"] for unit in json.loads((folder / "results.json").read_text())["by_seed"]]
 
 
-#: Of which there is no other value without a plugin's: core/test_objectives.py has one.
-OF_PLUGINS = {"value_objective", "policy_extraction", "objective_options"}
-
-
-@pytest.mark.parametrize("name", sorted(SETTINGS - set(CHANGEABLE) - OF_PLUGINS))
+# IQL's own two objectives have no options: core/test_objectives.py has some.
+@pytest.mark.parametrize("name", sorted(SETTINGS - set(CHANGEABLE) - {"objective_options"}))
 def test_what_was_edited_in_config_json_is_refused_with_both_values(name: str, pair: Path, run: Run) -> None:
     settings = json.loads((pair / "config.json").read_text())["settings"]
     old = (settings | settings["hyperparameters"])[name]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agents import ROWS, SPACES, draw, draw_nothing, make_agent, make_dataset, observations, same, weights
+from agents import OBJECTIVES, ROWS, SPACES, draw, draw_nothing, make_agent, make_dataset, observations, same, weights
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -294,9 +294,14 @@ def test_time_limits_bootstrap_and_terminal_states_do_not() -> None:
 
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete", "dict"])
-def test_a_training_that_was_saved_goes_on_as_if_it_had_not_stopped(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["expectile-awr", *OBJECTIVES])
+def test_a_training_that_was_saved_goes_on_as_if_it_had_not_stopped(kind: str, objective: str, tmp_path: Path) -> None:
     dataset, path = make_dataset(SPACES[kind]), tmp_path / "agent.safetensors"
-    options = STANDARDIZED | {"actor_dropout": 0.3, "max_grad_norm": 1.0, "n_steps": 12, "polyak": 0.25}
+    options = (
+        STANDARDIZED
+        | OBJECTIVES.get(objective, {})
+        | {"actor_dropout": 0.3, "max_grad_norm": 1.0, "n_steps": 12, "polyak": 0.25}
+    )
     whole, first = (make_agent(kind, dataset, **options) for _ in range(2))
     whole.fit(dataset, 15)
     first.fit(dataset, 6)

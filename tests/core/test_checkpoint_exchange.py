@@ -13,7 +13,7 @@ pytest.importorskip("d3rlpy")
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("torchrl")
 
-from agents import SPACES, make_agent, make_dataset, observations, same, weights
+from agents import OBJECTIVES, SPACES, make_agent, make_dataset, observations, same, weights
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -46,10 +46,10 @@ def training_of(name: str) -> Training:
     return training
 
 
-def trained(name: str, kind: str, dataset: TensorDict) -> Any:
+def trained(name: str, kind: str, dataset: TensorDict, **options: Any) -> Any:
     """An adapter's algorithm, in the middle of its training."""
     agent = make_agent(
-        kind, dataset, normalize_observations=True, reward_scale=2.0, reward_shift=-0.5, actor_dropout=0.1
+        kind, dataset, normalize_observations=True, reward_scale=2.0, reward_shift=-0.5, actor_dropout=0.1, **options
     )
     algorithm = training_of(name).from_agent(agent)
     training_of(name).fit(algorithm, dataset, BEFORE, lambda step: None)
@@ -101,13 +101,21 @@ CAMERA = Box((3, 36, 36), "uint8", (0.0,) * (3 * 36 * 36), (255.0,) * (3 * 36 * 
 MIXED = Spaces({"camera": CAMERA, "gear": Discrete(3, start=-1), "speed": Box((2,))}, Discrete(3))
 
 
-@pytest.mark.parametrize("name", ["dict", "mixed"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dict", {}),
+        ("mixed", {}),
+        *[(name, options) for name in ("continuous", "discrete") for options in OBJECTIVES.values()],
+    ],
+    ids=str,
+)
 def test_an_agent_of_any_spaces_goes_through_all_adapters_and_comes_back(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SPACES, "mixed", MIXED)
     dataset = make_dataset(SPACES[name])
-    algorithm = trained("tensor", name, dataset)
+    algorithm = trained("tensor", name, dataset, **options)
     expected = weights(algorithm.agent)
     other, states = algorithm, observations(SPACES[name], 100)
     for source, target in itertools.pairwise([*ADAPTERS, "tensor"]):

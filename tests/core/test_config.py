@@ -82,6 +82,39 @@ def test_presets_are_those_of_their_sources(name: str) -> None:
     assert (config.n_steps, config.n_critics, config.loss_function) == (1_000_000, 2, "l2")
 
 
+#: The scale of V, the learning rates and the schedule of the authors' configurations and scripts.
+OF_OBJECTIVES: dict[tuple[str, str], tuple[dict[str, float], float, str]] = {
+    ("locomotion", "gumbel"): ({"loss_temperature": 2.0}, 3e-4, "cosine"),
+    ("antmaze", "gumbel"): ({"loss_temperature": 0.6}, 3e-4, "constant"),
+    ("kitchen", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
+    ("adroit", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
+    ("locomotion", "sparse"): ({"alpha": 1.0}, 3e-4, "cosine"),
+    ("antmaze", "sparse"): ({"alpha": 0.1}, 2e-4, "cosine"),
+    ("kitchen", "sparse"): ({"alpha": 0.5}, 3e-4, "cosine"),
+    ("locomotion", "exponential"): ({"alpha": 2.0}, 3e-4, "cosine"),
+    ("antmaze", "exponential"): ({"alpha": 0.5}, 2e-4, "cosine"),
+    ("kitchen", "exponential"): ({"alpha": 2.0}, 3e-4, "cosine"),
+}
+
+
+@pytest.mark.parametrize(("name", "value_objective"), OF_OBJECTIVES)
+def test_a_preset_with_a_value_objective_is_that_of_its_authors(name: str, value_objective: str) -> None:
+    config = preset(name, value_objective=value_objective)
+    options, rate, schedule = OF_OBJECTIVES[name, value_objective]
+    assert config.objective_options == options
+    assert {config.actor_learning_rate, config.critic_learning_rate, config.value_learning_rate} == {rate}
+    assert config.actor_schedule == schedule
+    others = preset(name).of()
+    shared = {"expectile", "temperature", "actor_dropout", "reward_shift", "reward_scale", "batch_size", "polyak"}
+    assert all(getattr(config, key) == others[key] for key in shared)
+
+
+def test_what_is_given_beside_a_preset_wins_option_by_option() -> None:
+    config = preset("antmaze", value_objective="gumbel", objective_options={"max_clip": 5.0})
+    assert config.objective_options == {"loss_temperature": 0.6, "max_clip": 5.0}
+    assert preset("maze2d", value_objective="sparse").objective_options == {}
+
+
 def test_unknown_names_are_refused_and_the_known_ones_listed() -> None:
     with pytest.raises(ValueError, match=r"preset must be one of locomotion, antmaze, .*, got 'hopper'"):
         preset("hopper")

@@ -14,6 +14,7 @@ pytest.importorskip("stable_baselines3")
 pytest.importorskip("torchrl")
 
 import torchrl.objectives
+from agents import OBJECTIVES
 from conftest import keywords
 from d3rlpy.dataset import BasicTransitionPicker, TransitionMiniBatch
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -292,6 +293,17 @@ def test_every_adapter_trains_the_same(path: Path, kind: str, dtype: torch.dtype
     names = expected.gradients[0].keys()
     assert {name.split(".")[0] for name in names} == {f"{n}_network_params" for n in ("actor", "qvalue", "value")}
     assert all(not torch.equal(expected.parameters[0][name], expected.parameters[-1][name]) for name in names)
+
+
+@pytest.mark.parametrize("path", [sb3_dataset, d3rlpy_fit, torchrl_loop], ids=lambda path: path.__name__)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("dtype", [torch.float64], indirect=True)
+def test_every_adapter_trains_every_objective_the_same(
+    path: Path, kind: str, objective: str, dtype: torch.dtype
+) -> None:
+    options = PLAIN | OBJECTIVES[objective]
+    expected = expected_record(kind, dtype, tuple(options.items()))
+    assert_equal_records(path(make_agent(kind, **options), make_dataset(kind)), expected, dtype)
 
 
 @pytest.mark.parametrize("path", [sb3_dataset, d3rlpy_fit, torchrl_fit], ids=lambda path: path.__name__)

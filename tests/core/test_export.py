@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from agents import OBJECTIVES
 
 from iql_plugins import export
 from iql_plugins.config import IQLConfig
@@ -24,14 +25,14 @@ SPACES = {
 }
 
 
-def make_agent(kind: str) -> Agent:
+def make_agent(kind: str, **options: Any) -> Agent:
     spaces = SPACES[kind]
     moments = {
         key: (torch.full(space.shape, 5.0), torch.full(space.shape, 3.0))
         for key, space in spaces.observations.items()
         if isinstance(space, Box) and space.dtype != "uint8"
     }
-    config = IQLConfig(n_steps=10, hidden_sizes=(16, 16), actor_dropout=0.5, compile="no")
+    config = IQLConfig(n_steps=10, hidden_sizes=(16, 16), actor_dropout=0.5, compile="no", **options)
     return Agent(spaces, config, normalizers=Normalizers(spaces, observation_moments=moments), seed=0)
 
 
@@ -66,10 +67,18 @@ def test_an_onnx_file_acts_like_the_agent_whatever_the_batch_size(kind: str, tmp
         np.testing.assert_allclose(session.run(["action"], arrays)[0], agent.act(given).cpu().numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["continuous", "dict", "image"])
-@pytest.mark.parametrize("written", ["torch", "torchscript"])
-def test_a_file_of_torch_acts_like_the_agent_whatever_the_batch_size(kind: str, written: Any, tmp_path: Path) -> None:
-    agent = make_agent(kind)
+@pytest.mark.parametrize(
+    ("kind", "written", "options"),
+    [
+        *[(kind, written, {}) for kind in ("continuous", "dict", "image") for written in ("torch", "torchscript")],
+        *[(kind, "torchscript", options) for kind in ("continuous", "discrete") for options in OBJECTIVES.values()],
+    ],
+    ids=str,
+)
+def test_a_file_of_torch_acts_like_the_agent_whatever_the_batch_size(
+    kind: str, written: Any, options: dict[str, str], tmp_path: Path
+) -> None:
+    agent = make_agent(kind, **options)
     export_policy(agent, tmp_path / "policy", written)
     # torch deprecates TorchScript; whoever asks for it knows.
     warnings.simplefilter("ignore")

@@ -1,6 +1,7 @@
 """Hand-computed numbers for every equation, and properties that hold for all inputs."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -43,10 +44,135 @@ def test_the_minimiser_of_the_expectile_loss_is_the_expectile() -> None:
     assert candidates[losses.argmin()].item() == pytest.approx(3.0, abs=1e-3)
 
 
+Q = tensor([1.0, 0.0, -2.0, 4.0], dtype=torch.float64)
+#: The losses of V per sample, from Q(s, a) and V(s).
+VALUE_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "expectile": lambda q, v: F.expectile_loss(q - v, 0.75),
+    "quantile": lambda q, v: F.quantile_loss(q - v, 0.75),
+    "gumbel": lambda q, v: F.gumbel_loss(q - v, 2.0),
+    "sparse": lambda q, v: F.sparse_loss(q - v, v, 0.5),
+    "exponential": lambda q, v: F.exponential_loss(q - v, v, 2.0),
+}
+#: Those that the whole batch divides by e to its largest u / 2: with a mask, and without the division.
+SCALED: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
+    "gumbel": (
+        lambda q, v, mask: F.gumbel_loss(q - v, 2.0, mask=mask),
+        lambda q, v: ((q - v) / 2.0).exp() - (q - v) / 2.0 - 1.0,
+    ),
+    "exponential": (
+        lambda q, v, mask: F.exponential_loss(q - v, v, 2.0, mask=mask),
+        lambda q, v: ((q - v) / 2.0).exp() + v / 2.0,
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "q", "v", "expected"),
+    [
+        ("quantile", [2.0, -2.0, 0.0], 0.0, [1.5, 0.5, 0.0]),
+        # z = 2, 1 and 0, m = 2.
+        ("gumbel", [4.0, 2.0, 0.0], 0.0, [1 - 3 * math.exp(-2), math.exp(-1) - 2 * math.exp(-2), 0.0]),
+        # z = 7, clipped, and -1: m = 7.
+        ("gumbel", [100.0, -2.0], 0.0, [1 - 8 * math.exp(-7), math.exp(-8)]),
+        # z = -2 and -3: m is -1 at least.
+        ("gumbel", [-4.0, -6.0], 0.0, [math.exp(-1) + math.e, math.exp(-2) + 2 * math.e]),
+        # t = u + 1: 3, 0 and -1.
+        ("sparse", [3.0, 0.0, -1.0], 1.0, [9.0 + 2.0, 2.0, 2.0]),
+        # t = 1, 0 and -1, m = 1.
+        ("exponential", [3.0, 1.0, -1.0], 1.0, [1 + 0.5 / math.e, 1.5 / math.e, math.exp(-2) + 0.5 / math.e]),
+        # t = 5, clipped: m = 5. And t = -2: m is -1 at least.
+        ("exponential", [100.0], 2.0, [1 + math.exp(-5)]),
+        ("exponential", [-2.0], 2.0, [math.exp(-1) + math.e]),
+    ],
+)
+def test_a_loss_of_v_by_hand(name: str, q: list[float], v: float, expected: list[float]) -> None:
+    value = torch.full((len(q),), v, dtype=torch.float64)
+    loss = VALUE_LOSSES[name](tensor(q, dtype=torch.float64), value)
+    torch.testing.assert_close(loss, tensor(expected, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_largest_exponent_is_that_of_the_samples_that_count(name: str) -> None:
+    q, v = tensor([1.0, 9.0, math.nan]), torch.zeros(3)
+    mask = tensor([True, False, False])
+    expected, masked = VALUE_LOSSES[name](q[:1], v[:1]), SCALED[name][0]
+    torch.testing.assert_close(masked(q, v, mask)[:1], expected)
+    assert not torch.equal(masked(q[:2], v[:2], None)[:1], expected)
+    assert masked(q, v, torch.zeros(3, dtype=torch.bool))[:2].isfinite().all()
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_loss_of_v_with_an_exponential_never_overflows(name: str) -> None:
+    value = tensor([-1e30, -1e4, 0.0, 1e4, 1e30], requires_grad=True)
+    loss = VALUE_LOSSES[name](torch.zeros(5), value)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert value.grad is not None
+    assert value.grad.isfinite().all()
+
+
+def slope(name: str, q: torch.Tensor, v: float) -> float:
+    """Of the mean loss of one state, whose V is v."""
+    value = tensor(v, dtype=torch.float64, requires_grad=True)
+    VALUE_LOSSES[name](q, value.expand_as(q)).mean().backward()
+    assert value.grad is not None
+    return value.grad.item()
+
+
+@pytest.mark.parametrize("v", [-1.0, 0.5, 3.0])
+@pytest.mark.parametrize("name", VALUE_LOSSES)
+def test_the_gradient_of_a_loss_of_v_is_its_slope(name: str, v: float) -> None:
+    step = 1e-6
+    values = [Q.new_full(Q.shape, v + sign * step) for sign in (1, -1)]
+    # What the whole batch is divided by is a constant of the gradient.
+    scale = math.exp(-((Q - v) / 2.0).max().clamp(min=-1.0)) if name in SCALED else 1.0
+    plain = SCALED[name][1] if name in SCALED else VALUE_LOSSES[name]
+    higher, lower = (plain(Q, value).mean().item() for value in values)
+    assert slope(name, Q, v) == pytest.approx(scale * (higher - lower) / (2 * step), rel=1e-6, abs=1e-8)
+
+
+def fixed_point(name: str, q: torch.Tensor) -> float:
+    """The V of a state at which the loss has its minimum, by bisection."""
+    low, high = q.min().item() - 10.0, q.max().item() + 10.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(name, q, middle) < 0 else (low, middle)
+    return low
+
+
+def test_v_of_a_bandit_is_what_the_loss_is_named_after() -> None:
+    weight = (0.75 - (fixed_point("expectile", Q) > Q).double()).abs()
+    assert fixed_point("expectile", Q) == pytest.approx(((weight * Q).sum() / weight.sum()).item())
+    # Between the third and the fourth of four, all are quantiles of 0.75; the lowest is found.
+    assert fixed_point("quantile", Q) == pytest.approx(1.0)
+    assert fixed_point("exponential", Q) == pytest.approx(2.0 * (Q / 2.0).exp().mean().log().item())
+    of_sparse = (1.0 + (Q - fixed_point("sparse", Q)) / (2 * 0.5)).clamp(min=0.0).mean()
+    assert of_sparse.item() == pytest.approx(1.0)
+    assert fixed_point("gumbel", Q) == pytest.approx(2.0 * (Q / 2.0).exp().mean().log().item())
+
+
 @pytest.mark.parametrize("expectile", [0.0, -0.1, 1.5, math.nan])
 def test_an_expectile_out_of_range_is_refused(expectile: float) -> None:
     with pytest.raises(ValueError, match=r"expectile must be in \(0, 1\]"):
         F.expectile_loss(tensor([1.0]), expectile)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda u: F.quantile_loss(u, 0.0), r"quantile must be in \(0, 1\), got 0.0"),
+        (lambda u: F.quantile_loss(u, 1.0), r"quantile must be in \(0, 1\), got 1.0"),
+        (lambda u: F.gumbel_loss(u, 0.0), "temperature must be a finite number > 0"),
+        (lambda u: F.gumbel_loss(u, 1.0, -1.0), "largest_exponent must be a finite number > 0"),
+        (lambda u: F.exponential_loss(u, u, -1.0), "alpha must be a finite number > 0"),
+        (lambda u: F.sparse_loss(u, u, 0.0), "alpha must be a finite number > 0"),
+        (lambda u: F.sparse_weight(u, 0.0), "max_weight must be a finite number > 0"),
+        (lambda u: F.ddpg_bc_loss(u, u, -0.1), "bc_coefficient must be a finite number >= 0"),
+    ],
+)
+def test_an_option_out_of_range_is_refused(call: Callable[[torch.Tensor], torch.Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(tensor([1.0]))
 
 
 @pytest.mark.parametrize(
@@ -70,6 +196,14 @@ def test_the_advantage_weight(advantage: float, temperature: float, max_weight: 
     assert weight.item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("advantage", "max_weight", "expected"),
+    [(-1.0, 100.0, 0.0), (0.5, 100.0, 0.5), (200.0, 100.0, 100.0), (math.inf, 7.0, 7.0)],
+)
+def test_the_sparse_weight(advantage: float, max_weight: float, expected: float) -> None:
+    assert F.sparse_weight(tensor([advantage]), max_weight).item() == expected
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_advantage_weight_and_its_gradient_never_overflow(dtype: torch.dtype) -> None:
     advantage = tensor([-6e4, -1.0, 0.0, 1.0, 6e4], dtype=dtype, requires_grad=True)
@@ -87,6 +221,44 @@ def test_the_advantage_weight_and_its_gradient_never_overflow(dtype: torch.dtype
 def test_a_weight_out_of_range_is_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=name):
         F.advantage_weight(tensor([0.0]), **({"temperature": 1.0} | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("q", "log_prob", "bc_coefficient", "mask", "expected"),
+    [
+        ([1.0, -3.0], [-0.5, -2.0], 1.0, None, [-0.5 + 0.5, 1.5 + 2.0]),
+        ([1.0, -3.0], [-0.5, -2.0], 0.0, None, [-0.5, 1.5]),
+        ([1.0, -3.0], [-0.5, -2.0], 2.0, [True, False], [-1.0 + 1.0, 3.0 + 4.0]),
+        ([1.0, math.nan], [-0.5, -2.0], 1.0, [True, False], [-1.0 + 0.5, math.nan]),
+        ([0.0, 0.0], [-0.5, -2.0], 1.0, None, [0.5, 2.0]),
+    ],
+)
+def test_the_loss_of_ddpg_and_cloning(
+    q: list[float], log_prob: list[float], bc_coefficient: float, mask: list[bool] | None, expected: list[float]
+) -> None:
+    loss = F.ddpg_bc_loss(tensor(q), tensor(log_prob), bc_coefficient, mask=None if mask is None else tensor(mask))
+    torch.testing.assert_close(loss, tensor(expected), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_the_scale_of_the_critics_is_a_constant_of_the_gradient() -> None:
+    q, log_prob = Q.clone().requires_grad_(), torch.zeros_like(Q, requires_grad=True)
+    F.ddpg_bc_loss(q, log_prob, 0.5).sum().backward()
+    torch.testing.assert_close(q.grad, torch.full_like(Q, -1 / (7 / 4 + 1e-6)))
+    torch.testing.assert_close(log_prob.grad, torch.full_like(Q, -0.5))
+    larger, before = (1000.0 * Q).requires_grad_(), torch.zeros_like(Q)
+    F.ddpg_bc_loss(larger, before, 0.5).sum().backward()
+    torch.testing.assert_close(larger.grad, q.grad / 1000.0)
+
+
+def test_an_expectation_over_actions_trains_the_policy_alone() -> None:
+    q = tensor([[1.0, 5.0], [-2.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    logits = tensor([[0.0, 0.0], [0.0, math.log(3.0)]], dtype=torch.float64, requires_grad=True)
+    expected = F.expected_q(q, logits.softmax(-1))
+    torch.testing.assert_close(expected, tensor([3.0, 1.0], dtype=torch.float64))
+    expected.sum().backward()
+    assert q.grad is None
+    # π(a) (Q(a) - E Q).
+    torch.testing.assert_close(logits.grad, tensor([[-1.0, 1.0], [-0.75, 0.75]], dtype=torch.float64))
 
 
 def test_a_time_limit_bootstraps_and_a_terminal_state_does_not() -> None:
@@ -207,6 +379,13 @@ def test_a_column_is_never_broadcast_against_a_row() -> None:
         lambda: F.qvalue_loss(q, column, "l2"),
         lambda: F.td_error(q, column),
         lambda: F.advantage(q, column),
+        lambda: F.gumbel_loss(row, 1.0, mask=flags.unsqueeze(-1)),
+        lambda: F.sparse_loss(row, column, 1.0),
+        lambda: F.exponential_loss(row, column, 1.0),
+        lambda: F.exponential_loss(row, row, 1.0, mask=flags.unsqueeze(-1)),
+        lambda: F.ddpg_bc_loss(row, column, 1.0),
+        lambda: F.ddpg_bc_loss(row, row, 1.0, mask=flags.unsqueeze(-1)),
+        lambda: F.expected_q(row, column),
         lambda: F.weighted_log_likelihood(row, column),
         lambda: F.reduce_loss(row, weight=column),
         lambda: F.reduce_loss(row, mask=flags.unsqueeze(-1)),
@@ -345,3 +524,22 @@ def test_health_is_what_a_hand_computes() -> None:
     assert found.mean_qvalue == pytest.approx((1.0 + math.log(3.0)) / 4)
     above = F.health(target_q, value + 0.1, temperature=1.0, mask=torch.tensor([True, True, False, False]))
     assert above.share_value_above_q == 0.5
+
+
+@pytest.mark.parametrize(
+    ("weight", "mask", "expected"),
+    [
+        ([3.0, 1.0, 1.0, 1.0], None, 6.0**2 / (4 * 12.0)),
+        ([0.0, 0.0, 2.0, 9.0], [True, True, True, False], 1 / 3),
+        ([1e-30, 1e-30, 0.0, 0.0], None, 0.5),
+        # Nothing teaches the policy: no action is above V, in sparse Q-learning.
+        ([0.0, 0.0, 0.0, 0.0], None, 0.0),
+    ],
+)
+def test_the_sample_size_of_another_objectives_weights(
+    weight: list[float], mask: list[bool] | None, expected: float
+) -> None:
+    found = F.health(
+        torch.zeros(1, 4), torch.zeros(4), weight=tensor(weight), mask=None if mask is None else tensor(mask)
+    )
+    assert found.effective_sample_size == pytest.approx(expected)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agents import SPACES, make_agent, make_dataset
+from agents import OBJECTIVES, SPACES, make_agent, make_dataset
 from conftest import ACTIONS, OBSERVATION, keywords, make_batch, make_loss
 from requirements import needs_compiler
 from tensordict.nn import TensorDictModule
@@ -51,8 +51,9 @@ def both(loss: IQLLoss, batch: dict[str, torch.Tensor], compiled: LossGradients)
     assert any(grad is not None and grad.any() for grad in traced_grads)
 
 
-def test_the_graph_computes_what_autograd_does(kind: str, graphs: list[Any]) -> None:
-    loss = make_loss(kind)
+@pytest.mark.parametrize("objective", ["expectile-awr", *OBJECTIVES])
+def test_the_graph_computes_what_autograd_does(kind: str, objective: str, graphs: list[Any]) -> None:
+    loss = make_loss(kind, **OBJECTIVES.get(objective, {}))
     compiled = LossGradients(loss, compile=True)
     for _ in range(2):
         both(loss, keywords(make_batch(kind)), compiled)
@@ -384,12 +385,29 @@ def test_an_unknown_mode_is_refused(kind: str) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["continuous", "discrete"])
-def test_a_compiled_training_is_the_eager_one(kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        ("continuous", "expectile-awr"),
+        ("discrete", "expectile-awr"),
+        ("continuous", "gumbel-ddpg_bc"),
+        ("discrete", "exponential-ddpg_bc"),
+        ("continuous", "sparse-awr"),
+    ],
+)
+def test_a_compiled_training_is_the_eager_one(kind: str, objective: str) -> None:
     dataset = make_dataset(SPACES[kind])
     with torch._inductor.config.patch(fallback_random=True):
         agents = [
-            make_agent(kind, dataset, compile=compile, n_steps=100, max_grad_norm=0.5, actor_dropout=0.2)
+            make_agent(
+                kind,
+                dataset,
+                compile=compile,
+                n_steps=100,
+                max_grad_norm=0.5,
+                actor_dropout=0.2,
+                **OBJECTIVES.get(objective, {}),
+            )
             for compile in ("no", "yes")
         ]
         for agent in agents:

@@ -152,8 +152,11 @@ def test_few_looks_say_nothing() -> None:
 
 
 @pytest.mark.parametrize("code", ["few-effective-samples", "clipped-weights", "equal-weights"])
-def test_weights_that_teach_no_policy_are_no_sign(code: str) -> None:
+def test_weights_that_no_temperature_makes_are_no_sign(code: str) -> None:
     assert codes(looks(**TRIPPED[code]), temperature=0.0) == []
+    assert codes(looks(**TRIPPED[code]), value_objective="sparse") == []
+    assert codes(looks(**TRIPPED[code]), policy_extraction="ddpg_bc") == []
+    assert codes(looks(**TRIPPED[code]), value_objective="gumbel") == [code]
 
 
 # What a learner keeps

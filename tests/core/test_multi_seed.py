@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from agents import SPACES, make_dataset
+from agents import OBJECTIVES, SPACES, make_dataset
 from requirements import needs_compiler
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -64,8 +64,16 @@ def assert_equal(agent: Agent, alone: Agent, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(agent.learner.last_losses, alone.learner.last_losses, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", VECTORS)
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.1, "n_critics": 3, "polyak": 0.3}])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *[(kind, {}) for kind in VECTORS],
+        *[(kind, {"max_grad_norm": 0.1, "n_critics": 3, "polyak": 0.3}) for kind in VECTORS],
+        *[("continuous", options) for options in OBJECTIVES.values()],
+        ("discrete", OBJECTIVES["exponential-ddpg_bc"]),
+    ],
+    ids=str,
+)
 def test_each_agent_ends_where_it_would_have_alone(
     kind: str, options: dict[str, Any], alike: Callable[..., list[Agent]]
 ) -> None:
@@ -514,10 +522,16 @@ def test_a_frozen_network_stays_as_it_is(kind: str, alike: Callable[..., list[Ag
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", VECTORS)
-def test_compiled_agents_end_where_each_would_have_alone(kind: str, alike: Callable[..., list[Agent]]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*[(kind, {}) for kind in VECTORS], ("continuous", OBJECTIVES["gumbel-ddpg_bc"])],
+    ids=str,
+)
+def test_compiled_agents_end_where_each_would_have_alone(
+    kind: str, options: dict[str, Any], alike: Callable[..., list[Agent]]
+) -> None:
     dataset = dataset_of(kind)
-    together, alone = alike(compile="yes", n_steps=100), alike(n_steps=100)
+    together, alone = alike(compile="yes", n_steps=100, **options), alike(n_steps=100, **options)
     fit_together(together, dataset, 100)
     for agent, other in zip(together, alone, strict=True):
         other.fit(dataset, 100)

@@ -1,5 +1,6 @@
 """The tables of objectives are open: an entry that is made here works in every loss, adapter, file and command."""
 
+import copy
 import json
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -10,12 +11,15 @@ import torch
 from agents import SPACES, make_agent, make_dataset
 from requirements import needs_compiler
 from strangers import good, host_of
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 
 import iql_plugins
 from iql_plugins import plugins
 from iql_plugins.config import IQLConfig
 from iql_plugins.losses import objectives
 from iql_plugins.losses.objectives import Option, PolicyExtraction, Quantities, ValueObjective, exponential_weight
+from iql_plugins.networks import critic, gaussian_actor, value_function
 from iql_plugins.ranges import POSITIVE, SHARE
 from iql_plugins.training.agent import Agent, build_loss
 from iql_plugins.training.gradients import LossGradients
@@ -82,6 +86,142 @@ def test_no_gradient_of_the_policys_reaches_v_through_a_weight() -> None:
     assert any(parameter.grad is not None for parameter in loss.actor_network.parameters())
 
 
+# DDPG+BC
+
+
+def cloning_loss(kind: str, *, cloned: float = 0.0, **hyperparameters: Any) -> iql_plugins.IQLLoss:
+    """In float64, with as much behaviour cloning."""
+    given = {"policy_extraction": "ddpg_bc", "objective_options": {"bc_coefficient": cloned}} | hyperparameters
+    loss = build_loss(SPACES[kind], IQLConfig(hidden_sizes=(8,), **given)).double()
+    loss.target_updater_attached()
+    return loss
+
+
+def double_batch(kind: str, loss: torch.nn.Module) -> TensorDict:
+    batch = make_dataset(SPACES[kind], 16).to(next(loss.parameters()).device)
+    return batch.apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+
+def worth_of_the_policy(loss: iql_plugins.IQLLoss, batch: TensorDict) -> torch.Tensor:
+    """``[B]`` min Q of what the policy does, from what users see of a loss."""
+    distribution = loss.actor_network.get_dist(batch.clone())
+    if not isinstance(loss, iql_plugins.DiscreteIQLLoss):
+        return loss.qvalues(batch.clone().set("action", distribution.mode)).amin(0)
+    probabilities = distribution.probs
+    q = [loss.qvalues(batch.clone().set("action", torch.full_like(batch["action"], a))).amin(0) for a in range(4)]
+    return (torch.stack(q, -1) * probabilities).sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+@pytest.mark.parametrize("squashed", [False, True])
+@pytest.mark.parametrize(("n_critics", "randomness"), [(1, "different"), (2, "different"), (3, "same")])
+def test_the_policy_climbs_the_critics_and_nothing_else_moves(
+    kind: str, squashed: bool, n_critics: int, randomness: str
+) -> None:
+    loss = cloning_loss(kind, squashed=squashed, n_critics=n_critics)
+    # The same noise for all critics is a vmap, on a CPU as well.
+    loss.set_vmap_randomness(randomness)
+    batch = double_batch(kind, loss)
+    if kind == "discrete":
+        batch["action"] -= 1
+    worth = worth_of_the_policy(loss, batch).detach()
+    scale = worth.abs().mean() + 1e-6
+    outputs = loss(batch.clone())
+    torch.testing.assert_close(outputs["loss_actor"], -worth.mean() / scale)
+    outputs["loss_actor"].backward()
+    for network in (loss.qvalue_network, loss.value_network):
+        assert all(parameter.grad is None for parameter in network.parameters())
+    # By finite differences, of a weight that matters.
+    weight = next(parameter for parameter in loss.actor_network.parameters() if parameter.ndim == 2)
+    assert weight.grad is not None
+    index, step = int(weight.grad.abs().argmax()), 1e-6
+    means = []
+    with torch.no_grad():
+        for change in (step, -2 * step):
+            weight.view(-1)[index] += change
+            means.append(worth_of_the_policy(loss, batch).mean())
+    slope = (means[0] - means[1]) / (2 * step)
+    torch.testing.assert_close(weight.grad.view(-1)[index], -slope / scale, rtol=1e-5, atol=1e-7)
+    assert slope != 0.0
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_what_is_masked_counts_neither_in_a_loss_nor_in_what_it_takes_of_the_whole_batch(kind: str) -> None:
+    for value_objective in objectives._TABLES[ValueObjective]:
+        loss = cloning_loss(kind, cloned=0.5, value_objective=value_objective)
+        batch = double_batch(kind, loss)
+        if kind == "discrete":
+            batch["action"] -= 1
+        expected = loss(batch[:8].clone())
+        batch["observation"][8:] = float("nan")
+        batch["collector", "mask"] = torch.arange(16, device=batch["action"].device) < 8
+        torch.testing.assert_close(loss(batch)["loss_actor"], expected["loss_actor"])
+        torch.testing.assert_close(loss(batch)["loss_value"], expected["loss_value"])
+
+
+@pytest.mark.parametrize("separate_losses", [False, True])
+def test_what_the_policy_shares_with_the_critics_it_trains_as_its_own(separate_losses: bool) -> None:
+    """By way of its action, not of what the action is worth."""
+    gradients = []
+    for copied in (False, True):
+        torch.manual_seed(0)
+        encoder = torch.nn.Linear(3, 8)
+        of_critic = copy.deepcopy(encoder) if copied else encoder
+        actor = gaussian_actor(3, 2)
+        actor.module[0].module.body = torch.nn.Sequential(encoder, torch.nn.Tanh(), torch.nn.Linear(8, 2))
+        qvalue = critic(8, 2, hidden_sizes=(8,))
+        joined = TensorDictModule(Joined(of_critic, qvalue.module), ["observation", "action"], ["state_action_value"])
+        loss = iql_plugins.IQLLoss(
+            actor,
+            joined,
+            value_function(3, hidden_sizes=(8,)),
+            num_qvalue_nets=1,
+            policy_extraction="ddpg_bc",
+            separate_losses=separate_losses,
+        )
+        loss.target_updater_attached()
+        batch = make_dataset(SPACES["continuous"], 8).to(next(loss.parameters()).device)
+        loss(batch)["loss_actor"].backward()
+        gradients.append(encoder.weight.grad)
+        assert all(parameter.grad is None for parameter in joined.module.head.parameters())
+    torch.testing.assert_close(*gradients)
+
+
+class Joined(torch.nn.Module):
+    """A critic behind an encoder of observations."""
+
+    def __init__(self, encoder: torch.nn.Module, head: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder, head
+
+    def forward(self, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        worth: torch.Tensor = self.head(self.encoder(observation), action)
+        return worth
+
+
+def test_a_policy_that_is_not_weighed_has_healthy_weights() -> None:
+    loss = cloning_loss("continuous", temperature=1e6)
+    health = loss.health(double_batch("continuous", loss))
+    assert health.effective_sample_size == 1.0
+    assert health.share_at_max_weight == 0.0
+
+
+def test_critics_that_cannot_be_asked_about_the_policys_action_are_named() -> None:
+    agent = make_agent("continuous")
+    plain = TensorDictModule(torch.nn.Linear(3, 1), ["observation"], ["state_action_value"])
+    networks = agent.loss.actor_network, plain, agent.loss.value_network
+    batch = make_dataset(SPACES["continuous"], 8).to(agent.device)
+    loss = iql_plugins.IQLLoss(*networks, policy_extraction="ddpg_bc").to(agent.device)
+    loss.target_updater_attached()
+    with pytest.raises(ValueError, match="qvalue_network must read 'action', it reads 'observation'"):
+        loss(batch)
+    wide = gaussian_actor(3, 1, hidden_sizes=(4,))
+    loss = iql_plugins.IQLLoss(wide, critic(3, 2), value_function(3), policy_extraction="ddpg_bc").to(agent.device)
+    loss.target_updater_attached()
+    with pytest.raises(ValueError, match=r"action of shape \(8, 1\) in the place of 'action', .* got \(8, 2\)"):
+        loss(batch)
+
+
 @needs_compiler
 def test_a_compiled_step_follows_what_is_changed() -> None:
     spaces = SPACES["continuous"]
@@ -121,8 +261,8 @@ def keywords_of(kind: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"value_objective": "tilt"}, "value_objective must be one of 'expectile', 'tilted', got 'tilt'"),
-        ({"policy_extraction": "sac"}, "policy_extraction must be one of 'awr', 'cloned', got 'sac'"),
+        ({"value_objective": "tilt"}, "value_objective must be one of 'expectile', .*'tilted', got 'tilt'"),
+        ({"policy_extraction": "sac"}, "policy_extraction must be one of 'awr', .*'cloned', got 'sac'"),
         ({"objective_options": {"level": 0.5}}, "objective_options has 'level': 'expectile' and 'awr' have none"),
         ({**OPTIONS, "objective_options": {"lvl": 1.0}}, "'lvl': those of 'tilted' and 'cloned' are level, strength"),
         ({**OPTIONS, "objective_options": {"level": 1.5}}, r"level must be in \[0, 1\], got 1.5"),
@@ -166,12 +306,13 @@ def test_a_plugin_that_breaks_its_word_harms_no_other(monkeypatch: pytest.Monkey
 def test_a_wrong_name_blames_nobody_whose_entries_are_in_use() -> None:
     assert objectives.value_objective("tilted").name == "tilted"
     for _ in range(2):
-        with pytest.raises(ValueError, match="must be one of 'expectile', 'tilted', got 'typo'"):
+        with pytest.raises(ValueError, match=r"must be one of 'expectile', .*'tilted', got 'typo'"):
             objectives.value_objective("typo")
     assert plugins.host().available()["good"].error is None
 
 
 def test_names_of_options_are_nobody_elses() -> None:
+    objectives._check(objectives.SHIPPED, set())
     own = {"temperature": LEVEL}
     with pytest.raises(ValueError, match="an option of 'hot' has the name of a hyper-parameter: temperature"):
         objectives.register(ValueObjective("hot", quantile_regression, exponential_weight, own))
@@ -209,6 +350,47 @@ def test_torchrls_loss_takes_them() -> None:
     algorithm.fit(make_dataset(SPACES["continuous"]).cpu(), 2)
     assert isinstance(algorithm.loss, IQLLoss)
     assert algorithm.loss.objective_options == OPTIONS["objective_options"]
+
+
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_the_critics_are_asked_about_the_actions_of_torchrls_policies(kind: str) -> None:
+    pytest.importorskip("torchrl")
+    from tensordict.nn import NormalParamExtractor
+    from torchrl.modules import OneHotCategorical, ProbabilisticActor, TanhNormal, ValueOperator
+
+    from iql_torchrl import DiscreteIQLLoss, IQLLoss
+
+    spaces = SPACES[kind]
+    batch = make_dataset(spaces, 8).to(torch.empty(0).device)
+    given = {"policy_extraction": "ddpg_bc", "objective_options": {"bc_coefficient": 0.0}}
+    value = ValueOperator(torch.nn.Linear(3, 1), in_keys=["observation"])
+    if kind == "discrete":
+        batch["action"] = torch.nn.functional.one_hot(batch["action"].squeeze(-1) - 1, 4)
+        linear = TensorDictModule(torch.nn.Linear(3, 4), ["observation"], ["logits"])
+        actor = ProbabilisticActor(linear, in_keys=["logits"], distribution_class=OneHotCategorical)
+        qvalue = TensorDictModule(torch.nn.Linear(3, 4), ["observation"], ["state_action_value"])
+        loss: IQLLoss = DiscreteIQLLoss(actor, qvalue, value, action_space="one-hot", **given)
+        with torch.no_grad():
+            q = loss._frozen_critic_values(loss._reader.read(batch, ["observation"])).amin(0)
+            worth = (q * linear(batch)["logits"].softmax(-1)).sum(-1)
+    else:
+        body = torch.nn.Sequential(torch.nn.Linear(3, 4), NormalParamExtractor())
+        actor = ProbabilisticActor(
+            TensorDictModule(body, ["observation"], ["loc", "scale"]),
+            in_keys=["loc", "scale"],
+            distribution_class=TanhNormal,
+            distribution_kwargs={"low": -2.0, "high": 5.0},
+        )
+        loss = IQLLoss(actor, critic(3, 2, hidden_sizes=(8,)), value, **given)
+        with torch.no_grad():
+            action = 1.5 + 3.5 * body(batch["observation"])[0].tanh()
+            worth = loss.qvalues(batch.clone().set("action", action)).amin(0)
+    loss.target_updater_attached()
+    result = loss(batch)["loss_actor"]
+    torch.testing.assert_close(result, -worth.mean() / (worth.abs().mean() + 1e-6), rtol=1e-4, atol=1e-4)
+    result.backward()
+    assert all(parameter.grad is not None for parameter in loss.actor_network.parameters())
+    assert all(parameter.grad is None for parameter in loss.qvalue_network.parameters())
 
 
 def test_stable_baselines3s_model_takes_them_saves_them_and_follows_changes(tmp_path: Path) -> None:
@@ -265,4 +447,4 @@ def test_the_command_line_trains_with_them(tmp_path: Path, capfd: pytest.Capture
         assert main(["train", "--resume", str(folder), "--json"]) == 2
         assert "in config.json" in json.loads(capfd.readouterr().out)["error"]
     assert main(["train", "--run-dir", str(tmp_path / "other"), *options, "--value-objective", "tilt"]) == 2
-    assert "value_objective must be one of 'expectile', 'tilted', got 'tilt'" in capfd.readouterr().err
+    assert "'tilted', got 'tilt'" in capfd.readouterr().err

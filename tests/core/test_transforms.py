@@ -37,11 +37,22 @@ def tied_loss(kind: str) -> IQLLoss:
     return make_loss(kind, qvalue_network=[qvalue, qvalue])
 
 
+def climbing_loss(kind: str) -> IQLLoss:
+    """A loss of which both objectives take something of the whole batch."""
+    return make_loss(kind, value_objective="gumbel", policy_extraction="ddpg_bc")
+
+
+#: Of which a loss takes something of the whole batch.
+OF_THE_BATCH = {"gumbel_ddpg_bc", "exponential"}
 VARIANTS: dict[str, Callable[[str], IQLLoss]] = {
     "one_critic": lambda kind: make_loss(kind, num_qvalue_nets=1),
     "two_critics": make_loss,
     "tied": tied_loss,
     "shared_trunk": shared_trunk_loss,
+    # With a large α no action is so bad that it does not count.
+    "sparse": lambda kind: make_loss(kind, value_objective="sparse", objective_options={"alpha": 100.0}),
+    "exponential": lambda kind: make_loss(kind, value_objective="exponential"),
+    "gumbel_ddpg_bc": climbing_loss,
 }
 
 
@@ -76,8 +87,17 @@ def masked_and_weighted(batch: TensorDict) -> TensorDict:
         # Any other randomness vectorises over critics on a CPU, too.
         ("continuous", shared_trunk_loss, "aot_eager", "TDLambda", True, False, "same"),
         ("discrete", shared_trunk_loss, "aot_eager", "TD0", False, True, "same"),
+        ("continuous", climbing_loss, "aot_eager", "TD0", False, True, "same"),
+        ("discrete", climbing_loss, "aot_eager", "TD0", True, True, "different"),
     ],
-    ids=["inductor", "masked_keywords", "separate_losses_vmap", "masked_separate_losses_vmap"],
+    ids=[
+        "inductor",
+        "masked_keywords",
+        "separate_losses_vmap",
+        "masked_separate_losses_vmap",
+        "masked_climbing_vmap",
+        "masked_climbing_keywords",
+    ],
 )
 def test_a_compiled_loss_has_no_graph_break_and_equals_the_eager_one(
     kind: str,
@@ -172,6 +192,7 @@ def test_the_gradient_of_functional_call_is_that_at_the_parameters_passed(loss: 
     torch.testing.assert_close(grads, gradients(loss, loss(**batch)))
 
 
+@pytest.mark.parametrize("loss", VARIANTS.keys() - OF_THE_BATCH, indirect=True)
 def test_gradients_of_each_sample_average_to_the_batchs(loss: IQLLoss, kind: str) -> None:
     batch = keywords(make_batch(kind, (5,), next(loss.parameters()).device))
     at = {name: parameter.detach() for name, parameter in loss.named_parameters()}
@@ -275,10 +296,11 @@ def test_the_search_for_host_reads_finds_one() -> None:
 @pytest.mark.parametrize("rich", [False, True], ids=["plain", "mask_weight"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("on", ["meta", "cpu"])
+@pytest.mark.parametrize("make", [make_loss, climbing_loss])
 def test_a_step_reads_nothing_on_the_host_but_checks_discrete_actions(
-    kind: str, on: str, estimator: str, rich: bool
+    kind: str, make: Callable[[str], IQLLoss], on: str, estimator: str, rich: bool
 ) -> None:
-    loss = make_loss(kind).to(on)
+    loss = make(kind).to(on)
     loss.make_value_estimator(estimator)
     batch = make_batch(kind, (2, 3), on)
     if rich:
@@ -289,8 +311,9 @@ def test_a_step_reads_nothing_on_the_host_but_checks_discrete_actions(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts the waits for a GPU, and there is none")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_a_step_on_a_gpu_does_not_synchronise(kind: str, estimator: str) -> None:
-    loss = make_loss(kind).to("cuda")
+@pytest.mark.parametrize("make", [make_loss, climbing_loss])
+def test_a_step_on_a_gpu_does_not_synchronise(kind: str, make: Callable[[str], IQLLoss], estimator: str) -> None:
+    loss = make(kind).to("cuda")
     loss.make_value_estimator(estimator)
     batches = [masked_and_weighted(make_batch(kind, (2, 3), "cuda")) for _ in range(2)]
     step_of(loss, batches[0])
@@ -328,10 +351,11 @@ def test_actions_at_and_outside_the_bounds_give_finite_losses_and_gradients(
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("make", [make_loss, climbing_loss])
 def test_losses_in_half_precision_are_near_those_in_full(
-    kind: str, how: str, estimator: str, device: torch.device
+    kind: str, make: Callable[[str], IQLLoss], how: str, estimator: str, device: torch.device
 ) -> None:
-    loss = make_loss(kind).to(device)
+    loss = make(kind).to(device)
     loss.make_value_estimator(estimator)
     batch = make_batch(kind, (8, 4), device)
     expected = loss(batch.copy())
