@@ -81,8 +81,8 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
     ========================= ==================================================================
 
     The last three are of the weights in the last quarter, where a policy is learned by weights of the temperature, and
-    that is above 0. Each is told if it is beyond the noise from batch to batch; of fewer than 5 looks (20 for ``unsettled-values``)
-    nothing is.
+    that is above 0. Each is told if it is beyond the noise from batch to batch; of fewer than 5 looks (20 for
+    ``unsettled-values``) nothing is.
 
     >>> from iql_plugins.config import IQLConfig
     >>> looks = [{"step": step, "mean_value": -0.1 * step, "mean_qvalue": -5.0} for step in range(100)]

@@ -119,13 +119,22 @@ class Rates:
             self._write(name, rate * self._factor(name))
 
     def show(self, name: str, rate: float | None = None) -> None:
-        """Puts the rate of a step, None for the next one, into a network's group; what was written there is set.
+        """Puts the rate of a step into a network's group; what was written there is set.
+
+        Args:
+            name: of the network.
+            rate: of a step that something else takes, which what was written does not count for; None for the next one
+                of this training, which it does.
 
         Raises:
             ValueError: as :meth:`next`.
         """
-        self.settle(name)
-        self._write(name, self._rates[name].at(self._factor(name)) if rate is None else rate)
+        if rate is None:
+            self.settle(name)
+            rate = self._rates[name].at(self._factor(name))
+        else:
+            self._read(name)
+        self._write(name, rate)
 
     def settle(self, name: str) -> None:
         """Takes what was written into a network's group for the rate at the factor of the next step, for good.
