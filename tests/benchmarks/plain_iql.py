@@ -43,7 +43,10 @@ class GaussianPolicy(nn.Module):
 
 
 class PlainIQL:
-    def __init__(self, observation: int, action: int, hidden: int = 256) -> None:
+    def __init__(
+        self, observation: int, action: int, hidden: int = 256, expectile: float = 0.7, temperature: float = 3.0
+    ) -> None:
+        self.expectile, self.temperature = expectile, temperature
         self.qf = TwinQ(observation, action, hidden)
         self.target = copy.deepcopy(self.qf).requires_grad_(False)
         self.vf = mlp(observation, 1, hidden)
@@ -60,7 +63,7 @@ class PlainIQL:
             target_q = self.target(observation, action)
         value = self.vf(observation).squeeze(-1)
         advantage = target_q - value
-        value_loss = torch.mean(torch.abs(0.7 - (advantage < 0).float()) * advantage**2)
+        value_loss = torch.mean(torch.abs(self.expectile - (advantage < 0).float()) * advantage**2)
         self.v_optimizer.zero_grad()
         value_loss.backward()
         self.v_optimizer.step()
@@ -73,7 +76,7 @@ class PlainIQL:
         for weight, source in zip(self.target.parameters(), self.qf.parameters(), strict=True):
             weight.data.copy_((1 - 0.005) * weight.data + 0.005 * source.data)
 
-        weight = torch.exp(3.0 * advantage.detach()).clamp(max=100.0)
+        weight = torch.exp(self.temperature * advantage.detach()).clamp(max=100.0)
         actor_loss = torch.mean(-weight * self.actor(observation).log_prob(action).sum(-1))
         self.actor_optimizer.zero_grad()
         actor_loss.backward()
@@ -83,6 +86,13 @@ class PlainIQL:
 
 def peer(data: dict[str, Tensor], batch_size: int, hidden: int) -> Callable[[int], object]:
     """A function that takes a number of gradient steps on a dataset of keyword tensors, sampling included."""
+    return trained(data, batch_size, hidden)[1]
+
+
+def trained(
+    data: dict[str, Tensor], batch_size: int, hidden: int, expectile: float = 0.7, temperature: float = 3.0
+) -> tuple[PlainIQL, Callable[[int], object]]:
+    """The same with the algorithm that it trains."""
     tensors = [
         data["observation"],
         data["action"],
@@ -91,11 +101,11 @@ def peer(data: dict[str, Tensor], batch_size: int, hidden: int) -> Callable[[int
         data["next_terminated"].squeeze(-1).float(),
     ]
     with tensors[0].device:
-        algorithm = PlainIQL(tensors[0].shape[1], tensors[1].shape[1], hidden)
+        algorithm = PlainIQL(tensors[0].shape[1], tensors[1].shape[1], hidden, expectile, temperature)
 
     def steps(count: int) -> None:
         for _ in range(count):
             index = np.random.randint(0, len(tensors[0]), size=batch_size)
             algorithm.train([tensor[index] for tensor in tensors])
 
-    return steps
+    return algorithm, steps
