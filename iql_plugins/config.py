@@ -74,7 +74,8 @@ class IQLConfig:
         3.0,
         TEMPERATURE,
         "loss",
-        "inverse temperature β >= 0, relative to the scale of returns; 0 is behaviour cloning.",
+        "inverse temperature β >= 0, relative to the scale of returns; 0 is behaviour cloning. Sparse, exponential and "
+        "ddpg_bc do without.",
     )
     max_weight: float = _declared(100.0, POSITIVE, "loss", "the largest weight of an action in the policy's loss.")
     loss_function: LossFunction = _declared(
@@ -244,7 +245,6 @@ OF_OBJECTIVES: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
         ("locomotion", "gumbel"): {"objective_options": {"loss_temperature": 2.0}},
         ("antmaze", "gumbel"): {"objective_options": {"loss_temperature": 0.6}, "actor_schedule": "constant"},
         ("kitchen", "gumbel"): {"objective_options": {"loss_temperature": 5.0}},
-        ("adroit", "gumbel"): {"objective_options": {"loss_temperature": 5.0}},
         ("locomotion", "sparse"): {"objective_options": {"alpha": 1.0}},
         ("antmaze", "sparse"): {"objective_options": {"alpha": 0.1}, **_IVR_ANTMAZE},
         ("kitchen", "sparse"): {"objective_options": {"alpha": 0.5}},

@@ -169,7 +169,7 @@ class Evaluate:
     seed: int = 0
     """Of the first episode's start; the next ones count up."""
     video: str | None = None
-    """New .mp4 of the first episode."""
+    """Film the first episode into this .mp4."""
     adapter: Annotated[str | None, _named(_adapters, name="from")] = None
     """The adapter of a native file; by default it is found by the file's suffix."""
     trust_pickle: Flag = False
@@ -366,7 +366,9 @@ def _starting_point(arguments: Sequence[str]) -> IQLConfig:
     parser.add_argument("--preset", nargs="?")
     parser.add_argument("--dataset", nargs="?", default=DEFAULT_DATASET)
     parser.add_argument("--value-objective", nargs="?")
-    known, _ = parser.parse_known_args(list(arguments))
+    # tyro takes either spelling.
+    spelled = [re.sub(r"^--[^=]*", lambda name: name[0].replace("_", "-"), argument) for argument in arguments]
+    known, _ = parser.parse_known_args(spelled)
     name = starting_preset(known.preset, known.dataset)
     if name is None:
         return IQLConfig()

@@ -25,6 +25,8 @@ __all__ = ["dataset_page", "learning_curve"]
 
 #: Rows of a dataset.
 MOST_DRAWN = 20_000
+#: Of observations whose principal components are taken.
+MOST_NUMBERS = 2**22
 COLORS = {"iql": "tab:blue", "bc": "tab:orange"}
 
 
@@ -78,11 +80,17 @@ def dataset_page(source: Dataset, spaces: Spaces | None, path: Path) -> None:
     axes[1].plot(np.arange(len(returns)), returns, ".", markersize=3)
     axes[1].set(xlabel="episode", ylabel="return", title="in the order of the data")
     _histogram(axes[2], episode_lengths(source.tensors).numpy(), "length of an episode", "episodes")
-    rows = torch.linspace(0, len(source.tensors) - 1, min(MOST_DRAWN, len(source.tensors)), device="cpu").long()
+    rows = _spread(len(source.tensors), MOST_DRAWN)
     _histogram(axes[3], _rows(source, REWARD, rows), "reward", "transitions")
     _draw_actions(axes[4], _rows(source, "action", rows), spaces)
     _draw_coverage(axes[5], source, rows)
     _write(figure, path)
+
+
+def _spread(count: int, most: int) -> Tensor:
+    """Row numbers at equal distances, the first and the last among them."""
+    drawn = min(most, count)
+    return torch.arange(drawn, device="cpu") * (count - 1) // max(drawn - 1, 1)
 
 
 def _rows(source: Dataset, key: NestedKey, rows: Tensor) -> Array:
@@ -93,7 +101,12 @@ def _rows(source: Dataset, key: NestedKey, rows: Tensor) -> Array:
 
 
 def _histogram(axes: Any, values: Array, name: str, counted: str) -> None:
-    axes.hist(values[np.isfinite(values)], bins=50)
+    finite = values[np.isfinite(values)]
+    try:
+        axes.hist(finite, bins=50)
+    except ValueError:
+        # So close together, or so far apart, that no number is between them.
+        axes.text(0.5, 0.5, f"{finite.min():g} to {finite.max():g}", ha="center", transform=axes.transAxes)
     axes.set(xlabel=name, ylabel=counted)
 
 
@@ -104,10 +117,12 @@ def _draw_actions(axes: Any, actions: Array, spaces: Spaces | None) -> None:
         axes.bar(values, counts)
         axes.set(xlabel="action", ylabel="transitions")
         return
-    columns = [column[np.isfinite(column)] for column in actions.T]
-    places = np.arange(len(columns))
-    axes.boxplot(columns, positions=places, whis=(1, 99), showfliers=False, manage_ticks=False)
-    for index, column in enumerate(columns):
+    places = np.arange(actions.shape[1])
+    columns = {
+        index: column[np.isfinite(column)] for index, column in enumerate(actions.T) if np.isfinite(column).any()
+    }
+    axes.boxplot([*columns.values()], positions=[*columns], whis=(1, 99), showfliers=False, manage_ticks=False)
+    for index, column in columns.items():
         axes.plot([index, index], [column.min(), column.max()], "_", color="tab:blue")
     if isinstance(space, Box):
         for bound, label in ((space.low, "bounds"), (space.high, None)):
@@ -120,11 +135,14 @@ def _draw_actions(axes: Any, actions: Array, spaces: Spaces | None) -> None:
 def _draw_coverage(axes: Any, source: Dataset, rows: Tensor) -> None:
     """The first two principal components of the standardised observations, episodes from dark to light."""
     keys = [key for key, tensor in leaves(source.tensors, "observation").items() if tensor.is_floating_point()]
+    features = sum(source.tensors.get(key)[0].numel() for key in keys)
+    rows = rows[_spread(len(rows), max(2, MOST_NUMBERS // max(features, 1)))]
     values = np.concatenate([_rows(source, key, rows) for key in keys] or [np.zeros((len(rows), 0))], axis=1)
     values = values[np.isfinite(values).all(axis=1)]
-    deviation = values.std(axis=0)
-    values = (values - values.mean(axis=0))[:, deviation > 0] / deviation[deviation > 0]
     axes.set(title="coverage of observations")
+    if len(values) > 1:
+        deviation = values.std(axis=0)
+        values = (values - values.mean(axis=0))[:, deviation > 0] / deviation[deviation > 0]
     if values.shape[1] < 2 or len(values) < 2:
         axes.text(0.5, 0.5, "fewer than two features that are numbers", ha="center", transform=axes.transAxes)
         return

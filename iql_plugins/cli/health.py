@@ -10,7 +10,7 @@ from iql_plugins.cli.arguments import option
 from iql_plugins.cli.settings import METHODS, Settings
 from iql_plugins.cli.statistics import Estimate
 from iql_plugins.cli.training import BEST, METRICS, metrics_rows
-from iql_plugins.config import PRESETS
+from iql_plugins.config import PRESETS, IQLConfig
 from iql_plugins.data.dataset import REWARD, Dataset
 from iql_plugins.data.inspection.values import uneven_scales
 from iql_plugins.data.inspection.view import View
@@ -55,7 +55,7 @@ def run_warnings(
         JSON values: ``code``, ``message``, ``suggestion`` and the ``seeds`` that it is about.
     """
     of_data = (*_of_rewards(settings, source), *_of_observations(settings, source))
-    found = [(warning, settings.seeds) for warning in (*of_data, *_of_returns(estimates))]
+    found = [(warning, settings.seeds) for warning in (*of_data, *_of_returns(estimates, settings.hyperparameters))]
     found += _of_metrics(settings, run)
     if _is_above_all(estimates):
         found = [(warning, seeds) for warning, seeds in found if warning.code != "unsettled-values"]
@@ -99,7 +99,7 @@ def _is_above_all(estimates: Mapping[str, Estimate]) -> bool:
     return final is not None and all(final.low > other.high for other in others)
 
 
-def _of_returns(estimates: Mapping[str, Estimate]) -> Iterator[HealthWarning]:
+def _of_returns(estimates: Mapping[str, Estimate], config: IQLConfig) -> Iterator[HealthWarning]:
     final, data = estimates.get("IQL final"), estimates["data"]
     if final is None:
         return
@@ -118,7 +118,10 @@ def _of_returns(estimates: Mapping[str, Estimate]) -> Iterator[HealthWarning]:
             "below-behaviour-cloning",
             f"IQL's last policy returns {_text(final)}, less than behaviour cloning, {_text(cloned)}",
             "try a lower `temperature`, because V and Q prefer the wrong actions, and count for less then; or an "
-            "`expectile` closer to 0.5, because a high one takes noise for skill",
+            "`expectile` closer to 0.5, because a high one takes noise for skill"
+            if (config.value_objective, config.policy_extraction) == ("expectile", "awr")
+            else "try `value_objective` expectile and `policy_extraction` awr, or other `objective_options`, because V "
+            "and Q prefer the wrong actions, and count for too much",
         )
     best = estimates["IQL best"]
     if final.high < best.low:

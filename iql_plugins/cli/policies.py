@@ -65,6 +65,8 @@ def evaluate(arguments: Evaluate) -> Result:
     if env is None:
         raise UserError(f"{arguments.policy} does not say which environment it is for: give --env")
     _check_spaces(agent, env)
+    if video is not None:
+        record(agent.act, env, arguments.seed, video)
     episodes = rollouts(agent.act, env, evaluation_seeds(arguments.episodes, arguments.seed))
     returns = [episode.total for episode in episodes]
     lengths = [episode.length for episode in episodes]
@@ -72,7 +74,6 @@ def evaluate(arguments: Evaluate) -> Result:
     document: dict[str, Any] = {"policy": arguments.policy, "env": env, "episodes": arguments.episodes}
     document |= result.as_dict(env) | {"returns": returns, "lengths": lengths}
     if video is not None:
-        record(agent.act, env, arguments.seed, video)
         document["video"] = str(video)
     rows = [
         ["mean return", f"{result.mean:.1f}"],

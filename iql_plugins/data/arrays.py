@@ -226,12 +226,19 @@ class Transitions:
         return Dataset(
             tensors,
             self.name,
-            # With valids, they were no transitions.
-            dropped=0 if "valids" in self.ends else int(lost.sum()),
+            # Rows that are not valid were no transitions.
+            dropped=int((lost & self._valid(rows)).sum()),
             both=len(both),
             both_row=int(both[0]) if len(both) else None,
             spaces=self.spaces,
         )
+
+    def _valid(self, rows: int) -> Array:
+        """``[rows]`` whether each row is a transition."""
+        if "valids" not in self.ends:
+            return np.ones(rows, bool)
+        valid: Array = np.asarray(self.ends["valids"][0:rows]).reshape(-1) != 0
+        return valid
 
     def _columns(self) -> dict[str, Column]:
         named = {"rewards": self.rewards, "actions": self.actions, **self.ends}

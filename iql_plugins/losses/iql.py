@@ -326,6 +326,9 @@ class DiscreteIQLLoss(IQLLoss):
         self.action_space = action_space
 
     def _policy_action(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
+        if batch.action_index is None:
+            # The critics say how many actions there are.
+            self._target_q(batch, shape)
         index = batch.action_index
         assert index is not None
         # TorchRL's OneHotCategorical has an empty event shape: its mode tells.

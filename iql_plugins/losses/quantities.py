@@ -350,8 +350,7 @@ class BatchQuantities:
 
     @property
     def _known_shape(self) -> Size:
-        assert self.shape is not None
-        return self.shape
+        return self.value.shape if self.shape is None else self.shape
 
 
 def _written(name: str, key: NestedKey, network: nn.Module, output: calls.Tensors) -> Tensor:

@@ -81,8 +81,7 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
     ========================= ==================================================================
 
     The last three are of the weights in the last quarter, where a policy is learned by weights of the temperature, and
-    that is above 0. Each is told if it is beyond the noise from batch to batch; of fewer than 5 looks (20 for
-    ``unsettled-values``) nothing is.
+    that is above 0. Each is told if it is beyond the noise from batch to batch, and from 5 looks on (20 for the first).
 
     >>> from iql_plugins.config import IQLConfig
     >>> looks = [{"step": step, "mean_value": -0.1 * step, "mean_qvalue": -5.0} for step in range(100)]
@@ -95,7 +94,7 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
             :meth:`~iql_plugins.training.learner.Learner.metrics`.
         of: the configuration, or the loss.
     """
-    found = [_unsettled_values(looks)]
+    found = [_unsettled_values(looks, of.value_objective)]
     exponential = value_objective(of.value_objective).weight is exponential_weight
     if exponential and policy_extraction(of.policy_extraction).weighs and of.temperature > 0.0:
         found += [_few_samples(looks, of.temperature), _clipped(looks, of.temperature), _equal(looks, of.temperature)]
@@ -122,7 +121,7 @@ class Looks:
             self._distance = (self.rows[-1]["step"] - self.rows[0]["step"]) / (len(self.rows) - 1)
 
 
-def _unsettled_values(looks: Sequence[Look]) -> HealthWarning | None:
+def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | None:
     moved = []
     for name in ("mean_value", "mean_qvalue"):
         quarters = [_column(quarter, name) for quarter in _quarters(looks)]
@@ -135,11 +134,16 @@ def _unsettled_values(looks: Sequence[Look]) -> HealthWarning | None:
             moved.append(f"{name} {medians[2]:.3g} to {medians[3]:.3g}")
     if not moved:
         return None
+    lower = (
+        "`expectile` or `discount`, because both decide"
+        if objective == "expectile"
+        else "`discount`, because it decides"
+    )
     return HealthWarning(
         "unsettled-values",
         f"values had not settled from the third to the last quarter of the training: {', '.join(moved)}",
         "try more `n_steps`, because V and Q do not yet know what the states are worth; if they never settle, a lower "
-        "`expectile` or `discount`, because both decide how far values can grow",
+        f"{lower} how far values can grow",
     )
 
 

@@ -140,6 +140,9 @@ def test_options_win_over_the_preset_and_the_preset_over_the_defaults() -> None:
     sparse = ["--preset", "antmaze", "--value-objective", "sparse"]
     assert hyperparameters(*sparse) == preset("antmaze", value_objective="sparse")
     assert hyperparameters(*sparse).objective_options == {"alpha": 0.1}
+    # Either spelling, and a value behind an equals sign.
+    for spelled in (["--value_objective", "sparse"], ["--value_objective=sparse"], ["--value-objective=sparse"]):
+        assert hyperparameters("--preset=antmaze", *spelled) == preset("antmaze", value_objective="sparse")
     assert hyperparameters(*sparse, "--objective-options", "alpha", "3").objective_options == {"alpha": 3.0}
     with pytest.raises(UserError, match=r"value_objective must be one of 'expectile', .* got 'tilt'"):
         hyperparameters("--preset", "antmaze", "--value-objective", "tilt")

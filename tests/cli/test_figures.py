@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from tensordict import TensorDict
 
 from iql_plugins import read_dataset
-from iql_plugins.cli import figures, main
+from iql_plugins.cli import figures, main, policies
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset
 from iql_plugins.spaces import Box, Discrete, Spaces
@@ -106,6 +106,22 @@ def test_numbers_that_are_not_finite_are_left_out(run: Run, tmp_path: Path, draw
     assert axes[5].collections[0].get_offsets().shape == (39, 2)
 
 
+def test_columns_and_numbers_that_cannot_be_drawn_do_not_end_it(drawn: Callable[..., list[Axes]]) -> None:
+    source = dataset(torch.rand(40, 2), torch.full((40, 2), torch.nan))
+    source.tensors["action"][:, 1] = torch.nan
+    source.tensors["next", "reward"][:] = torch.tensor([1e17, 1e17 + 2**34]).repeat(20).reshape(-1, 1)
+    axes = drawn(source)
+    assert "fewer than two features" in axes[5].texts[0].get_text()
+    assert len(axes[4].lines) > 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 20_001, 2**24 + 4, 100_000_000])
+def test_rows_that_are_drawn_are_of_the_dataset(count: int) -> None:
+    rows = figures._spread(count, figures.MOST_DRAWN)
+    assert (int(rows[0]), int(rows[-1])) == (0, count - 1)
+    assert len(rows.unique()) == len(rows) == min(count, figures.MOST_DRAWN)
+
+
 class Painted(gymnasium.Env[Any, Any]):
     """Shows how many steps were taken; its length is what its seed says."""
 
@@ -180,6 +196,14 @@ def test_what_cannot_be_filmed_is_one_line(
     assert words in document["error"]
     assert status == 2
     assert [path.name for path in tmp_path.iterdir()] == ["agent.safetensors"]
+
+
+def test_what_cannot_be_filmed_is_found_before_episodes_are_played(
+    run: Run, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policies, "rollouts", lambda *arguments: pytest.fail("episodes were played"))
+    status, _ = run("evaluate", policy, "--env", "Invisible-v0", "--video", tmp_path / "out.mp4")
+    assert status == 2
 
 
 def test_a_plot_is_a_png(run: Run, tmp_path: Path) -> None:

@@ -87,7 +87,6 @@ OF_OBJECTIVES: dict[tuple[str, str], tuple[dict[str, float], float, str]] = {
     ("locomotion", "gumbel"): ({"loss_temperature": 2.0}, 3e-4, "cosine"),
     ("antmaze", "gumbel"): ({"loss_temperature": 0.6}, 3e-4, "constant"),
     ("kitchen", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
-    ("adroit", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
     ("locomotion", "sparse"): ({"alpha": 1.0}, 3e-4, "cosine"),
     ("antmaze", "sparse"): ({"alpha": 0.1}, 2e-4, "cosine"),
     ("kitchen", "sparse"): ({"alpha": 0.5}, 3e-4, "cosine"),

@@ -73,6 +73,24 @@ def test_the_loss_composes_the_two_that_it_is_given() -> None:
         torch.testing.assert_close(loss.value_loss(batch)[0], (levels * of.advantage.abs()).mean())
 
 
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+@pytest.mark.parametrize("first", ["mask", "target_q", "q", "target", "log_prob", "policy_q", "weight", "value"])
+def test_quantities_can_be_asked_for_in_any_order(first: str, kind: str) -> None:
+    spaces = SPACES[kind]
+    loss = build_loss(spaces, IQLConfig(hidden_sizes=(8,)))
+    loss.target_updater_attached()
+    batch = make_dataset(spaces, 32).to(next(loss.parameters()).device)
+    if kind == "discrete":
+        batch["action"] -= spaces.action.start
+    with torch.no_grad():
+        usual = loss._quantities(batch, {}, loss.in_keys)
+        expected = [usual.advantage, usual.log_prob, usual.q, usual.target, getattr(usual, first)]
+        of = loss._quantities(batch, {}, loss.in_keys)
+        got = getattr(of, first)
+        for ours, theirs in zip([of.advantage, of.log_prob, of.q, of.target, got], expected, strict=True):
+            assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
 def test_no_gradient_of_the_policys_reaches_v_through_a_weight() -> None:
     """Also not where two plugins forgot to stop it."""
     objectives.register(ValueObjective("leaking", quantile_regression, lambda of: of.advantage.exp(), {"level": LEVEL}))

@@ -369,6 +369,16 @@ def test_scales_are_uneven_from_a_factor_of_30_on(factor: float, found: bool) ->
         assert "--normalize-observations" in findings[0].suggestion
 
 
+def test_rounding_and_pixels_have_no_scale() -> None:
+    data = healthy((50, 50, 50, 50))
+    for tensors in (data, data["next"]):
+        tensors["observation"][:, 2] = 1.0 + 1e-7 * (torch.arange(len(data), device="cpu") % 2)
+    assert "uneven-scales" not in findings(data)
+    for tensors in (data, data["next"]):
+        tensors["observation"] = torch.rand(200, 2, 2, 1, device="cpu") * torch.tensor([1.0, 1e-3]).reshape(1, 2, 1, 1)
+    assert "uneven-scales" not in findings(data)
+
+
 def test_one_bad_reward_spoils_one_return() -> None:
     data = healthy((2, 3), "Tc")
     data["next", "reward"][1] = torch.nan

@@ -211,9 +211,15 @@ def uneven_scales(view: View) -> Iterator[Finding]:
     """Features of observations whose standard deviations differ by a factor of 30 or more."""
     if len(view.dataset) < _ENOUGH:
         return
-    deviations = [view.moments[key].std.reshape(-1) for key in view.observations]
-    changing = torch.cat([*deviations, torch.zeros(0, device="cpu")])
-    changing = changing[changing > 0]
+    deviations = [torch.zeros(0, dtype=torch.float64, device="cpu")]
+    for key, tensor in view.observations.items():
+        # Pixels are alike.
+        if tensor.ndim <= 2:
+            moments = view.moments[key]
+            size = torch.maximum(moments.low.abs(), moments.high.abs())
+            # Less is rounding.
+            deviations.append(moments.std[moments.std > 1e-6 * size].reshape(-1).cpu())
+    changing = torch.cat(deviations)
     if len(changing) < 2 or (ratio := float(changing.max() / changing.min())) < _UNEVEN:
         return
     yield Finding(
