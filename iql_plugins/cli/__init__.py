@@ -26,9 +26,9 @@ Write = Callable[[Mapping[str, Any]], None]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
-    With ``--json`` there is one JSON document on stdout and nothing else, whatever a library or a plugin prints; that
-    of an error is ``{"error": "..."}``. Without it, what they print goes to stderr, too, and results to stdout; a
-    plugin's own command prints its results itself.
+    With ``--json`` there is one JSON document on stdout, in one line, and nothing else, whatever a library or a plugin
+    prints; that of an error is ``{"error": "..."}``. Without it, what they print goes to stderr, too, and results to
+    stdout; a plugin's own command prints its results itself.
 
     Args:
         arguments: without the program's name; None takes those of the process.
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--json" not in given:
             return _status(given, None)
         with captured_stdout(restore=arguments is not None) as write:
-            return _status(given, lambda document: write(json_text(document) + "\n"))
+            return _status(given, lambda document: write(json_text(document, indent=None) + "\n"))
 
 
 def _status(given: Sequence[str], write: Write | None) -> int:

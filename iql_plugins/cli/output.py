@@ -95,9 +95,9 @@ def announced(text: str) -> Iterator[None]:
         timer.cancel()
 
 
-def json_text(document: Mapping[str, Any]) -> str:
-    """A JSON document; numbers that are not finite are null."""
-    return json.dumps(finite_json(document), indent=2, allow_nan=False)
+def json_text(document: Mapping[str, Any], indent: int | None = 2) -> str:
+    """A JSON document, without ``indent`` in one line; numbers that are not finite are null."""
+    return json.dumps(finite_json(document), indent=indent, allow_nan=False)
 
 
 @contextlib.contextmanager

@@ -257,6 +257,7 @@ sys.exit(main())
 
 
 def test_numbers_that_are_not_finite_are_null_in_json() -> None:
+    assert output.json_text({"a": [1, 2]}, indent=None) == '{"a": [1, 2]}'
     assert json.loads(output.json_text({"a": [float("nan"), float("inf"), 1.5]})) == {"a": [None, None, 1.5]}
 
 

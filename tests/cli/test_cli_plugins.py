@@ -160,6 +160,7 @@ def test_what_plugins_write_to_stdout_is_no_result(
             assert f"{way}, {where}" not in finished.stdout
     if "--json" in arguments:
         assert json.loads(finished.stdout)
+        assert finished.stdout.count("\n") == 1
     else:
         assert "stranger-noisy 1.0" in finished.stdout
 
