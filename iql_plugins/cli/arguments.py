@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.settings import CHANGEABLE
-from iql_plugins.config import OF_OBJECTIVES, PRESETS, IQLConfig, preset
+from iql_plugins.config import PRESETS, IQLConfig, preset
 from iql_plugins.plugins import PluginError, host
 
 tyro = imported("tyro")
@@ -151,9 +151,10 @@ class Train:
     def __post_init__(self) -> None:
         # Not in the starting point: tyro takes the names of options that have a value there for an option's own.
         given, name = self.hyperparameters, starting_preset(self.preset, self.dataset)
-        of_preset = OF_OBJECTIVES.get((name or "", given.value_objective), {}).get("objective_options", {})
-        merged = given.replace(objective_options={**of_preset, **given.objective_options})
-        object.__setattr__(self, "hyperparameters", merged)
+        if name is not None:
+            chosen = {"value_objective": given.value_objective, "policy_extraction": given.policy_extraction}
+            merged = preset(name, **chosen, objective_options=given.objective_options).objective_options
+            object.__setattr__(self, "hyperparameters", given.replace(objective_options=merged))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ import json
 import shlex
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +21,11 @@ from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.output import Result, note, table
 from iql_plugins.cli.recipes import RECIPES
 from iql_plugins.cli.recipes.recipe import Columns, Parts, Recipe, archive
-from iql_plugins.cli.rollouts import environment_spaces
+from iql_plugins.cli.rollouts import environment_spaces, quiet
 from iql_plugins.cli.workers import locked
+from iql_plugins.data.arrays import Transitions
+from iql_plugins.data.dataset import Dataset, Options
+from iql_plugins.data.episodes import episode_returns
 from iql_plugins.data.readers.npz import PROVENANCE
 
 __all__ = ["run"]
@@ -64,7 +66,7 @@ def run(arguments: MakeDataset) -> Result:
                 provenance = _found(file, recorded)
             else:
                 _start_over_unless(work / "versions.json", made_with)
-                with _progress() as report, _quiet():
+                with _progress() as report, quiet():
                     columns = recipe.make(arguments.seed, Parts(work, report))
                 provenance = _described(recipe, columns, recorded)
                 checkpoint.write_bytes(file, archive({**columns, PROVENANCE: np.array(json.dumps(provenance))}))
@@ -85,7 +87,7 @@ def _found(file: Path, recorded: dict[str, Any]) -> dict[str, Any]:
             columns = {name: content[name] for name in content.files if name != PROVENANCE}
             provenance = dict(json.loads(str(content[PROVENANCE])))
         made = {name: provenance.get(name) for name in recorded} == recorded
-        if not made or provenance["sha256"] != _sha256(columns):
+        if not made or provenance["sha256"] != _read(columns).sha256:
             raise ValueError("its content is another one")
     # Whatever it is, it is none of ours.
     except Exception as error:
@@ -106,9 +108,7 @@ def _recipe(name: str) -> Recipe:
 
 def _missing(recipe: Recipe) -> str | None:
     """How to install what a recipe needs; None if it is there."""
-    needed = [recipe.package] if recipe.package else []
-    needed += ["stable_baselines3"] if "sb3" in recipe.extra else []
-    there = all(importlib.util.find_spec(package) is not None for package in needed)
+    there = all(importlib.util.find_spec(package) is not None for package in recipe.packages)
     return None if there else f"pip install 'iql-plugins[{recipe.extra}]'"
 
 
@@ -135,26 +135,23 @@ def _start_over_unless(file: Path, made_with: dict[str, str]) -> None:
 
 
 def _described(recipe: Recipe, columns: Columns, recorded: dict[str, Any]) -> dict[str, Any]:
-    ends = np.flatnonzero(columns["terminals"] | columns["timeouts"]) + 1
-    returns = [float(part.sum(dtype=np.float64)) for part in np.split(columns["rewards"], ends)[: len(ends)]]
+    dataset = _read(columns)
+    returns = episode_returns(dataset.tensors)
     return {
         **recorded,
         "env": recipe.env,
         "spaces": environment_spaces(recipe.env).to_json(),
         "summary": recipe.summary,
-        "transitions": len(columns["rewards"]),
+        "transitions": len(dataset.tensors),
         "episodes": len(returns),
-        "returns": {"mean": float(np.mean(returns)), "min": min(returns), "max": max(returns)},
-        "sha256": _sha256(columns),
+        "returns": {"mean": float(returns.mean()), "min": float(returns.min()), "max": float(returns.max())},
+        "sha256": dataset.sha256,
     }
 
 
-def _sha256(columns: Columns) -> str:
-    """Of names, types, shapes and numbers."""
-    digest = hashlib.sha256()
-    for name, rows in sorted(columns.items()):
-        digest.update(f"\0{name}\0{rows.dtype}\0{rows.shape}\0".encode() + np.ascontiguousarray(rows).tobytes())
-    return digest.hexdigest()
+def _read(columns: Columns) -> Dataset:
+    """What is read of them: its SHA-256 is the one that a run records."""
+    return Transitions.from_columns("the recipe", columns).load(Options())
 
 
 def _result(file: Path, provenance: dict[str, Any]) -> Result:
@@ -181,11 +178,3 @@ def _progress() -> Iterator[Callable[[int, int, str], None]]:
     with imported("rich.progress").Progress(console=console) as bars:
         task = bars.add_task("starts", total=None)
         yield lambda done, total, what: bars.update(task, description=what, completed=done, total=total)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what environments say about older versions of themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -16,7 +16,7 @@ import numpy as np
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.spaces import Spaces
 
-__all__ = ["Episode", "environment_spaces", "record", "recorded_environment", "rollouts"]
+__all__ = ["Episode", "environment_spaces", "quiet", "record", "recorded_environment", "rollouts"]
 
 #: Environments that are stepped side by side, so that the policy acts on a batch.
 WIDTH = 32
@@ -90,7 +90,7 @@ def rollouts(act: Callable[[Any], Any], env: str, seeds: Sequence[int]) -> list[
         UserError: if the environment cannot be made.
     """
     episodes: list[Episode] = []
-    with contextlib.ExitStack() as stack, _quiet():
+    with contextlib.ExitStack() as stack, quiet():
         envs = [stack.enter_context(contextlib.closing(_make(env))) for _ in range(min(WIDTH, len(seeds)))]
         for start in range(0, len(seeds), WIDTH):
             episodes += _side_by_side(act, envs, seeds[start : start + WIDTH])
@@ -112,7 +112,7 @@ def record(act: Callable[[Any], Any], env: str, seed: int, path: Path) -> None:
     imported("moviepy", "video")
     recorder = imported("gymnasium.wrappers").RecordVideo
     gymnasium = imported("gymnasium")
-    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder, _quiet():
+    with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f".{path.name}.") as folder, quiet():
         # An environment that cannot draw raises what it likes.
         with mistakes(gymnasium.error.Error, ImportError, TypeError, ValueError):
             made = recorder(_make(env, render_mode="rgb_array"), folder, name_prefix="video", disable_logger=True)
@@ -150,7 +150,7 @@ def _stacked(observations: Sequence[Any]) -> Any:
 
 def _make(env: str, **options: Any) -> Any:
     gymnasium = imported("gymnasium")
-    with _quiet():
+    with quiet():
         try:
             _register(env)
             return gymnasium.make(env, disable_env_checker=True, **options)
@@ -192,7 +192,7 @@ def _missing(env: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without gymnasium's warnings that a newer version of an environment exists."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -94,11 +94,12 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
             :meth:`~iql_plugins.training.learner.Learner.metrics`.
         of: the configuration, or the loss.
     """
-    found = [_unsettled_values(looks, of.value_objective)]
+    unsettled = _unsettled_values(looks, of.value_objective)
+    found = [] if unsettled is None else [unsettled]
     exponential = value_objective(of.value_objective).weight is exponential_weight
     if exponential and policy_extraction(of.policy_extraction).weighs and of.temperature > 0.0:
-        found += [_few_samples(looks, of.temperature), _clipped(looks, of.temperature), _equal(looks, of.temperature)]
-    return [warning for warning in found if warning is not None]
+        found += _of_weights(looks, of.temperature)
+    return found
 
 
 class Looks:
@@ -147,40 +148,32 @@ def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | 
     )
 
 
-def _few_samples(looks: Sequence[Look], temperature: float) -> HealthWarning | None:
-    mean, error = _end(looks, "effective_sample_size")
-    if not mean + STANDARD_ERRORS * error < FEWEST_EFFECTIVE_SAMPLES:
-        return None
-    return HealthWarning(
-        "few-effective-samples",
-        f"the effective sample size was {mean:.2g} of a batch in the last quarter",
-        f"try a `temperature` below {temperature:g}, or smaller rewards (`reward_scale`), because the few transitions "
-        "with the largest exp(temperature × advantage) decided what the policy learned",
-    )
-
-
-def _clipped(looks: Sequence[Look], temperature: float) -> HealthWarning | None:
-    mean, error = _end(looks, "share_at_max_weight")
-    if not mean - STANDARD_ERRORS * error > MOST_AT_MAX_WEIGHT:
-        return None
-    return HealthWarning(
-        "clipped-weights",
-        f"{mean:.0%} of the weights were clipped at the largest one in the last quarter",
-        f"try a `temperature` below {temperature:g}, or smaller rewards (`reward_scale`), because clipped weights no "
-        "longer tell the best actions from good ones",
-    )
-
-
-def _equal(looks: Sequence[Look], temperature: float) -> HealthWarning | None:
-    mean, error = _end(looks, "effective_sample_size")
-    if not mean - STANDARD_ERRORS * error > MOST_EFFECTIVE_SAMPLES:
-        return None
-    return HealthWarning(
-        "equal-weights",
-        f"all actions weighed about the same: the effective sample size was {mean:.3f} of a batch in the last quarter",
-        f"try a `temperature` above {temperature:g}, or larger rewards (`reward_scale`), because advantages this small "
-        "make behaviour cloning of it",
-    )
+def _of_weights(looks: Sequence[Look], temperature: float) -> Iterator[HealthWarning]:
+    """What has no end of five looks is NaN, and beyond no limit."""
+    effective, effective_error = _end(looks, "effective_sample_size")
+    clipped, clipped_error = _end(looks, "share_at_max_weight")
+    lower = f"try a `temperature` below {temperature:g}, or smaller rewards (`reward_scale`), because"
+    if effective + STANDARD_ERRORS * effective_error < FEWEST_EFFECTIVE_SAMPLES:
+        yield HealthWarning(
+            "few-effective-samples",
+            f"the effective sample size was {effective:.2g} of a batch in the last quarter",
+            f"{lower} the few transitions with the largest exp(temperature × advantage) decided what the policy "
+            "learned",
+        )
+    if clipped - STANDARD_ERRORS * clipped_error > MOST_AT_MAX_WEIGHT:
+        yield HealthWarning(
+            "clipped-weights",
+            f"{clipped:.0%} of the weights were clipped at the largest one in the last quarter",
+            f"{lower} clipped weights no longer tell the best actions from good ones",
+        )
+    if effective - STANDARD_ERRORS * effective_error > MOST_EFFECTIVE_SAMPLES:
+        yield HealthWarning(
+            "equal-weights",
+            f"all actions weighed about the same: the effective sample size was {effective:.3f} of a batch in the last "
+            "quarter",
+            f"try a `temperature` above {temperature:g}, or larger rewards (`reward_scale`), because advantages this "
+            "small make behaviour cloning of it",
+        )
 
 
 def _quarters(looks: Sequence[Look]) -> list[list[Look]]:

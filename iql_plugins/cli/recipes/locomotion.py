@@ -153,7 +153,7 @@ RECIPES: Sequence[Recipe] = tuple(
         task.env,
         f"{what} of SAC at a mean return of {task.target:.0f}, trained here: minutes to hours",
         make(task),
-        package="mujoco",
+        packages=("mujoco", "stable_baselines3"),
         extra="mujoco,sb3",
         shares=f"{name}-sac",
     )

@@ -214,7 +214,7 @@ RECIPES: Sequence[Recipe] = (
             f"PointMaze_{size}{reward}-v3",
             f"goal after goal under D4RL's controller, {reward.lower() or 'sparse'} rewards, 200,000 transitions",
             _pointmaze(f"PointMaze_{size}{reward}-v3"),
-            package="gymnasium_robotics",
+            packages=("gymnasium_robotics",),
         )
         for size in ("UMaze", "Medium")
         for reward in ("", "Dense")
@@ -225,7 +225,7 @@ RECIPES: Sequence[Recipe] = (
             "pointmaze-medium-singletask-v0",
             f"OGBench's pointmaze-medium-{kind} with the rewards of its default task, 200,000 transitions",
             _ogbench("pointmaze-medium", kind),
-            package="ogbench",
+            packages=("ogbench",),
         )
         for kind in ("navigate", "stitch")
     ),

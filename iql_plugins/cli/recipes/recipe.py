@@ -1,10 +1,12 @@
 """What a recipe is, and how it goes on after it was killed."""
 
 import io
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -26,8 +28,8 @@ class Recipe:
         env: gymnasium's id of the environment that it is from, and that policies are measured in.
         summary: one line for people.
         make: from a seed and :class:`Parts` to the columns.
-        package: what must be installed beside the command line; None for nothing.
-        extra: of this package, which brings it.
+        packages: what must be installed beside the command line.
+        extra: of this package, which brings them.
         shares: recipes that share their parts have the same word here; None shares with none.
     """
 
@@ -35,7 +37,7 @@ class Recipe:
     env: str
     summary: str
     make: "Callable[[int, Parts], Columns]"
-    package: str | None = None
+    packages: Sequence[str] = ()
     extra: str = "benchmarks"
     shares: str | None = None
 
@@ -71,10 +73,10 @@ class Parts:
         return joined([self.read(name) for name in names])
 
     def has(self, name: str) -> bool:
-        """Whether a part is finished; a file that cannot be read is none."""
+        """Whether a part is finished. One that a broken disk has cut or changed is none: it is made again, the same."""
         try:
             self.read(name)
-        except Exception:
+        except (OSError, EOFError, ValueError, BadZipFile, zlib.error):
             return False
         return True
 
