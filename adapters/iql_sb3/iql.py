@@ -6,7 +6,7 @@ import io
 import os
 import pathlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,7 +14,6 @@ import torch
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -39,6 +38,7 @@ from iql_plugins.training.learner import NETWORKS, Learner
 from iql_sb3 import datasets, exploration
 from iql_sb3.conversion import agent_in, changeable, config_of, model_of, without_environment
 from iql_sb3.files import add_agent
+from iql_sb3.metrics import Metrics
 from iql_sb3.offline import LearnerState, OfflineLearning, loaded_dataset, steps_of
 from iql_sb3.optimizers import NetworkOptimizer
 from iql_sb3.policies import (
@@ -727,44 +727,6 @@ class IQL(OfflineLearning):
         from iql_plugins.export import export_policy
 
         export_policy(agent_in(self), path, format)
-
-
-class Metrics(KVWriter):
-    """Comes before a logger's other outputs, and adds a model's metrics to what they are about to write.
-
-    Attributes:
-        model: the one that has trained last with this logger, as long as there is one.
-    """
-
-    def __init__(self) -> None:
-        self.model: Callable[[], IQL | None] = _nobody
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": _nobody}
-
-    @classmethod
-    def of(cls, logger: Logger) -> "Metrics":
-        """A logger's own."""
-        own = next((writer for writer in logger.output_formats if isinstance(writer, cls)), None)
-        if own is None:
-            own = cls()
-            logger.output_formats.insert(0, own)
-        return own
-
-    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Adds them; ``DivergenceError`` if losses or weights are no longer finite."""
-        if (model := self.model()) is None:
-            return
-        metrics = {f"train/{name}": value for name, value in model.metrics().items()}
-        key_values.update(metrics)
-        key_excluded.update(dict.fromkeys(metrics, ("",)))
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-def _nobody() -> None:
-    return None
 
 
 def _start(schedule: FloatSchedule) -> float:

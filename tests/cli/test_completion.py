@@ -52,7 +52,7 @@ OPTIONS = {"bash": ["--norc"], "zsh": ["-f"], "fish": ["--no-config"]}
 @pytest.fixture(params=ASK)
 def shell(request: pytest.FixtureRequest) -> Shell:
     if shutil.which(request.param) is None:
-        pytest.skip(f"{request.param} is not installed")
+        pytest.skip(f"completes in {request.param}, which is no package of Python's and is not installed here")
     return request.param
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from refusals import error
 from tensordict import LazyStackedTensorDict, NonTensorData, TensorDict
 
 from iql_plugins.data import Dataset, DatasetError, load_dataset, read_dataset
@@ -60,14 +61,6 @@ def write(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Arrays], 
 
 def flags(data: TensorDict, key: str) -> list[int]:
     return data["next", key].squeeze(-1).int().tolist()
-
-
-def error(source: object, **options: Any) -> str:
-    with pytest.raises(DatasetError) as raised:
-        load_dataset(source, **options)
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
 
 
 # Files of transitions: .npz, and HDF5 in D4RL's style

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import error
 from requirements import data_of_others, needs_proc
 from tensordict import TensorDict
 from tensordict.memmap import MemoryMappedTensor
@@ -71,14 +72,6 @@ def write(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[Arrays], 
 
 def flags(data: TensorDict, key: str) -> list[int]:
     return data["next", key].squeeze(-1).int().tolist()
-
-
-def error(source: object, **options: Any) -> str:
-    with pytest.raises(DatasetError) as raised:
-        load_dataset(source, **options)
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
 
 
 def test_the_key_layout_of_a_file(write: Callable[[Arrays], Path]) -> None:

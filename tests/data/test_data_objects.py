@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import error
 from tensordict import TensorDict
 from tensordict.memmap import MemoryMappedTensor
 
@@ -47,14 +48,6 @@ def transitions(rows: int = 6, **entries: Any) -> TensorDict:
 
 def flags(data: TensorDict, key: str) -> list[int]:
     return data["next", key].squeeze(-1).int().tolist()
-
-
-def error(source: object, **options: Any) -> str:
-    with pytest.raises(DatasetError) as raised:
-        load_dataset(source, **options)
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
 
 
 # TensorDicts

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from refusals import error
 
-from iql_plugins.data import DatasetError, UnknownSourceError, load_dataset, read_dataset
+from iql_plugins.data import UnknownSourceError, load_dataset, read_dataset
 
 Arrays = dict[str, Any]
 ROWS = 12
@@ -57,14 +58,6 @@ def write(path: Path, arrays: Arrays, *, group: int = 5, kind: str = "fixed") ->
     path.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(pa.table({key: column(values) for key, values in arrays.items()}), path, row_group_size=group)
     return path
-
-
-def error(source: object, **options: Any) -> str:
-    with pytest.raises(DatasetError) as raised:
-        load_dataset(source, **options)
-    message = str(raised.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("kind", ["fixed", "list", "large_list"])

@@ -60,12 +60,14 @@ class Task:
         env: gymnasium's id; None takes the dataset's.
         n_steps: gradient steps of every method.
         config: hyper-parameters of IQL that are not the paper's for locomotion.
+        discrete: whether actions are.
     """
 
     dataset: str
     env: str | None = None
     n_steps: int = 30_000
     config: dict[str, Any] = field(default_factory=dict)
+    discrete: bool = False
 
 
 _MAZE = {"expectile": 0.9, "temperature": 10.0}
@@ -77,10 +79,10 @@ TASKS = {
     "hopper-medium": Task("hopper-medium"),
     "hopper-replay": Task("hopper-replay"),
     "halfcheetah-medium": Task("halfcheetah-medium"),
-    "cartpole-mixed": Task("cartpole-mixed", n_steps=10_000),
+    "cartpole-mixed": Task("cartpole-mixed", n_steps=10_000, discrete=True),
     "pendulum-mixed": Task("pendulum-mixed", n_steps=10_000, config={"expectile": 0.9}),
     "reagent-pendulum": Task("reagent_pendulum_mixed.npz", "Pendulum-v1", 10_000, {"expectile": 0.9}),
-    "reagent-cartpole": Task("reagent_cartpole_mixed.npz", "CartPole-v0", 5_000),
+    "reagent-cartpole": Task("reagent_cartpole_mixed.npz", "CartPole-v0", 5_000, discrete=True),
 }
 
 
@@ -283,9 +285,10 @@ def rows_of(arguments: Run) -> Iterator[tuple[str, str, int]]:
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
             done = results_of(task)
-            discrete = task in ("cartpole-mixed", "reagent-cartpole")
             for method in arguments.methods:
-                skipped = (discrete and method in CONTINUOUS) or (method in ADAPTERS and task != "pendulum-mixed")
+                skipped = (TASKS[task].discrete and method in CONTINUOUS) or (
+                    method in ADAPTERS and task != "pendulum-mixed"
+                )
                 if not skipped and str(seed) not in done.get(method, {}):
                     yield task, method, seed
 
