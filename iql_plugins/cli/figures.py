@@ -231,6 +231,8 @@ def _drawn(figure: Any, size: tuple[int, int], name: str) -> Drawing:
         figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     content = re.sub(r"(?s)^.*?<svg[^>]*>|</svg>\s*$|<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "",
                      text.getvalue())  # fmt: skip
+    # Letters are the page's.
+    content = re.sub(r"font-family: [^;]*; ", "", content)
     used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", content))
     content = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", content)
     content = re.sub(r'(?:xlink:)?(href="#|url\(#)', rf"\1{name}-", content)

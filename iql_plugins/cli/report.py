@@ -66,17 +66,18 @@ def run(arguments: Report) -> Result:
         # A file's name may be no text; whatever stands for it, it is not the page's encoding that fails.
         checkpoint.write_bytes(output, page.encode("utf-8", "replace"))
     entries = [
-        {"run": each.folder, "finished": each.finished, "steps": min(each.steps.values())} | _planned(each)
+        {
+            "run": each.folder,
+            "finished": each.finished,
+            "steps": min(each.steps.values()),
+            "n_steps": each.settings.hyperparameters.n_steps,
+        }
         for each in runs
     ]
     unfinished = [each.folder for each in runs if not each.finished]
     lines = [f"wrote {output}: {len(runs)} run{'s' if len(runs) > 1 else ''}"]
     lines += [f"unfinished: {', '.join(unfinished)}"] if unfinished else []
     return Result({"report": str(output), "runs": entries}, lines)
-
-
-def _planned(of: Run) -> dict[str, int]:
-    return {"n_steps": of.settings.hyperparameters.n_steps}
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,6 @@ def _returns(number: int, env: str | None, entries: Sequence[_Entry]) -> dict[st
         )
         for width, height in (WIDE, NARROW)
     ]
-    baseline = next((key(line, f"key-baseline-{number}") for line in lines if line.baseline), None)
     policies = [name for name in POLICIES if any(name in each for each in estimates)]
     return {
         "name": env,
@@ -161,7 +161,7 @@ def _returns(number: int, env: str | None, entries: Sequence[_Entry]) -> dict[st
         "entries": entries,
         "drawings": drawings if lines else [],
         "description": ". ".join(words),
-        "baseline": baseline,
+        "baseline": any(line.baseline for line in lines),
         "policies": {name: POLICIES[name] for name in policies},
         "scores": {
             (entry.number, name): normalized_score(env, entry.run.estimates[name].mean)

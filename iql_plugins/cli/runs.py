@@ -107,7 +107,7 @@ def _results(path: Path, settings: Settings) -> dict[str, Any] | None:
             "estimates": {str(name): _estimate(entry) for name, entry in document["results"].items()},
             "evaluations": {
                 Unit(entry["seed"], methods[entry["method"]]): [
-                    (int(step), [float(value) for value in returns]) for step, returns in entry["evaluations"]
+                    (int(step), [_number(value) for value in returns]) for step, returns in entry["evaluations"]
                 ]
                 for entry in document["by_seed"]
             },
@@ -124,9 +124,14 @@ def _results(path: Path, settings: Settings) -> dict[str, Any] | None:
 
 
 def _estimate(document: Mapping[str, Any]) -> Estimate:
-    """The inverse of :meth:`Estimate.as_dict`, whose NaN have become null."""
-    low, high = (math.nan if end is None else float(end) for end in document["confidence_95"])
-    return Estimate(float(document["mean_return"]), low, high)
+    """The inverse of :meth:`Estimate.as_dict`."""
+    low, high = document["confidence_95"]
+    return Estimate(_number(document["mean_return"]), _number(low), _number(high))
+
+
+def _number(value: Any) -> float:
+    """What a JSON document that was written with nulls for NaN means."""
+    return math.nan if value is None else float(value)
 
 
 def _data(folder: Path) -> dict[str, Any]:

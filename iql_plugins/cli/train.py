@@ -23,6 +23,7 @@ from iql_plugins.cli.health import run_warnings, warning_lines
 from iql_plugins.cli.output import Result, json_text, note, table
 from iql_plugins.cli.progress import reporter
 from iql_plugins.cli.rollouts import environment_spaces, recorded_environment
+from iql_plugins.cli.runs import RESULTS
 from iql_plugins.cli.settings import (
     CHANGEABLE,
     CONFIG,
@@ -53,7 +54,7 @@ __all__ = ["InterruptedRun", "run"]
 BESIDE = {"--json", "--workers", "--trust-pickle", "--env"}
 #: Torch takes 64 bits, of which one is the sign.
 LARGEST_SEED = 2**63
-RESULTS, PICTURE = "results.json", "learning_curve.png"
+PICTURE = "learning_curve.png"
 #: What a process that was killed while it wrote has left.
 LEFTOVERS = ".*.tmp"
 
