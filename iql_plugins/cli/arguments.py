@@ -241,7 +241,9 @@ class Inspect:
 class Report:
     """Compares runs on one page, which needs nothing beside itself: curves, results, configurations, health, data."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
+    runs: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
+    ]
     """Run directories; a film of the policy (.mp4) that lies in one is shown."""
     output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "report.html"
     """The .html file to write."""
