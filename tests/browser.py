@@ -137,8 +137,8 @@ def browser(program: str) -> Iterator[Page]:
             stack.callback(os.close, end)
         options = ["--headless", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage"]
         options += ["--no-first-run", "--disable-background-networking", f"--user-data-dir={folder}"]
-        # Root of a container has no namespaces to put its pages into.
-        options += ["--no-sandbox"] if os.geteuid() == 0 else []
+        # Containers have no namespaces to put pages into, and these are of our own making.
+        options.append("--no-sandbox")
         silent = (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)
         pipes = [(os.POSIX_SPAWN_DUP2, theirs_in, 3), (os.POSIX_SPAWN_DUP2, theirs_out, 4)]
         process = os.posix_spawn(program, [program, *options], os.environ, file_actions=[*pipes, silent], setpgroup=0)
