@@ -55,20 +55,24 @@ def read_json(path: Path) -> Any:
     return parse_json(path.read_text())
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, deepest: int = DEEPEST) -> Any:
     """A JSON document.
+
+    Args:
+        text: of it.
+        deepest: how deep it may be nested.
 
     Raises:
         ValueError: if it is none, is nested too deep for whoever walks through it, or needs more memory than there is.
     """
     _check_size(len(text))
-    nested = ValueError(f"its JSON is nested more than {DEEPEST} deep")
+    nested = ValueError(f"its JSON is nested more than {deepest} deep")
     try:
         document = json.loads(text)
     except RecursionError:
         raise nested from None
     level = [document]
-    for _ in range(DEEPEST):
+    for _ in range(deepest):
         level = [
             item
             for value in level

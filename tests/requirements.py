@@ -1,9 +1,11 @@
 """What some tests need of the machine beside the packages, and what is said where it is missing."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from browser import NAMES, chromium
 
 from iql_plugins.training.gradients import compiler_available
 
@@ -29,3 +31,14 @@ def data_of_others(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"{name}.npz is another project's, and kept beside the repository, in ../shared/data, not in it")
     return path
+
+
+def browser_program() -> str:
+    """Chromium; who has none skips what looks at pages, but for :file:`.ci/run`, which installs one."""
+    program = chromium()
+    if program is None:
+        reason = f"looks at a page in Chromium, and none of {', '.join(NAMES)} is on the path"
+        if "IQL_PLUGINS_CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return program

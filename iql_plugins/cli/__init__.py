@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
-COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "make-dataset", "adapters", "completion")
+COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "report", "make-dataset", "adapters", "completion")
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -142,6 +142,10 @@ def _run(given: Sequence[str]) -> "Result":
             return policies.convert(arguments)
         case options.Inspect():
             return listings.inspect(arguments)
+        case options.Report():
+            from iql_plugins.cli import report
+
+            return report.run(arguments)
         case options.MakeDataset():
             from iql_plugins.cli import make_dataset
 

@@ -26,6 +26,7 @@ __all__ = [
     "HelpRequest",
     "Inspect",
     "MakeDataset",
+    "Report",
     "Shell",
     "Train",
     "completion_script",
@@ -237,6 +238,20 @@ class Inspect:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report:
+    """Compares runs on one page, which needs nothing beside itself: curves, results, configurations, health, data."""
+
+    runs: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
+    ]
+    """Run directories; a film of the policy (.mp4) that lies in one is shown."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "report.html"
+    """The .html file to write."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapters:
     """Lists the installed adapters, and how to install the frameworks that are missing; or writes a new one."""
 
@@ -281,7 +296,7 @@ class _OfPlugin:
     """Stands for a plugin's command in the help."""
 
 
-Arguments = Train | Evaluate | Export | Convert | Inspect | MakeDataset | Adapters | Completion
+Arguments = Train | Evaluate | Export | Convert | Inspect | Report | MakeDataset | Adapters | Completion
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -336,6 +351,7 @@ _OTHERS = {
     "export": Export,
     "convert": Convert,
     "inspect": Inspect,
+    "report": Report,
     "make-dataset": MakeDataset,
     "adapters": Adapters,
     "completion": Completion,

@@ -1,7 +1,9 @@
-"""The pictures of a run, and of a dataset."""
+"""The pictures of a run, of a dataset, and of a report."""
 
 import io
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from iql_plugins import checkpoint
 from iql_plugins.cli.errors import imported
 from iql_plugins.cli.settings import METHODS, Settings
-from iql_plugins.cli.statistics import Estimate, estimate
+from iql_plugins.cli.statistics import Curve, Estimate, return_curve
 from iql_plugins.cli.training import METRICS, Outcome, metrics_rows
 from iql_plugins.data import Dataset
 from iql_plugins.data.arrays import Array
@@ -21,13 +23,34 @@ from iql_plugins.data.dataset import REWARD, leaves
 from iql_plugins.data.episodes import episode_lengths, episode_returns
 from iql_plugins.spaces import Box, Discrete, Spaces
 
-__all__ = ["dataset_page", "learning_curve"]
+__all__ = ["THEME", "Drawing", "Line", "dataset_page", "drawing", "key", "learning_curve"]
 
 #: Rows of a dataset.
 MOST_DRAWN = 20_000
 #: Of observations whose principal components are taken.
 MOST_NUMBERS = 2**22
 COLORS = {"iql": "tab:blue", "bc": "tab:orange"}
+
+#: The colours of a report by name, on light and on dark ground. Those of runs stay apart for the colour-blind, have a
+#: contrast of at least 3 to the ground, and go with a marker, so that nobody needs them.
+THEME: Mapping[str, tuple[str, str]] = {
+    "ground": ("#ffffff", "#14171a"),
+    "raised": ("#f5f6f7", "#1d2125"),
+    "ink": ("#1b1f23", "#e9ecef"),
+    "muted": ("#5c646c", "#a3abb3"),
+    "rule": ("#dde1e5", "#343a40"),
+    "run-0": ("#0060a8", "#5aaeff"),
+    "run-1": ("#c2500a", "#ff9a4d"),
+    "run-2": ("#008060", "#3fd0a4"),
+    "run-3": ("#a03f86", "#f08fd0"),
+    "run-4": ("#2f8fc4", "#c3e2f7"),
+    "run-5": ("#3d434a", "#9aa1a9"),
+}
+#: One more than colours: the two together are another pair for each of 42 runs.
+MARKERS = "os^DvPX"
+#: Of a report's pictures, where a unit is a pixel of the page; matplotlib's is a 72th of an inch.
+UNITS_PER_INCH = 72
+LETTERS = {"color": THEME["muted"][0], "fontsize": 12}
 
 
 def learning_curve(settings: Settings, run: Path, outcomes: Sequence[Outcome], data: Estimate, path: Path) -> None:
@@ -49,7 +72,8 @@ def learning_curve(settings: Settings, run: Path, outcomes: Sequence[Outcome], d
         axes.set(xlabel="gradient steps", ylabel="loss", title=settings.dataset)
     else:
         for method in METHODS:
-            _draw_returns(axes, method, [outcome for outcome in outcomes if outcome.unit.method == method])
+            if by_seed := [outcome.evaluations for outcome in outcomes if outcome.unit.method == method]:
+                _draw_curve(axes, return_curve(by_seed), marker="o", color=COLORS[method], label=METHODS[method])
         axes.axhline(data.mean, color="gray", linestyle="--", label="data")
         axes.axhspan(data.low, data.high, color="gray", alpha=0.15, linewidth=0)
         seeds = f"{len(settings.seeds)} seed{'s' if len(settings.seeds) > 1 else ''}"
@@ -85,6 +109,136 @@ def dataset_page(source: Dataset, spaces: Spaces | None, path: Path) -> None:
     _draw_actions(axes[4], _rows(source, "action", rows), spaces)
     _draw_coverage(axes[5], source, rows)
     _write(figure, path)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a report.
+
+    Attributes:
+        curve: what it shows.
+        run: the number of the run, which decides colour and marker.
+        baseline: whether it is of what the run is compared with, which is dashed, and has hollow markers.
+    """
+
+    curve: Curve
+    run: int
+    baseline: bool = False
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """In matplotlib's terms."""
+        runs = [light for name, (light, _) in THEME.items() if name.startswith("run-")]
+        color, marker = runs[self.run % len(runs)], MARKERS[self.run % len(MARKERS)]
+        style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.75}
+        if not self.baseline:
+            return style
+        return style | {"linestyle": (0, (4, 2)), "linewidth": 1.25, "markerfacecolor": THEME["ground"][0]}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture for a page.
+
+    Attributes:
+        width: of its view box.
+        height: likewise.
+        content: of an SVG element; its colours are the page's variables, named as in :data:`THEME`.
+    """
+
+    width: int
+    height: int
+    content: str
+
+
+def drawing(
+    lines: Sequence[Line],
+    name: str,
+    *,
+    size: tuple[int, int],
+    unit: str | None = None,
+    levels: Sequence[Estimate] = (),
+    points: bool = False,
+) -> Drawing:
+    """Curves by gradient steps, with their bands.
+
+    Args:
+        lines: in the order in which they are drawn.
+        name: of the drawing, one word that no other one of the page has.
+        size: width and height.
+        unit: the name of the quantity; None where the page says it.
+        levels: of the data, which are drawn across.
+        points: whether each value is marked, or some only.
+    """
+    figure = _figure(size)
+    axes = figure.subplots()
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(THEME["rule"][0])
+    axes.tick_params(labelcolor=LETTERS["color"], labelsize=LETTERS["fontsize"], length=0)
+    axes.grid(axis="y", color=THEME["rule"][0], linewidth=0.75)
+    axes.set_axisbelow(True)
+    for level in levels:
+        axes.axhline(level.mean, color=THEME["muted"][0], linestyle=":", linewidth=1.25)
+        if len(levels) == 1:
+            axes.axhspan(level.low, level.high, color=THEME["muted"][0], alpha=0.12, linewidth=0)
+        axes.annotate(
+            "data",
+            (0.005, level.mean),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(0, 2),
+            textcoords="offset points",
+            **LETTERS,
+        )
+    for line in lines:
+        every = 1 if points else max(1, len(line.curve.steps) // 5)
+        band = 0.0 if line.baseline and len(lines) > 2 else 0.16 if len(lines) <= 4 else 0.1
+        style = line.style if points else line.style | {"linewidth": 1.25, "markersize": 4}
+        _draw_curve(axes, line.curve, alpha=band, markevery=(every - 1, every), **style)
+    ticks = imported("matplotlib.ticker")
+    axes.xaxis.set_major_locator(ticks.MaxNLocator(size[0] // 75, integer=True))
+    axes.yaxis.set_major_locator(ticks.MaxNLocator(size[1] // 42))
+    axes.xaxis.set_major_formatter(ticks.FuncFormatter(lambda step, _: f"{step:,.0f}"))
+    axes.yaxis.set_major_formatter(ticks.FuncFormatter(lambda value, _: f"{value:,.6g}".replace("-", "−")))
+    axes.set_xlim(left=0)
+    axes.margins(x=0.02)
+    if unit is not None:
+        axes.set_xlabel("gradient steps", **LETTERS)
+        axes.set_ylabel(unit, **LETTERS)
+    return _drawn(figure, size, name)
+
+
+def key(line: Line, name: str) -> Drawing:
+    """What a line looks like, for a legend."""
+    size = (34, 14)
+    figure = _figure(size, layout="none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set(xlim=(0, 2), ylim=(-1, 1))
+    axes.plot([0, 1, 2], [0, 0, 0], markevery=[1], **line.style)
+    return _drawn(figure, size, name)
+
+
+def _figure(size: tuple[int, int], layout: str = "constrained") -> Any:
+    inches = (size[0] / UNITS_PER_INCH, size[1] / UNITS_PER_INCH)
+    return imported("matplotlib.figure").Figure(figsize=inches, dpi=UNITS_PER_INCH, layout=layout, facecolor="none")
+
+
+def _drawn(figure: Any, size: tuple[int, int], name: str) -> Drawing:
+    """Matplotlib's SVG as a part of a page: text stays text, and nothing in it is named as in another drawing."""
+    text = io.StringIO()
+    # Names that are referred to depend on this word instead of chance.
+    with imported("matplotlib").rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    content = re.sub(r"(?s)^.*?<svg[^>]*>|</svg>\s*$|<metadata>.*?</metadata>|<style[^>]*>.*?</style>|<!--.*?-->", "",
+                     text.getvalue())  # fmt: skip
+    # Letters are the page's.
+    content = re.sub(r"font-family: [^;]*; ", "", content)
+    used = set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", content))
+    content = re.sub(r' id="([^"]+)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", content)
+    content = re.sub(r'(?:xlink:)?(href="#|url\(#)', rf"\1{name}-", content)
+    for color, (light, _) in THEME.items():
+        content = content.replace(light, f"var(--{color})")
+    return Drawing(*size, content)
 
 
 def _spread(count: int, most: int) -> Tensor:
@@ -160,20 +314,9 @@ def _write(figure: Any, path: Path) -> None:
     checkpoint.write_bytes(path, image.getvalue())
 
 
-def _draw_returns(axes: Any, method: str, outcomes: Sequence[Outcome]) -> None:
-    if not outcomes:
-        return
-    by_seed = [dict(outcome.evaluations) for outcome in outcomes]
-    # What all seeds have: in a run whose evaluations were changed on the way, each has changed at a step of its own.
-    steps = sorted(set[int].intersection(*map(set, by_seed)))
-    estimates = [
-        estimate([returns[: min(map(len, column))] for returns in column])
-        for column in ([evaluations[step] for evaluations in by_seed] for step in steps)
-    ]
-    axes.plot(steps, [e.mean for e in estimates], marker="o", color=COLORS[method], label=METHODS[method])
-    axes.fill_between(
-        steps, [e.low for e in estimates], [e.high for e in estimates], color=COLORS[method], alpha=0.2, linewidth=0
-    )
+def _draw_curve(axes: Any, curve: Curve, *, color: str, alpha: float = 0.2, **style: Any) -> None:
+    axes.plot(curve.steps, curve.mean, color=color, **style)
+    axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=alpha, linewidth=0)
 
 
 def _draw_losses(axes: Any, settings: Settings, run: Path) -> None:

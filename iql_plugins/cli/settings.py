@@ -1,10 +1,11 @@
 """What a run consists of: all of it is in the run directory's ``config.json``, and repeats the run."""
 
+import contextlib
 import json
 import os
 import platform
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,6 +31,7 @@ __all__ = [
     "Unit",
     "available_cores",
     "load_source",
+    "recorded_data",
     "versions",
 ]
 
@@ -274,9 +276,9 @@ class Settings:
             raise ValueError("seeds must be at least one")
         return settings
 
-    def write(self, run: Path, made_on: Mapping[str, Any]) -> None:
-        """Writes ``config.json``, with the :func:`versions` that the run is made on."""
-        document = {"format": FORMAT, "settings": self.to_json(), "environment": made_on}
+    def write(self, run: Path, made_on: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+        """Writes ``config.json``, with the :func:`versions` that the run is made on, and what is known of its data."""
+        document = {"format": FORMAT, "settings": self.to_json(), "environment": made_on, "data": data}
         checkpoint.write_bytes(run / CONFIG, (json.dumps(document, indent=2) + "\n").encode())
 
     @classmethod
@@ -286,20 +288,33 @@ class Settings:
         Raises:
             UserError: if there is no such file, or it holds something else.
         """
-        path = path / CONFIG if path.is_dir() else path
-        if not path.is_file():
-            raise UserError(f"there is no {path}: a run directory has it from its first second on")
-        try:
-            document = read_json(path)
-            if document["format"] != FORMAT:
-                raise UserError(
-                    f"{path} has format {document['format']!r}, known is {FORMAT}: another release wrote it"
-                )
+        with _configuration(path) as document:
             return cls.from_json(document["settings"]), dict(document["environment"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(
-                f"{path} is no configuration of a run: {type(error).__name__}: {one_line(error)}"
-            ) from error
+
+
+def recorded_data(path: Path) -> dict[str, Any]:
+    """What a ``config.json`` says of a run's data beside their name and digest; nothing if an earlier release wrote it.
+
+    Raises:
+        UserError: as :meth:`Settings.read`.
+    """
+    with _configuration(path) as document:
+        return dict(document.get("data", {}))
+
+
+@contextlib.contextmanager
+def _configuration(path: Path) -> Iterator[dict[str, Any]]:
+    """The document of a run's ``config.json``; whatever is wrong with it inside is a :class:`UserError`."""
+    path = path / CONFIG if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"there is no {path}: a run directory has it from its first second on")
+    try:
+        document = read_json(path)
+        if document["format"] != FORMAT:
+            raise UserError(f"{path} has format {document['format']!r}, known is {FORMAT}: another release wrote it")
+        yield document
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is no configuration of a run: {type(error).__name__}: {one_line(error)}") from error
 
 
 def load_source(source: str, **options: Any) -> Dataset:

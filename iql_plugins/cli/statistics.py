@@ -1,6 +1,6 @@
-"""Means of returns, and how sure of them one can be."""
+"""Means of returns, and how sure of them one can be; curves of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,12 @@ import numpy as np
 from iql_plugins.cli.errors import imported
 from iql_plugins.cli.reference_scores import normalized_score
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Curve", "Estimate", "estimate", "metric_curve", "return_curve"]
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+#: Of a metric's curve: no picture shows more.
+MOST_POINTS = 50
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,57 @@ def estimate(returns: Sequence[Sequence[float]]) -> Estimate:
         .confidence_interval
     )
     return Estimate(mean, float(interval.low), float(interval.high))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity by gradient steps, all of them of the same length.
+
+    Attributes:
+        steps: ascending.
+        mean: over seeds.
+        low: lower end of a band around it.
+        high: upper end.
+    """
+
+    steps: Sequence[float]
+    mean: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+def return_curve(by_seed: Sequence[Sequence[tuple[int, Sequence[float]]]]) -> Curve:
+    """The mean return with its 95% interval, where all seeds were evaluated.
+
+    In a run whose evaluations were changed on the way, each seed has changed at a step of its own.
+
+    Args:
+        by_seed: steps and returns of the evaluations of each seed, at least one.
+    """
+    columns = [dict(evaluations) for evaluations in by_seed]
+    steps = sorted(set[int].intersection(*map(set, columns)))
+    estimates = [
+        estimate([returns[: min(map(len, column))] for returns in column])
+        for column in ([evaluations[step] for evaluations in columns] for step in steps)
+    ]
+    return Curve(steps, [e.mean for e in estimates], [e.low for e in estimates], [e.high for e in estimates])
+
+
+def metric_curve(by_seed: Sequence[Sequence[Mapping[str, float]]], name: str) -> Curve:
+    """A metric where all seeds have it, by means of neighbours where there are many; the band is the seeds' range.
+
+    Args:
+        by_seed: rows of ``metrics.csv`` of each seed, at least one.
+        name: of the metric.
+    """
+    columns = [{row["step"]: row[name] for row in rows if name in row} for rows in by_seed]
+    steps = sorted(set[float].intersection(*map(set, columns)))
+    values = np.array([[column[step] for step in steps] for column in columns])
+    parts = np.array_split(np.arange(len(steps)), min(len(steps), MOST_POINTS)) if steps else []
+    means = np.array([values[:, part].mean(axis=1) for part in parts]).reshape(len(parts), len(columns))
+    return Curve(
+        [steps[part[-1]] for part in parts],
+        means.mean(axis=1).tolist(),
+        means.min(axis=1).tolist(),
+        means.max(axis=1).tolist(),
+    )

@@ -23,6 +23,7 @@ from iql_plugins.cli.health import run_warnings, warning_lines
 from iql_plugins.cli.output import Result, json_text, note, table
 from iql_plugins.cli.progress import reporter
 from iql_plugins.cli.rollouts import environment_spaces, recorded_environment
+from iql_plugins.cli.runs import RESULTS
 from iql_plugins.cli.settings import (
     CHANGEABLE,
     CONFIG,
@@ -32,6 +33,7 @@ from iql_plugins.cli.settings import (
     Settings,
     available_cores,
     load_source,
+    recorded_data,
     versions,
 )
 from iql_plugins.cli.statistics import Estimate, estimate
@@ -40,6 +42,7 @@ from iql_plugins.cli.workers import LOCK, locked, train_all
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset, DatasetError
 from iql_plugins.data.episodes import episode_returns
+from iql_plugins.data.inspection import Statistics
 from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.readers.shipped import NAMES
 from iql_plugins.spaces import Box, Spaces
@@ -51,7 +54,7 @@ __all__ = ["InterruptedRun", "run"]
 BESIDE = {"--json", "--workers", "--trust-pickle", "--env"}
 #: Torch takes 64 bits, of which one is the sign.
 LARGEST_SEED = 2**63
-RESULTS, PICTURE = "results.json", "learning_curve.png"
+PICTURE = "learning_curve.png"
 #: What a process that was killed while it wrote has left.
 LEFTOVERS = ".*.tmp"
 
@@ -68,11 +71,12 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
         InterruptedRun: on Ctrl-C; the run can be resumed.
     """
     check_libraries(arguments)
-    made_on = versions()
+    made_on, data = versions(), dict[str, Any]()
     if arguments.resume is not None:
         given = _check_alone(command_line, "--resume", *map(option, CHANGEABLE))
         folder: Path | None = Path(arguments.resume)
         settings, made_on = Settings.read(Path(arguments.resume) / CONFIG)
+        data = recorded_data(Path(arguments.resume))
         _check_environment(settings.env, arguments.env, arguments.resume)
         _note_differences(made_on)
         settings = resumed(_changed(settings, arguments, given), Path(arguments.resume))
@@ -97,7 +101,8 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
             for leftover in place.glob(LEFTOVERS):
                 leftover.unlink()
         with mistakes(OSError):
-            settings.write(folder, made_on)
+            # Those of a run that goes on may be mapped from a folder, which does not say where they came from.
+            settings.write(folder, made_on, data or _described(source))
         note(f"run directory: {folder}")
         with _to_be_resumed(folder, settings.env):
             return _train(settings, source, folder, arguments)
@@ -273,6 +278,13 @@ def _threads(wanted: int | str, workers: int, hidden_sizes: Sequence[int]) -> in
 
 def _every(wanted: int | str, n_steps: int, *, parts: int, most: int) -> int:
     return wanted if isinstance(wanted, int) else max(1, min(n_steps // parts, most))
+
+
+def _described(source: Dataset) -> dict[str, Any]:
+    """What a report says of the data of a run, beside their names and digest."""
+    returns = episode_returns(source.tensors)
+    document = {"episodes": len(returns), "returns": asdict(Statistics.of(returns))}
+    return document | {"provenance": dict(source.provenance)} if source.provenance else document
 
 
 def _check(settings: Settings, source: Dataset) -> None:

@@ -37,6 +37,7 @@ __all__ = [
     "adapter_training",
     "evaluation_seeds",
     "metrics_rows",
+    "reached",
     "resumed",
     "train",
 ]
@@ -194,6 +195,25 @@ def resumed(settings: Settings, run: Path) -> Settings:
     for name, (old, new) in changed.items():
         note(f"{name} was {old!r}, and is {new!r} from here on")
     return settings
+
+
+def reached(folder: Path) -> tuple[int, list[tuple[int, list[float]]]]:
+    """How far a training has come: the step of its checkpoint, and its evaluations until then.
+
+    Args:
+        folder: of the training.
+
+    Raises:
+        UserError: for a checkpoint that is damaged, or none of a run.
+    """
+    path = folder / CHECKPOINT
+    if not path.exists():
+        return 0, []
+    document, _ = _read(path)
+    try:
+        return _step(document), _State.from_json(document["extra"][_EXTRA]).evaluations
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _none_of_a_run(path, error) from error
 
 
 def _settle(folders: Sequence[Path]) -> None:
@@ -448,7 +468,11 @@ def _written(path: Path, document: Mapping[str, Any], settings: Settings) -> tup
     try:
         return _step(document), _settings_of(document, settings)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no checkpoint of a run: {type(error).__name__}: {one_line(error)}") from error
+        raise _none_of_a_run(path, error) from error
+
+
+def _none_of_a_run(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is no checkpoint of a run: {type(error).__name__}: {one_line(error)}")
 
 
 def _step(document: Mapping[str, Any]) -> int:

@@ -4,11 +4,12 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -69,6 +70,7 @@ class Dataset:
         both: steps that the source marks as terminal and as time-out.
         both_row: the first of them, as a row of the source.
         timeouts_recorded: whether the source keeps time-outs apart from terminals at all.
+        provenance: how it was made, as JSON values, where the source says so. It is a stranger's word.
     """
 
     tensors: TensorDictBase
@@ -79,6 +81,7 @@ class Dataset:
     both: int = 0
     both_row: int | None = None
     timeouts_recorded: bool = True
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:

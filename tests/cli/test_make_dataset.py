@@ -331,6 +331,7 @@ def test_ogbenchs_rewards_are_those_of_the_mazes_default_task(make: Make, tmp_pa
         np.array(json.dumps("a string")),
         np.array(json.dumps({"spaces": {"observation": 1, "action": []}, "env": "Pendulum-v1"})),
         np.array("[" * 100_000),
+        np.array('{"recipe": ' + "[" * 20 + "]" * 20 + "}"),
         np.array(["{}", "{}"]),
         np.arange(3),
         np.array("0" * 2**20),
@@ -339,12 +340,14 @@ def test_ogbenchs_rewards_are_those_of_the_mazes_default_task(make: Make, tmp_pa
 def test_metadata_of_others_say_nothing(metadata: Any, tmp_path: Path) -> None:
     dataset = described(metadata, tmp_path)
     assert (len(dataset.tensors), dataset.spaces, dataset.env) == (3, None, None)
+    assert set(dataset.provenance) <= {"spaces", "env"}
 
 
 def test_metadata_are_taken_for_data_that_they_fit(tmp_path: Path) -> None:
     right = Spaces(Box((2,)), Box((1,), low=(-1.0,), high=(1.0,)))
     dataset = described(np.array(json.dumps({"spaces": right.to_json(), "env": "Any-v0"})), tmp_path)
     assert (dataset.spaces, dataset.env) == (right, "Any-v0")
+    assert dataset.provenance == {"spaces": right.to_json(), "env": "Any-v0"}
     for spaces, env in ((right, ["Any-v0"]), (Spaces(Box((7,)), right.action), "Any-v0"),
                         (Spaces(right.observation, Discrete(3)), "Any-v0")):  # fmt: skip
         dataset = described(np.array(json.dumps({"spaces": spaces.to_json(), "env": env})), tmp_path)

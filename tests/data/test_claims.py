@@ -710,7 +710,7 @@ def test_a_run_that_claims_the_world_is_refused(
 
     arguments: Any = parse(["train", "--n-steps", "10", "--seeds", "1"])
     settings, _ = _settings(arguments)
-    settings.write(tmp_path, {})
+    settings.write(tmp_path, {}, {})
     path = tmp_path / "config.json"
     document = json.loads(path.read_text())
     for changes in ({"hidden_sizes": [10**6, 10**6]}, {"batch_size": 10**12}, {"n_critics": 10**9}):

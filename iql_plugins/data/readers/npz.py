@@ -28,8 +28,8 @@ __all__ = ["PROVENANCE", "load"]
 
 #: The member that says how `iql-plugins make-dataset` made the others: a JSON object, as text.
 PROVENANCE = "metadata"
-#: Bytes.
-_MOST_PROVENANCE = 2**20
+#: Bytes, and how deep it may be nested: other documents hold it.
+_MOST_PROVENANCE, _DEEPEST_PROVENANCE = 2**20, 20
 
 #: NumPy's own limit of a header, and its length and magic before it; a longer one is not even unpacked.
 _HEADER_BYTES = 12 + 10_000
@@ -88,22 +88,27 @@ def _members(path: Path, options: Options, stack: ExitStack) -> tuple[dict[str, 
 
 
 def _described(path: Path, tensors: TensorDictBase) -> dict[str, Any]:
-    """The environment's id and spaces that a file says, if its data are of them. Metadata of others say nothing."""
+    """How a file says that it was made; and in which environment, with which spaces, if its data are of them."""
+    described: dict[str, Any] = {}
     with ZipFile(path) as archive:
         info = archive.NameToInfo.get(f"{PROVENANCE}.npy")
         if info is None or info.file_size > _MOST_PROVENANCE:
-            return {}
+            return described
         try:
             member = _Member(archive, info, f"{path}: {PROVENANCE!r}", None)
             if member.dtype.kind != "U" or member.shape != ():
-                return {}
-            document = parse_json(str(member._array))
+                return described
+            document = parse_json(str(member._array), _DEEPEST_PROVENANCE)
+            if isinstance(document, dict):
+                described["provenance"] = document
             spaces, env = Spaces.from_json(document["spaces"]), document["env"]
             spaces.check(tensors)
-            return {"spaces": spaces, "env": env} if isinstance(env, str) else {}
+            if isinstance(env, str):
+                described |= {"spaces": spaces, "env": env}
         # A stranger's document: whatever it has in the place of these two.
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            return {}
+            pass
+    return described
 
 
 class _Member:
