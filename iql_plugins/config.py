@@ -210,7 +210,7 @@ class IQLConfig:
         return self.hidden_sizes if own is None else own
 
     def network(self, role: Role) -> dict[str, Any]:
-        """The arguments of a network's builder in :mod:`iql_plugins.networks`; the actor's dropout comes by itself."""
+        """The arguments of a builder of :mod:`iql_plugins.networks`; ``networks_for`` takes the actor's dropout."""
         options = {
             "hidden_sizes": self.sizes_of(role),
             "activation": ACTIVATIONS[self.activation],

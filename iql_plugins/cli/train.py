@@ -161,7 +161,7 @@ def _changeable(arguments: Train, config: IQLConfig, device: str, workers: int) 
         "evaluate_every": _every(arguments.evaluate_every, config.n_steps, parts=10, most=10_000),
         "log_every": _every(arguments.log_every, config.n_steps, parts=100, most=1_000),
         "device": device,
-        "threads": _threads(arguments.threads, workers, _widest(config)),
+        "threads": _threads(arguments.threads, workers, _hidden_sizes(config)),
         "tensorboard": arguments.tensorboard,
     }
 
@@ -259,21 +259,21 @@ def stack_size(arguments: Train, methods: int, spaces: Spaces, device: str) -> i
         return 1
     if torch.device(device).type != "cpu":
         return arguments.seeds
-    if _widest(config) > NARROW:
+    if max(_hidden_sizes(config), default=0) > NARROW:
         return 1
     units = methods * arguments.seeds
     return min(arguments.seeds, math.ceil(units / worker_count(arguments.workers, units, device)))
 
 
-def _widest(config: IQLConfig) -> int:
-    """Of all hidden layers."""
-    return max((*config.sizes_of("actor"), *config.sizes_of("critic")), default=0)
+def _hidden_sizes(config: IQLConfig) -> tuple[int, ...]:
+    """Of all networks."""
+    return config.sizes_of("actor") + config.sizes_of("critic")
 
 
-def _threads(wanted: int | str, workers: int, widest: int) -> int:
+def _threads(wanted: int | str, workers: int, hidden_sizes: Sequence[int]) -> int:
     if isinstance(wanted, int):
         return wanted
-    return 1 if workers > 1 or widest <= NARROW else available_cores()
+    return 1 if workers > 1 or max(hidden_sizes, default=0) <= NARROW else available_cores()
 
 
 def _every(wanted: int | str, n_steps: int, *, parts: int, most: int) -> int:

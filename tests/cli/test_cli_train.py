@@ -672,6 +672,8 @@ def test_a_training_that_cannot_be_stacked_is_a_mistake_before_it_starts(
         (["--seeds", "5", "--hidden-sizes", "64", "--baseline", "none"], "cpu", 3),
         (["--seeds", "5", "--hidden-sizes", "64", "--workers", "20"], "cpu", 1),
         (["--seeds", "5", "--hidden-sizes", "64", "256"], "cpu", 1),
+        (["--seeds", "5", "--hidden-sizes", "64", "--critic-hidden-sizes", "256"], "cpu", 1),
+        (["--seeds", "5", "--hidden-sizes", "64", "--value-dropout", "0.1"], "cuda", 1),
         (["--seeds", "5", "--hidden-sizes", "256"], "cuda", 5),
         (["--seeds", "5", "--hidden-sizes", "64", "--actor-dropout", "0.1"], "cuda", 1),
         (["--seeds", "5", "--hidden-sizes", "64", "--adapter", "d3rlpy"], "cuda", 1),
