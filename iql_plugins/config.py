@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from iql_plugins.losses.functional import LossFunction
 from iql_plugins.losses.objectives import SHIPPED, PolicyExtraction, ValueObjective, check_options
+from iql_plugins.networks.builders import ACTIVATIONS, ActivationName, Initialization, Role
 from iql_plugins.ranges import (
     COUNT,
     COUNTS,
@@ -35,6 +36,7 @@ Compile = Literal["auto", "yes", "no"]
 Home = Literal["loss", "target", "networks", "learner", "batches", "data"]
 
 _LOSS_FUNCTION, _ACTOR_SCHEDULE, _COMPILE = choice(LossFunction), choice(ActorSchedule), choice(Compile)
+_ACTIVATION, _INITIALIZATION = choice(ActivationName), choice(Initialization)
 _NAME = Range("a name", lambda value: isinstance(value, str))
 _OPTIONS = Range("a mapping", lambda value: isinstance(value, Mapping))
 _NONE = Range("None", lambda value: value is None)
@@ -98,8 +100,35 @@ class IQLConfig:
     hidden_sizes: tuple[int, ...] = _declared(
         (256, 256), COUNTS, "networks", "widths of the hidden layers, in every network."
     )
+    actor_hidden_sizes: tuple[int, ...] | None = _declared(
+        None, COUNTS | _NONE, "networks", "widths of the actor's; None for hidden_sizes."
+    )
+    critic_hidden_sizes: tuple[int, ...] | None = _declared(
+        None, COUNTS | _NONE, "networks", "widths of the critics' and V's; None for hidden_sizes."
+    )
+    activation: ActivationName = _declared(
+        "relu", _ACTIVATION, "networks", "what comes behind each hidden layer of every perceptron."
+    )
+    actor_layer_norm: bool = _declared(
+        False, FLAG, "networks", "whether LayerNorm comes before each activation of the actor."
+    )
+    critic_layer_norm: bool = _declared(
+        False, FLAG, "networks", "whether LayerNorm comes before each activation of the critics and of V."
+    )
     actor_dropout: float = _declared(
         0.0, PROBABILITY, "networks", "probability of dropping a hidden unit of the actor while it trains."
+    )
+    value_dropout: float = _declared(
+        0.0,
+        PROBABILITY,
+        "networks",
+        "probability of dropping a hidden unit of V in V's own loss; targets and advantages are without.",
+    )
+    initialization: Initialization = _declared(
+        "orthogonal",
+        _INITIALIZATION,
+        "networks",
+        'of the perceptrons: "orthogonal" of gain √2, the authors\', or "torch", torch\'s own.',
     )
     squashed: bool = _declared(
         False, FLAG, "networks", "whether the policy squashes its samples, and not its mean alone as the paper's does."
@@ -147,13 +176,16 @@ class IQLConfig:
     def __post_init__(self) -> None:
         check(**self.of())
         check_options(self.value_objective, self.policy_extraction, self.objective_options)
-        object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
+        for name in ("hidden_sizes", "actor_hidden_sizes", "critic_hidden_sizes"):
+            if (sizes := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(sizes))
         object.__setattr__(self, "objective_options", dict(self.objective_options))
-        layers = self.n_critics * (len(self.hidden_sizes) + 1)
+        layers = self.n_critics * (len(self.sizes_of("critic")) + 1)
         if layers > MOST_LAYERS:
-            raise ValueError(
-                f"n_critics and hidden_sizes must make at most {MOST_LAYERS} layers of critics, got {layers}"
-            )
+            name = "hidden_sizes" if self.critic_hidden_sizes is None else "critic_hidden_sizes"
+            raise ValueError(f"n_critics and {name} must make at most {MOST_LAYERS} layers of critics, got {layers}")
+        if len(self.sizes_of("actor")) > MOST_LAYERS:
+            raise ValueError(f"actor_hidden_sizes must make at most {MOST_LAYERS} layers")
 
     def replace(self, **changes: Any) -> "IQLConfig":
         """A copy with some hyper-parameters changed.
@@ -166,11 +198,26 @@ class IQLConfig:
 
     def to_json(self) -> dict[str, Any]:
         """The hyper-parameters as JSON values."""
-        return asdict(self) | {"hidden_sizes": list(self.hidden_sizes)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def of(self, *homes: Home) -> dict[str, Any]:
         """The hyper-parameters that these take, by name."""
         return {name: copy(getattr(self, name)) for name in hyperparameters(*homes)}
+
+    def sizes_of(self, role: Role) -> tuple[int, ...]:
+        """Widths of the hidden layers of a network; V has those of the critics."""
+        own = self.actor_hidden_sizes if role == "actor" else self.critic_hidden_sizes
+        return self.hidden_sizes if own is None else own
+
+    def network(self, role: Role) -> dict[str, Any]:
+        """The arguments of a builder of :mod:`iql_plugins.networks`; ``networks_for`` takes the actor's dropout."""
+        options = {
+            "hidden_sizes": self.sizes_of(role),
+            "activation": ACTIVATIONS[self.activation],
+            "layer_norm": self.actor_layer_norm if role == "actor" else self.critic_layer_norm,
+            "initialization": self.initialization,
+        }
+        return options | ({"dropout": self.value_dropout} if role == "value" else {})
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> "IQLConfig":
@@ -181,7 +228,7 @@ class IQLConfig:
             ValueError: for a value out of range.
         """
         _check_names(document)
-        return cls(**{**document, "hidden_sizes": tuple(document.get("hidden_sizes", cls.hidden_sizes))})
+        return cls(**document)
 
 
 # For help() and for the command line's, which reads it.

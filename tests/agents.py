@@ -30,6 +30,21 @@ OBJECTIVES = {
     if (value.name, policy.name) != ("expectile", "awr")
 }
 
+#: Each hyper-parameter of the networks alone in another value than its default, and all of them.
+NETWORKS: dict[str, dict[str, Any]] = {
+    name: {name: value}
+    for name, value in {
+        "actor_hidden_sizes": (6, 5),
+        "critic_hidden_sizes": (7,),
+        "activation": "gelu",
+        "actor_layer_norm": True,
+        "critic_layer_norm": True,
+        "value_dropout": 0.5,
+        "initialization": "torch",
+    }.items()
+}
+NETWORKS["all"] = {name: value for options in NETWORKS.values() for name, value in options.items()}
+
 
 def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes whoever draws orthogonal weights fail."""

@@ -84,6 +84,14 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         value_objective: how V is learned, by its name in :mod:`iql_plugins.losses.objectives`.
         policy_extraction: how the policy is learned from Q and V, likewise.
         objective_options: hyper-parameters that these two alone have, by name.
+        actor_hidden_sizes: widths of the policy's hidden layers; None takes those of the encoder factories. It and the
+            next ones are for factories of plain perceptrons: of any other, the factory says it.
+        critic_hidden_sizes: widths of the critics' and V's hidden layers, likewise.
+        activation: what comes behind each hidden layer.
+        actor_layer_norm: whether LayerNorm comes before each activation of the policy.
+        critic_layer_norm: whether LayerNorm comes before each activation of the critics and of V.
+        value_dropout: probability of dropping a hidden unit of V in V's own loss.
+        initialization: ``"orthogonal"``, the authors', or ``"torch"``.
         actor_schedule_steps: steps in which the policy's rate falls to 0 along half a cosine, and stays there; None
             keeps the rate, as d3rlpy's IQL does.
         origin: what an agent from elsewhere has that no other field says; see :func:`from_agent`.
@@ -116,6 +124,13 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
     value_objective: str = "expectile"
     policy_extraction: str = "awr"
     objective_options: dict[str, float] = dataclasses.field(default_factory=dict)
+    actor_hidden_sizes: Optional[list[int]] = None  # noqa: UP045
+    critic_hidden_sizes: Optional[list[int]] = None  # noqa: UP045
+    activation: str = "relu"
+    actor_layer_norm: bool = False
+    critic_layer_norm: bool = False
+    value_dropout: float = 0.0
+    initialization: str = "orthogonal"
 
     def __post_init__(self) -> None:
         self.hyperparameters()
@@ -444,7 +459,7 @@ def from_agent(agent: Agent) -> BaseIQL:
         (DiscreteIQLConfig, spaces.action.n) if isinstance(spaces.action, Discrete) else (IQLConfig, spaces.action.size)
     )
     fields: dict[str, Any] = {
-        **{theirs: core.of()[name] for name, theirs in named(kind).items()},
+        **{theirs: core.to_json()[name] for name, theirs in named(kind).items()},
         "compile_graph": core.compile == "yes",
         "actor_optim_factory": optimizers,
         "critic_optim_factory": optimizers,

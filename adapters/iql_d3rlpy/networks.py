@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
-from iql_plugins.config import IQLConfig
+from iql_plugins.config import IQLConfig, hyperparameters
 from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.networks.builders import MLP, Role, networks_for
 from iql_plugins.networks.encoders import ObservationEncoder
@@ -17,6 +17,10 @@ from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import assemble_loss, build_loss
 
 __all__ = ["build", "perceptrons"]
+
+
+#: What counts with encoder factories of any kind, and what they say themselves.
+_WITH_FACTORIES = ("n_critics", "squashed", "hidden_sizes", "actor_dropout")
 
 
 def perceptrons(config: Any) -> tuple[tuple[int, ...], float] | None:
@@ -65,11 +69,19 @@ def build(config: Any, core: IQLConfig, spaces: Spaces, shape: Sequence[Any], ke
         keys: the key of each observation, in d3rlpy's order.
 
     Raises:
-        ValueError: for tuple observations and a factory that does not take them.
+        ValueError: for tuple observations and a factory that does not take them, and for what the core's perceptrons
+            alone have where a factory makes the networks.
     """
     is_vector = len(keys) == 1 and len(shape) == 1
     if perceptrons(config) is not None and (is_vector or config.origin is not None):
         return build_loss(spaces, core)
+    for name in hyperparameters("networks"):
+        value, default = getattr(core, name), getattr(IQLConfig, name)
+        if name not in _WITH_FACTORIES and value != default:
+            raise ValueError(
+                f"{name} must be {default!r} where encoder factories make the networks, got {value!r}: say it in the "
+                "factories, or take vector observations and VectorEncoderFactory with hidden_units alone"
+            )
     if len(keys) > 1:
         _check_tuples(config)
     boxes = [Box(tuple(size)) for size in (shape if len(keys) > 1 else [shape])]

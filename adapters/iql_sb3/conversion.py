@@ -1,6 +1,5 @@
 """Between the core and a model: names of hyper-parameters, agents in and out, spaces without an environment."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from gymnasium import spaces
@@ -9,11 +8,12 @@ from stable_baselines3.common.type_aliases import GymEnv
 from tensordict import TensorDictBase
 
 from iql_plugins.config import IQLConfig, hyperparameters
+from iql_plugins.networks.builders import ACTIVATIONS
 from iql_plugins.networks.encoders import is_plain
 from iql_plugins.spaces import Spaces
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.learner import NETWORKS
-from iql_sb3.policies import AgentPolicy, MlpPolicy
+from iql_sb3.policies import NETWORK_NAMES, AgentPolicy, MlpPolicy, network_hyperparameters
 from iql_sb3.spaces import check_fits, gymnasium_spaces, layout_spaces, stand_in
 
 if TYPE_CHECKING:
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NAMES", "NETWORK_NAMES", "OWN", "agent_in", "changeable", "config_of", "model_of", "without_environment"]
 
-#: What the model calls the core's hyper-parameters, and what its policy does, where the names differ.
+#: What the model calls the core's hyper-parameters, where the names differ.
 NAMES = {"n_steps": "actor_schedule_steps", "discount": "gamma", "polyak": "tau"}
-NETWORK_NAMES = {"hidden_sizes": "net_arch", "actor_dropout": "dropout"}
 _RATES = tuple(f"{name}_learning_rate" for name in NETWORKS)
 #: Those that are the model's own arguments and attributes, and of these those that count from the next step on.
 OWN = [name for name in hyperparameters("loss", "target", "learner", "batches", "data") if name not in _RATES]
@@ -36,12 +35,9 @@ def config_of(model: "IQL") -> IQLConfig:
     Raises:
         ValueError: for one out of range; names it.
     """
-    sizes = model.policy_kwargs.get("net_arch") or IQLConfig.hidden_sizes
     given = {name: getattr(model, NAMES.get(name, name)) for name in OWN}
-    networks = {name: NETWORK_NAMES.get(name, name) for name in hyperparameters("networks")}
-    given |= {name: model.policy_kwargs[own] for name, own in networks.items() if own in model.policy_kwargs}
+    given |= network_hyperparameters(model.policy_kwargs)
     given |= {f"{name}_learning_rate": schedule(1.0) for name, schedule in model._rates.items()}
-    given["hidden_sizes"] = tuple(sizes["pi"] if isinstance(sizes, Mapping) else sizes)
     return IQLConfig(**given)
 
 
@@ -67,7 +63,7 @@ def model_of(kind: "type[IQL]", agent: Agent, env: GymEnv | None, **kwargs: Any)
         learning_rate={name: getattr(config, f"{name}_learning_rate") for name in NETWORKS},
         policy_kwargs={
             NETWORK_NAMES.get(name, name): list(value) if isinstance(value, tuple) else value
-            for name, value in config.of("networks").items()
+            for name, value in (config.of("networks") | {"activation": ACTIVATIONS[config.activation]}).items()
         },
         **{NAMES.get(name, name): config.of()[name] for name in OWN},
         device=agent.device,

@@ -136,7 +136,8 @@ def _check_counts(arguments: dict[str, Any], spaces: Spaces, tensors: dict[str, 
     """Raises ``ValueError`` for more entries or layers than a file of this size and these tensors can have."""
     entries = sum(space.size for space in spaces.observations.values() if isinstance(space, Box))
     _require(entries <= size, f"observations of {entries} entries")
-    layers = max(map(len, layer_sizes(arguments["net_arch"]).values()))
+    own = [arguments.get(f"{name}_hidden_sizes") for name in ("actor", "critic")]
+    layers = max(map(len, layer_sizes(arguments["net_arch"], *own).values()))
     _require(layers <= len(tensors), f"{layers} layers")
 
 

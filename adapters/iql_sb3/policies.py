@@ -12,11 +12,11 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from iql_plugins.config import IQLConfig
+from iql_plugins.config import IQLConfig, hyperparameters
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.losses.iql import IQLLoss
-from iql_plugins.networks.builders import Role, networks_for
+from iql_plugins.networks.builders import ACTIVATIONS, Initialization, Role, networks_for
 from iql_plugins.networks.encoders import is_plain
 from iql_plugins.spaces import Box
 from iql_plugins.training.agent import assemble_loss, build_loss
@@ -41,10 +41,14 @@ NO_EXPLORATION = (
 )
 #: What Stable-Baselines3 calls the networks in ``net_arch``.
 _ARCHITECTURE = {"actor": "pi", "critic": "qf", "value": "vf"}
+#: What the policy calls the core's hyper-parameters of networks, where the names differ.
+NETWORK_NAMES = {"hidden_sizes": "net_arch", "activation": "activation_fn", "actor_dropout": "dropout"}
 NetArch = Sequence[int] | Mapping[str, Sequence[int]]
 
 
-def layer_sizes(net_arch: NetArch | None) -> dict[str, tuple[int, ...]]:
+def layer_sizes(
+    net_arch: NetArch | None, actor: Sequence[int] | None = None, critic: Sequence[int] | None = None
+) -> dict[str, tuple[int, ...]]:
     """Widths of the hidden layers of the policy (``pi``), the critics (``qf``) and V (``vf``).
 
     >>> layer_sizes({"pi": [64], "qf": [128, 128]})
@@ -53,17 +57,49 @@ def layer_sizes(net_arch: NetArch | None) -> dict[str, tuple[int, ...]]:
     Args:
         net_arch: one list for all, or a mapping with ``pi`` and ``qf``, and ``vf`` if V's are not the critics'. None
             takes the paper's.
+        actor: the policy's beside a list; None for the list's.
+        critic: the critics' and V's beside a list; None for the list's.
 
     Raises:
-        ValueError: for a mapping without ``pi`` or ``qf``, or with another name.
+        ValueError: for a mapping without ``pi`` or ``qf``, with another name, or beside others' widths.
     """
     if net_arch is None:
         net_arch = IQLConfig.hidden_sizes
     if not isinstance(net_arch, Mapping):
-        return dict.fromkeys(("pi", "qf", "vf"), tuple(net_arch))
+        pi, qf = (tuple(net_arch if own is None else own) for own in (actor, critic))
+        return {"pi": pi, "qf": qf, "vf": qf}
+    if actor is not None or critic is not None:
+        raise ValueError(
+            "net_arch must be a list beside actor_hidden_sizes or critic_hidden_sizes: they are a dict's 'pi' and 'qf'"
+        )
     if not {"pi", "qf"} <= net_arch.keys() <= {"pi", "qf", "vf"}:
         raise ValueError(f"net_arch must be a list, or a dict of 'pi', 'qf' and, if V differs, 'vf', got {net_arch}")
     return {name: tuple(net_arch.get(name, net_arch["qf"])) for name in ("pi", "qf", "vf")}
+
+
+def network_hyperparameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a policy's arguments say of the networks, by the core's names.
+
+    An activation, or widths of V alone, that the core has no name for are left out: such networks are not the core's.
+
+    Args:
+        arguments: of :class:`IQLPolicy`, or some of them.
+
+    Raises:
+        ValueError: as :func:`layer_sizes`.
+    """
+    names = {name: NETWORK_NAMES.get(name, name) for name in hyperparameters("networks")}
+    given = {name: arguments[own] for name, own in names.items() if own in arguments}
+    net_arch = given.pop("hidden_sizes", None)
+    sizes = layer_sizes(net_arch, given.get("actor_hidden_sizes"), given.get("critic_hidden_sizes"))
+    if isinstance(net_arch, Mapping):
+        given["hidden_sizes"] = sizes["pi"]
+        given["critic_hidden_sizes"] = None if sizes["qf"] == sizes["pi"] else sizes["qf"]
+    elif net_arch is not None:
+        given["hidden_sizes"] = tuple(net_arch)
+    by_class = {kind: name for name, kind in ACTIVATIONS.items()}
+    given["activation"] = by_class.get(given.get("activation", nn.ReLU), IQLConfig.activation)
+    return given
 
 
 def set_hyperparameters(loss: IQLLoss, config: IQLConfig) -> None:
@@ -85,7 +121,7 @@ class IQLPolicy(Loaded, BasePolicy):
         action_space: Box or Discrete.
         lr_schedule: not read: the learner has the learning rates.
         net_arch: widths of the hidden layers, see :func:`layer_sizes`.
-        activation_fn: between the layers.
+        activation_fn: behind each hidden layer.
         dropout: probability of dropping a hidden unit of the actor while it trains.
         squashed: whether the policy squashes its samples, and not its mean alone as the paper's does.
         n_critics: number of critics, each with a features extractor of its own.
@@ -102,6 +138,13 @@ class IQLPolicy(Loaded, BasePolicy):
         clip_mean: likewise.
         loss: what an agent brings; None builds it.
         normalizers: likewise.
+        actor_hidden_sizes: see :class:`~iql_plugins.config.IQLConfig`, as for all that follow; the ``pi`` of
+            ``net_arch`` where that is a list.
+        critic_hidden_sizes: its ``qf``.
+        actor_layer_norm: whether LayerNorm comes before each activation of the actor.
+        critic_layer_norm: whether LayerNorm comes before each activation of the critics and of V.
+        value_dropout: probability of dropping a hidden unit of V in V's own loss.
+        initialization: of the perceptrons, ``"orthogonal"`` or ``"torch"``.
 
     Raises:
         ValueError: with ``use_sde``.
@@ -142,6 +185,12 @@ class IQLPolicy(Loaded, BasePolicy):
         clip_mean: float = 2.0,
         loss: IQLLoss | None = None,
         normalizers: Normalizers | None = None,
+        actor_hidden_sizes: Sequence[int] | None = None,
+        critic_hidden_sizes: Sequence[int] | None = None,
+        actor_layer_norm: bool = False,
+        critic_layer_norm: bool = False,
+        value_dropout: float = 0.0,
+        initialization: Initialization = "orthogonal",
     ) -> None:
         if use_sde:
             raise ValueError(NO_EXPLORATION)
@@ -167,8 +216,14 @@ class IQLPolicy(Loaded, BasePolicy):
             "share_features_extractor": share_features_extractor,
             "optimizer_class": optimizer_class,
             "optimizer_kwargs": optimizer_kwargs,
+            "actor_hidden_sizes": actor_hidden_sizes,
+            "critic_hidden_sizes": critic_hidden_sizes,
+            "actor_layer_norm": actor_layer_norm,
+            "critic_layer_norm": critic_layer_norm,
+            "value_dropout": value_dropout,
+            "initialization": initialization,
         }
-        self.layer_sizes = layer_sizes(net_arch)
+        self.layer_sizes = layer_sizes(net_arch, actor_hidden_sizes, critic_hidden_sizes)
         self.activation_fn = activation_fn
         self.dropout = dropout
         self.squashed = squashed
@@ -200,12 +255,13 @@ class IQLPolicy(Loaded, BasePolicy):
         plain = vectors and self.features_extractor_class is FlattenExtractor
         shared = None if plain or not self.share_features_extractor else self._encoder(keys)
 
-        config = IQLConfig(n_critics=self.n_critics)
+        config = IQLConfig(**network_hyperparameters(self._arguments))
 
         def options(role: Role) -> dict[str, Any]:
             encoder = None if plain else shared or self._encoder(keys)
             boxes = [space for space in self.spaces.observations.values() if isinstance(space, Box)]
             return {
+                **config.network(role),
                 "observation_size": sum(box.size for box in boxes) if encoder is None else encoder.size,
                 "hidden_sizes": self.layer_sizes[_ARCHITECTURE[role]],
                 "activation": self.activation_fn,
@@ -312,10 +368,4 @@ class AgentPolicy(IQLPolicy):
     """
 
     def _build_loss(self) -> IQLLoss:
-        config = IQLConfig(
-            hidden_sizes=self.layer_sizes["pi"],
-            actor_dropout=self.dropout,
-            squashed=self.squashed,
-            n_critics=self.n_critics,
-        )
-        return build_loss(self.spaces, config)
+        return build_loss(self.spaces, IQLConfig(**network_hyperparameters(self._arguments)))

@@ -166,7 +166,7 @@ def _changeable(arguments: Train, config: IQLConfig, device: str, workers: int) 
         "evaluate_every": _every(arguments.evaluate_every, config.n_steps, parts=10, most=10_000),
         "log_every": _every(arguments.log_every, config.n_steps, parts=100, most=1_000),
         "device": device,
-        "threads": _threads(arguments.threads, workers, config.hidden_sizes),
+        "threads": _threads(arguments.threads, workers, _hidden_sizes(config)),
         "tensorboard": arguments.tensorboard,
     }
 
@@ -253,7 +253,7 @@ def stack_size(arguments: Train, methods: int, spaces: Spaces, device: str) -> i
     obstacle = None
     if adapter_training(arguments.adapter).fit_together is None:
         obstacle = f"adapter {arguments.adapter!r} trains one seed at a time"
-    elif config.actor_dropout:
+    elif config.actor_dropout or config.value_dropout:
         obstacle = "dropout draws for each seed on its own"
     if arguments.stack != "auto":
         if obstacle is not None and arguments.stack > 1:
@@ -264,10 +264,15 @@ def stack_size(arguments: Train, methods: int, spaces: Spaces, device: str) -> i
         return 1
     if torch.device(device).type != "cpu":
         return arguments.seeds
-    if max(config.hidden_sizes, default=0) > NARROW:
+    if max(_hidden_sizes(config), default=0) > NARROW:
         return 1
     units = methods * arguments.seeds
     return min(arguments.seeds, math.ceil(units / worker_count(arguments.workers, units, device)))
+
+
+def _hidden_sizes(config: IQLConfig) -> tuple[int, ...]:
+    """Of all networks."""
+    return config.sizes_of("actor") + config.sizes_of("critic")
 
 
 def _threads(wanted: int | str, workers: int, hidden_sizes: Sequence[int]) -> int:

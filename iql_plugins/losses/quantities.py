@@ -17,6 +17,7 @@ from iql_plugins.losses.bootstrap import time_dimension
 from iql_plugins.losses.functional import LossFunction
 from iql_plugins.losses.torchrl_contract import TorchRLContract, check_written, in_keys_of
 from iql_plugins.networks import calls, parameters
+from iql_plugins.networks.builders import ValueDropout
 from iql_plugins.networks.distributions import at_least_float32, evaluated_action
 from iql_plugins.networks.ensemble import CriticEnsemble
 
@@ -42,6 +43,7 @@ class NetworkQuantities(TorchRLContract):
         # Critics that share everything run once, one critic runs as it is: neither needs stacking.
         together = self.num_qvalue_nets == 1 or self._tied >= parameters.leaves(self.qvalue_network).keys()
         self._ensemble = None if together else CriticEnsemble.read(self.qvalue_network)
+        self._value_drops = any(isinstance(module, ValueDropout) for module in self.value_network.modules())
 
     def _distribution(self, batch: Batch) -> Any:
         """The policy's, of actions in the batch's states."""
@@ -313,7 +315,17 @@ class BatchQuantities:
     @_once
     def weight(self) -> Tensor:
         """``[*B]`` of the action, without gradient."""
-        return objectives.value_objective(self._loss.value_objective).weight(self).detach()
+        return objectives.value_objective(self._loss.value_objective).weight(self._without_dropout()).detach()
+
+    def _without_dropout(self) -> "BatchQuantities":
+        """The same with V as targets have it, see :class:`~iql_plugins.networks.builders.ValueDropout`."""
+        if not self._loss._value_drops:
+            return self
+        of = BatchQuantities(self._loss, self.batch)
+        of.computed = {name: value for name, value in self.computed.items() if name not in ("value", "advantage")}
+        with torch.no_grad():
+            of.advantage  # noqa: B018 - kept
+        return of
 
     @property
     def actor_loss(self) -> Tensor:

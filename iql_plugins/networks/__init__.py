@@ -1,6 +1,7 @@
 """The paper's networks, and what they are made of."""
 
 from iql_plugins.networks.builders import (
+    ACTIVATIONS,
     LOG_STD_RANGE,
     MLP,
     GaussianHead,
@@ -15,6 +16,7 @@ from iql_plugins.networks.builders import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "LOG_STD_RANGE",
     "MLP",
     "GaussianHead",

@@ -1,4 +1,4 @@
-r"""The networks of the paper: ReLU perceptrons with orthogonal weights, two hidden layers of 256.
+r"""The networks of the paper: ReLU perceptrons with orthogonal weights, two hidden layers of 256; and what may differ.
 
 Each builder returns a ``tensordict.nn`` module that reads and writes the key layout, so that
 it goes straight into :class:`~iql_plugins.IQLLoss`; a module of your own works the same way.
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import TensorDictBase
@@ -25,12 +25,19 @@ from torch.distributions import Distribution
 
 from iql_plugins.networks.distributions import Categorical, TanhMeanNormal, TanhNormal
 from iql_plugins.networks.encoders import Encoded, ObservationEncoder
+from iql_plugins.ranges import choice
 from iql_plugins.spaces import Discrete, Space
 
 __all__ = [
+    "ACTIVATIONS",
     "MLP",
+    "ActivationName",
     "GaussianHead",
+    "Initialization",
+    "LayerNorm",
+    "Linear",
     "OrthogonalLinear",
+    "ValueDropout",
     "categorical_actor",
     "check_loaded",
     "critic",
@@ -44,7 +51,17 @@ __all__ = [
 LOG_STD_RANGE = (-5.0, 2.0)
 
 Activation = Callable[[], nn.Module]
+ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "mish", "tanh"]
+Initialization = Literal["orthogonal", "torch"]
 Role = Literal["actor", "critic", "value"]
+#: What comes behind a hidden layer, by the name in a configuration.
+ACTIVATIONS: Mapping[ActivationName, type[nn.Module]] = dict(
+    zip(
+        get_args(ActivationName),
+        (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh),
+        strict=True,
+    )
+)
 
 
 _INITIALIZES = ContextVar("initializes", default=True)
@@ -69,7 +86,7 @@ def uninitialized() -> Iterator[None]:
 
 def check_loaded(module: nn.Module) -> None:
     """Raises ``RuntimeError`` for perceptrons that were built :func:`uninitialized`, and not loaded since."""
-    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, OrthogonalLinear)]
+    layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, Linear | LayerNorm)]
     named = [(f"{name}.{leaf}", getattr(layer, leaf)) for name, layer in layers for leaf in ("weight", "bias")]
     # Most are told by their first number.
     if unloaded := [
@@ -80,7 +97,30 @@ def check_loaded(module: nn.Module) -> None:
         raise RuntimeError(f"{', '.join(unloaded)} were not loaded: what is read must have all weights of the networks")
 
 
-class OrthogonalLinear(nn.Linear):
+def _left_to_loading(layer: nn.Module) -> bool:
+    """Whether a layer is built :func:`uninitialized`; it is marked then."""
+    if _INITIALIZES.get():
+        return False
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, _UNLOADED)
+    return True
+
+
+class Linear(nn.Linear):
+    """A linear layer as torch initialises it: uniform weights and biases up to the root of 1 / in_features.
+
+    Args:
+        in_features: size of the last dimension of the input.
+        out_features: size of the last dimension of the output.
+    """
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias anew."""
+        if not _left_to_loading(self):
+            super().reset_parameters()
+
+
+class OrthogonalLinear(Linear):
     r"""A linear layer with orthogonal weights of gain :math:`\sqrt 2` and zero bias, as the authors initialise.
 
     Args:
@@ -90,12 +130,36 @@ class OrthogonalLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draws the weight anew and zeroes the bias."""
-        if _INITIALIZES.get():
+        if not _left_to_loading(self):
             nn.init.orthogonal_(self.weight, gain=math.sqrt(2))
             nn.init.zeros_(self.bias)
-        else:
-            nn.init.constant_(self.weight, _UNLOADED)
-            nn.init.constant_(self.bias, _UNLOADED)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Torch's layer normalisation, which is missed, as linear layers are, where it is not loaded."""
+
+    def reset_parameters(self) -> None:
+        """Sets the weight to 1 and the bias to 0."""
+        if not _left_to_loading(self):
+            super().reset_parameters()
+
+
+class ValueDropout(nn.Dropout):
+    """Dropout in V's own loss alone: where no gradient is asked for, in the target r + γV(s'), nothing is dropped.
+
+    Nor is it in the advantages that weigh actions, for which the losses evaluate V(s) without gradient. The authors of
+    Sparse Q-Learning build V with dropout of 0.5 for antmaze (``configs/antmaze_config.py``, line 15, of
+    github.com/ryanxhr/IVR), but none of their calls of V (``critic.py``, lines 17 and 44; ``actor.py``, line 11) says
+    ``training=True``, without which ``common.py``, line 45, drops nothing. So V(s') and the advantages are theirs here,
+    and V's loss is what dropout was meant for.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input, of which parts are dropped in training mode where a gradient is asked for."""
+        return super().forward(input) if torch.is_grad_enabled() else input
+
+
+INITIALIZATIONS: Mapping[Initialization, type[Linear]] = {"orthogonal": OrthogonalLinear, "torch": Linear}
 
 
 class MLP(nn.Module):
@@ -108,6 +172,13 @@ class MLP(nn.Module):
         dropout: probability of dropping a hidden unit in training mode; the authors use 0.1 in the
             actor for kitchen and Adroit.
         activation: makes what comes behind each hidden layer; the authors' is ReLU.
+        layer_norm: whether each hidden layer is normalised before its activation, as in RLPD (Ball et al. 2023) and
+            in V of Extreme and Sparse Q-Learning (``common.py``, lines 37 to 45, of github.com/ryanxhr/IVR).
+        initialization: ``"orthogonal"``, see :class:`OrthogonalLinear`, or ``"torch"``, see :class:`Linear`.
+        dropout_layer: drops; V's is :class:`ValueDropout`.
+
+    Raises:
+        ValueError: for another initialisation.
     """
 
     def __init__(
@@ -117,15 +188,20 @@ class MLP(nn.Module):
         hidden_sizes: Sequence[int] = (256, 256),
         dropout: float = 0.0,
         activation: Activation = nn.ReLU,
+        layer_norm: bool = False,
+        initialization: Initialization = "orthogonal",
+        dropout_layer: type[nn.Dropout] = nn.Dropout,
     ) -> None:
         super().__init__()
+        choice(Initialization).check("initialization", initialization)
+        linear = INITIALIZATIONS[initialization]
         sizes = [in_features, *hidden_sizes]
         layers: list[nn.Module] = []
         for size, next_size in pairwise(sizes):
-            layers += [OrthogonalLinear(size, next_size), activation()]
+            layers += [linear(size, next_size), *([LayerNorm(next_size)] if layer_norm else []), activation()]
             if dropout:
-                layers.append(nn.Dropout(dropout))
-        self.layers = nn.Sequential(*layers, OrthogonalLinear(sizes[-1], out_features))
+                layers.append(dropout_layer(dropout))
+        self.layers = nn.Sequential(*layers, linear(sizes[-1], out_features))
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """``[*B, out_features]`` from inputs of shape ``[*B, f_i]``."""
@@ -165,6 +241,8 @@ def gaussian_actor(
     hidden_sizes: Sequence[int] = (256, 256),
     dropout: float = 0.0,
     activation: Activation = nn.ReLU,
+    layer_norm: bool = False,
+    initialization: Initialization = "orthogonal",
     log_std_range: tuple[float, float] = LOG_STD_RANGE,
     squashed: bool = False,
     low: Tensor | float = -1.0,
@@ -182,6 +260,8 @@ def gaussian_actor(
         hidden_sizes: width of each hidden layer.
         dropout: see :class:`MLP`.
         activation: see :class:`MLP`.
+        layer_norm: see :class:`MLP`.
+        initialization: see :class:`MLP`.
         log_std_range: see :class:`GaussianHead`.
         squashed: whether to squash samples (:class:`TanhNormal`) and not the mean alone
             (:class:`TanhMeanNormal`, the paper's).
@@ -194,7 +274,8 @@ def gaussian_actor(
     >>> actor(observation=torch.zeros(5, 3))[-1].shape
     torch.Size([5, 1])
     """
-    body = _body(MLP(observation_size, action_size, hidden_sizes, dropout, activation), encoder)
+    perceptron = MLP(observation_size, action_size, hidden_sizes, dropout, activation, layer_norm, initialization)
+    body = _body(perceptron, encoder)
     head = GaussianHead(body, action_size, log_std_range)
     return ProbabilisticTensorDictSequential(
         TensorDictModule(head, in_keys=list(in_keys), out_keys=["loc", "scale"]),
@@ -209,6 +290,8 @@ def categorical_actor(
     hidden_sizes: Sequence[int] = (256, 256),
     dropout: float = 0.0,
     activation: Activation = nn.ReLU,
+    layer_norm: bool = False,
+    initialization: Initialization = "orthogonal",
     in_keys: Sequence[NestedKey] = ("observation",),
     encoder: ObservationEncoder | None = None,
 ) -> ProbabilisticTensorDictSequential:
@@ -220,13 +303,16 @@ def categorical_actor(
         hidden_sizes: width of each hidden layer.
         dropout: see :class:`MLP`.
         activation: see :class:`MLP`.
+        layer_norm: see :class:`MLP`.
+        initialization: see :class:`MLP`.
         in_keys: the observations that are concatenated.
         encoder: see :func:`gaussian_actor`.
 
     >>> categorical_actor(4, 2)(observation=torch.zeros(5, 4))[-1].shape
     torch.Size([5])
     """
-    body = _body(MLP(observation_size, action_count, hidden_sizes, dropout, activation), encoder)
+    perceptron = MLP(observation_size, action_count, hidden_sizes, dropout, activation, layer_norm, initialization)
+    body = _body(perceptron, encoder)
     return ProbabilisticTensorDictSequential(
         TensorDictModule(body, in_keys=list(in_keys), out_keys=["logits"]),
         _Policy(
@@ -275,6 +361,8 @@ def critic(
     *,
     hidden_sizes: Sequence[int] = (256, 256),
     activation: Activation = nn.ReLU,
+    layer_norm: bool = False,
+    initialization: Initialization = "orthogonal",
     in_keys: Sequence[NestedKey] = ("observation",),
     action_key: NestedKey = "action",
     encoder: ObservationEncoder | None = None,
@@ -286,6 +374,8 @@ def critic(
         action_size: number of action dimensions.
         hidden_sizes: width of each hidden layer.
         activation: see :class:`MLP`.
+        layer_norm: see :class:`MLP`.
+        initialization: see :class:`MLP`.
         in_keys: the observations that are concatenated.
         action_key: the action that is concatenated behind them.
         encoder: see :func:`gaussian_actor`.
@@ -293,7 +383,8 @@ def critic(
     >>> critic(3, 1)(observation=torch.zeros(5, 3), action=torch.zeros(5, 1)).shape
     torch.Size([5, 1])
     """
-    body = _body(MLP(observation_size + action_size, 1, hidden_sizes, activation=activation), encoder)
+    perceptron = MLP(observation_size + action_size, 1, hidden_sizes, 0.0, activation, layer_norm, initialization)
+    body = _body(perceptron, encoder)
     return TensorDictModule(body, in_keys=[*in_keys, action_key], out_keys=["state_action_value"])
 
 
@@ -303,6 +394,8 @@ def discrete_critic(
     *,
     hidden_sizes: Sequence[int] = (256, 256),
     activation: Activation = nn.ReLU,
+    layer_norm: bool = False,
+    initialization: Initialization = "orthogonal",
     in_keys: Sequence[NestedKey] = ("observation",),
     encoder: ObservationEncoder | None = None,
 ) -> TensorDictModule:
@@ -313,13 +406,16 @@ def discrete_critic(
         action_count: number of actions n.
         hidden_sizes: width of each hidden layer.
         activation: see :class:`MLP`.
+        layer_norm: see :class:`MLP`.
+        initialization: see :class:`MLP`.
         in_keys: the observations that are concatenated.
         encoder: see :func:`gaussian_actor`.
 
     >>> discrete_critic(4, 2)(observation=torch.zeros(5, 4)).shape
     torch.Size([5, 2])
     """
-    body = _body(MLP(observation_size, action_count, hidden_sizes, activation=activation), encoder)
+    perceptron = MLP(observation_size, action_count, hidden_sizes, 0.0, activation, layer_norm, initialization)
+    body = _body(perceptron, encoder)
     return TensorDictModule(body, in_keys=list(in_keys), out_keys=["state_action_value"])
 
 
@@ -327,7 +423,10 @@ def value_function(
     observation_size: int,
     *,
     hidden_sizes: Sequence[int] = (256, 256),
+    dropout: float = 0.0,
     activation: Activation = nn.ReLU,
+    layer_norm: bool = False,
+    initialization: Initialization = "orthogonal",
     in_keys: Sequence[NestedKey] = ("observation",),
     encoder: ObservationEncoder | None = None,
 ) -> TensorDictModule:
@@ -336,14 +435,18 @@ def value_function(
     Args:
         observation_size: total size of the observations' last dimensions.
         hidden_sizes: width of each hidden layer.
+        dropout: probability of dropping a hidden unit in V's own loss, see :class:`ValueDropout`.
         activation: see :class:`MLP`.
+        layer_norm: see :class:`MLP`.
+        initialization: see :class:`MLP`.
         in_keys: the observations that are concatenated.
         encoder: see :func:`gaussian_actor`.
 
     >>> value_function(3)(observation=torch.zeros(5, 3)).shape
     torch.Size([5, 1])
     """
-    body = _body(MLP(observation_size, 1, hidden_sizes, activation=activation), encoder)
+    perceptron = MLP(observation_size, 1, hidden_sizes, dropout, activation, layer_norm, initialization, ValueDropout)
+    body = _body(perceptron, encoder)
     return TensorDictModule(body, in_keys=list(in_keys), out_keys=["state_value"])
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iql_plugins.networks import MLP
+from iql_plugins.networks.builders import MLP, LayerNorm
 from iql_plugins.networks.calls import has_hooks, plain_module
 
 __all__ = ["CriticEnsemble"]
@@ -32,7 +32,7 @@ _ELEMENTWISE = (
 
 @dataclass(frozen=True)
 class CriticEnsemble:
-    """The layers of a critic that concatenates its inputs and passes them through linear and elementwise layers.
+    """The layers of a critic that concatenates its inputs: linear and elementwise ones, and layer normalisation.
 
     Attributes:
         layers: their names in the critic, in order.
@@ -49,7 +49,9 @@ class CriticEnsemble:
             return None
         root = "module.layers" if joins else "module"
         names = list(_flattened(critic.get_submodule(root), root))
-        known = all(_is_linear(m) or type(m) in _ELEMENTWISE for m in map(critic.get_submodule, names))
+        known = all(
+            _is_linear(m) or _is_layer_norm(m) or type(m) in _ELEMENTWISE for m in map(critic.get_submodule, names)
+        )
         return cls(tuple(names)) if known else None
 
     def __call__(self, critic: nn.Module, tensors: dict[str, Tensor], inputs: Sequence[Tensor], count: int) -> Tensor:
@@ -66,8 +68,11 @@ class CriticEnsemble:
         # gradient of a weight then has the weight's own layout, and needs no copy.
         x = joined.reshape(-1, joined.shape[-1]).t().expand(count, -1, -1)
         for name in self.layers:
-            weight = tensors.get(f"{name}.weight")
-            x = critic.get_submodule(name)(x) if weight is None else _linear(x, weight, tensors.get(f"{name}.bias"))
+            layer, weight, bias = critic.get_submodule(name), tensors.get(f"{name}.weight"), tensors.get(f"{name}.bias")
+            if isinstance(layer, nn.LayerNorm):
+                x = _layer_norm(x, weight, bias, layer.eps)
+            else:
+                x = layer(x) if weight is None else _linear(x, weight, bias)
         return x.transpose(1, 2).reshape(count, *joined.shape[:-1], -1)
 
 
@@ -75,6 +80,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``[N, out, B]`` from ``[N, in, B]``; weight and bias are stacked, or one for all critics."""
     weight = weight.expand(len(x), *weight.shape[-2:])
     return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.unsqueeze(-1), weight, x)
+
+
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """``[N, F, B]`` normalised over features; weight and bias are stacked, or one for all critics."""
+    x = nn.functional.layer_norm(x.transpose(1, 2), x.shape[1:2], eps=eps).transpose(1, 2)
+    x = x if weight is None else x * weight.unsqueeze(-1)
+    return x if bias is None else x + bias.unsqueeze(-1)
 
 
 def _flattened(module: nn.Module, name: str) -> Iterator[str]:
@@ -90,3 +102,8 @@ def _is_linear(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "weight" in module._parameters
     )
+
+
+def _is_layer_norm(module: nn.Module) -> bool:
+    # Features are the only dimension that each sample has of its own here. Parametrised, it is of another class.
+    return type(module) in (nn.LayerNorm, LayerNorm) and len(module.normalized_shape) == 1  # type: ignore[arg-type]

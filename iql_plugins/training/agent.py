@@ -60,7 +60,7 @@ def build_loss(spaces: Spaces, config: IQLConfig) -> IQLLoss:
     def options(role: Role) -> dict[str, Any]:
         encoder = None if is_plain(kinds) else ObservationEncoder(kinds)
         size = sum(kind.size for kind in kinds if isinstance(kind, Box)) if encoder is None else encoder.size
-        return {"observation_size": size, "hidden_sizes": config.hidden_sizes, "in_keys": keys, "encoder": encoder}
+        return {**config.network(role), "observation_size": size, "in_keys": keys, "encoder": encoder}
 
     actor, [qvalue], value = networks_for(
         spaces.action, options, dropout=config.actor_dropout, squashed=config.squashed

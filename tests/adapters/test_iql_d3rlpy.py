@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from agents import NETWORKS
 from d3rlpy.algos import BCConfig
 from d3rlpy.dataset import MDPDataset, MultiStepTransitionPicker, create_fifo_replay_buffer
 from d3rlpy.logging import FileAdapterFactory
@@ -233,6 +234,7 @@ def test_fields_have_d3rlpys_names_and_defaults() -> None:
         "value_objective",
         "policy_extraction",
         "objective_options",
+        *NETWORKS["all"],
     }
     # Positional arguments mean the same.
     assert list(vars(ours))[: len(vars(theirs))] == list(vars(theirs))
@@ -258,6 +260,14 @@ def test_encoder_factories_for_vectors(kind: str, factory: EncoderFactory, tmp_p
     loaded = d3rlpy.load_learnable(str(tmp_path / "algorithm.d3"), device=place)
     assert_same_weights(weights(algorithm), weights(loaded))
     np.testing.assert_array_equal(algorithm.predict(observations()), loaded.predict(observations()))
+
+
+def test_what_perceptrons_alone_have_is_refused_beside_other_factories(kind: str, place: str) -> None:
+    own = {"critic_encoder_factory": VectorEncoderFactory([8], activation="gelu")}
+    for changes, shape in ((own, VECTOR), ({}, PIXEL)):
+        algorithm = config(kind, critic_layer_norm=True, **changes).create(place)
+        with pytest.raises(ValueError, match="critic_layer_norm must be False where encoder factories make"):
+            algorithm.build_with_dataset(dataset(kind, shape))
 
 
 def test_the_default_encoder_of_images_is_d3rlpys(kind: str, place: str) -> None:

@@ -1117,6 +1117,9 @@ def test_what_sacs_policy_is_given_and_does_not_read_without_it_is_taken(tmp_pat
         ({"gamma": 1.1}, "discount"),
         ({"offline_ratio": 2.0}, "offline_ratio"),
         ({"policy_kwargs": {"net_arch": {"pi": [8]}}}, "net_arch"),
+        ({"policy_kwargs": {"net_arch": {"pi": [8], "qf": [8]}, "actor_hidden_sizes": [8]}}, "net_arch must be a list"),
+        ({"policy_kwargs": {"critic_layer_norm": "yes"}}, "critic_layer_norm"),
+        ({"policy_kwargs": {"initialization": "xavier"}}, "initialization"),
         ({"compile": "maybe"}, "compile"),
     ],
 )
@@ -1183,6 +1186,36 @@ def test_the_networks_are_those_of_every_adapter(dataset: TensorDict) -> None:
     assert agent.normalizers is model.policy.normalizers
 
 
+@pytest.mark.parametrize(
+    ("policy_kwargs", "expected"),
+    [
+        ({"net_arch": []}, {"hidden_sizes": ()}),
+        ({"net_arch": {"pi": [4], "qf": [4]}}, {"hidden_sizes": (4,)}),
+        ({"net_arch": {"pi": [4], "qf": [5, 6]}}, {"hidden_sizes": (4,), "critic_hidden_sizes": (5, 6)}),
+        ({"net_arch": [4], "actor_hidden_sizes": [3]}, {"hidden_sizes": (4,), "actor_hidden_sizes": (3,)}),
+        ({"activation_fn": torch.nn.SiLU}, {"activation": "silu"}),
+        ({"critic_layer_norm": True, "dropout": 0.1}, {"critic_layer_norm": True, "actor_dropout": 0.1}),
+        ({"value_dropout": 0.2, "initialization": "torch"}, {"value_dropout": 0.2, "initialization": "torch"}),
+    ],
+    ids=str,
+)
+def test_what_the_policy_is_given_are_the_cores_hyper_parameters(
+    policy_kwargs: dict[str, Any], expected: dict[str, Any], dataset: TensorDict
+) -> None:
+    agent = model_of(dataset=dataset, policy_kwargs=policy_kwargs).to_agent()
+    given = agent.config.of("networks")
+    assert given == IQLConfig(**expected).of("networks")
+    assert agent.custom_parts() == []
+    again = IQL.from_agent(agent)
+    assert again.to_agent().config == agent.config
+    assert again.to_agent().custom_parts() == []
+
+
+def test_an_activation_without_a_name_is_ones_own(dataset: TensorDict) -> None:
+    agent = model_of(dataset=dataset, policy_kwargs={"activation_fn": torch.nn.Hardtanh}).to_agent()
+    assert agent.custom_parts() == ["actor_network", "value_network", "qvalue_network"]
+
+
 def test_an_agent_trains_the_same_in_both_adapters(dataset: TensorDict, tmp_path: Path) -> None:
     spaces = Spaces.from_gymnasium(gym.make("Pendulum-v1").observation_space, gym.make("Pendulum-v1").action_space)
     config = IQLConfig(
@@ -1212,7 +1245,7 @@ def test_an_agent_that_does_not_fit_is_refused(dataset: TensorDict) -> None:
     agent = model_of(dataset=dataset).to_agent()
     with pytest.raises(ValueError, match="'observation' must be"):
         IQL.from_agent(agent, gym.make("CartPole-v1"))
-    agent = model_of(policy_kwargs={"net_arch": {"pi": [4], "qf": [5]}}).to_agent()
+    agent = model_of(policy_kwargs={"net_arch": {"pi": [4], "qf": [5], "vf": [6]}}).to_agent()
     with pytest.raises(ValueError, match="not the default ones"):
         IQL.from_agent(agent)
     normalized = model_of(VecNormalize(DummyVecEnv([lambda: gym.make("Pendulum-v1")])))

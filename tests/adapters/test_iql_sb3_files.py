@@ -306,7 +306,8 @@ NET_ARCH = ("policy", "arguments", "net_arch")
     [
         (NET_ARCH, [10**6, 10**6], "networks of more weights than the"),
         (NET_ARCH, [1] * 10**5, "100000 layers"),
-        (NET_ARCH, "wide", "TypeError"),
+        (NET_ARCH, "wide", "hidden_sizes must be a tuple of integers"),
+        (("policy", "arguments", "critic_hidden_sizes"), [1] * 10**5, "100000 layers"),
         (("policy", "arguments", "n_critics"), 10**9, "n_critics and hidden_sizes must make at most"),
         (("spaces", "observation"), HUGE, "observations of 1000000000000 entries"),
         (("spaces", "observation"), {"discrete": 10**12, "start": 0}, "does not hold"),

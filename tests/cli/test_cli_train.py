@@ -136,6 +136,10 @@ def test_options_win_over_the_preset_and_the_preset_over_the_defaults() -> None:
     assert hyperparameters("--dataset", "mine.npz", "--preset", "antmaze") == preset("antmaze")
     given = hyperparameters("--preset=antmaze", "--temperature", "2", "--hidden-sizes", "3", "4")
     assert given == preset("antmaze", temperature=2.0, hidden_sizes=(3, 4))
+    networks = ["--critic-hidden-sizes", "5", "6", "--critic-layer-norm", "--activation", "gelu"]
+    assert hyperparameters("--dataset", "mine.npz", *networks, "--value-dropout", "0.5") == IQLConfig(
+        critic_hidden_sizes=(5, 6), critic_layer_norm=True, activation="gelu", value_dropout=0.5
+    )
     assert hyperparameters("--reward-scale", "0.5", "--max-grad-norm", "1").reward_scale == 0.5
     sparse = ["--preset", "antmaze", "--value-objective", "sparse"]
     assert hyperparameters(*sparse) == preset("antmaze", value_objective="sparse")
@@ -647,6 +651,7 @@ def whole_stack(run: Run, tmp_path: Path) -> Path:
     ("options", "message"),
     [
         (["--actor-dropout", "0.1"], "dropout draws for each seed on its own"),
+        (["--value-dropout", "0.1"], "dropout draws for each seed on its own"),
         (["--adapter", "sb3"], "adapter 'sb3' trains one seed at a time"),
     ],
 )
@@ -667,6 +672,8 @@ def test_a_training_that_cannot_be_stacked_is_a_mistake_before_it_starts(
         (["--seeds", "5", "--hidden-sizes", "64", "--baseline", "none"], "cpu", 3),
         (["--seeds", "5", "--hidden-sizes", "64", "--workers", "20"], "cpu", 1),
         (["--seeds", "5", "--hidden-sizes", "64", "256"], "cpu", 1),
+        (["--seeds", "5", "--hidden-sizes", "64", "--critic-hidden-sizes", "256"], "cpu", 1),
+        (["--seeds", "5", "--hidden-sizes", "64", "--value-dropout", "0.1"], "cuda", 1),
         (["--seeds", "5", "--hidden-sizes", "256"], "cuda", 5),
         (["--seeds", "5", "--hidden-sizes", "64", "--actor-dropout", "0.1"], "cuda", 1),
         (["--seeds", "5", "--hidden-sizes", "64", "--adapter", "d3rlpy"], "cuda", 1),

@@ -6,7 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agents import OBJECTIVES, ROWS, SPACES, draw, draw_nothing, make_agent, make_dataset, observations, same, weights
+from agents import (
+    NETWORKS,
+    OBJECTIVES,
+    ROWS,
+    SPACES,
+    draw,
+    draw_nothing,
+    make_agent,
+    make_dataset,
+    observations,
+    same,
+    weights,
+)
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -294,14 +306,12 @@ def test_time_limits_bootstrap_and_terminal_states_do_not() -> None:
 
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete", "dict"])
-@pytest.mark.parametrize("objective", ["expectile-awr", *OBJECTIVES])
-def test_a_training_that_was_saved_goes_on_as_if_it_had_not_stopped(kind: str, objective: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, *OBJECTIVES.values(), *NETWORKS.values()], ids=str)
+def test_a_training_that_was_saved_goes_on_as_if_it_had_not_stopped(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     dataset, path = make_dataset(SPACES[kind]), tmp_path / "agent.safetensors"
-    options = (
-        STANDARDIZED
-        | OBJECTIVES.get(objective, {})
-        | {"actor_dropout": 0.3, "max_grad_norm": 1.0, "n_steps": 12, "polyak": 0.25}
-    )
+    options = STANDARDIZED | options | {"actor_dropout": 0.3, "max_grad_norm": 1.0, "n_steps": 12, "polyak": 0.25}
     whole, first = (make_agent(kind, dataset, **options) for _ in range(2))
     whole.fit(dataset, 15)
     first.fit(dataset, 6)
@@ -332,6 +342,16 @@ def test_an_agent_is_loaded_without_drawing_what_the_file_has(
     assert same(weights(loaded), weights(agent))
     with pytest.raises(AssertionError, match="weights are drawn"):
         make_agent(kind)
+
+
+def test_a_checkpoint_of_a_release_with_fewer_hyper_parameters_has_the_defaults() -> None:
+    agent = make_agent("continuous")
+    document, tensors = agent.state()
+    for name in NETWORKS["all"]:
+        del document["config"][name]
+    loaded = Agent.from_state(document, tensors, name="agent", device=agent.device)
+    assert loaded.config == agent.config
+    assert same(weights(loaded), weights(agent))
 
 
 def test_agents_that_go_on_upon_another_kind_of_device_draw_batches_of_their_own() -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("d3rlpy")
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("torchrl")
 
-from agents import OBJECTIVES, SPACES, make_agent, make_dataset, observations, same, weights
+from agents import NETWORKS, OBJECTIVES, SPACES, make_agent, make_dataset, observations, same, weights
 from tensordict import TensorDict
 from torch import Tensor, nn
 
@@ -107,11 +107,13 @@ MIXED = Spaces({"camera": CAMERA, "gear": Discrete(3, start=-1), "speed": Box((2
         ("dict", {}),
         ("mixed", {}),
         *[(name, options) for name in ("continuous", "discrete") for options in OBJECTIVES.values()],
+        *[("continuous", options) for options in NETWORKS.values()],
+        *[(name, NETWORKS["all"]) for name in ("discrete", "dict", "mixed")],
     ],
     ids=str,
 )
 def test_an_agent_of_any_spaces_goes_through_all_adapters_and_comes_back(
-    name: str, options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(SPACES, "mixed", MIXED)
     dataset = make_dataset(SPACES[name])
@@ -242,14 +244,18 @@ def test_networks_of_ones_own_load_into_networks_like_them(tmp_path: Path) -> No
         assert same(weights(other), weights(agent))
 
 
+#: V has widths of its own, which no other framework's V has.
+OF_ITS_OWN = {"net_arch": {"pi": [4], "qf": [5], "vf": [6]}}
+
+
 def test_networks_of_ones_own_in_one_framework_move_to_no_other(tmp_path: Path) -> None:
     dataset = make_dataset(SPACES["continuous"])
-    model = iql_sb3.IQL("MlpPolicy", dataset=dataset, policy_kwargs={"net_arch": {"pi": [4], "qf": [5]}})
+    model = iql_sb3.IQL("MlpPolicy", dataset=dataset, policy_kwargs=OF_ITS_OWN)
     agent = model.to_agent()
-    with pytest.raises(ValueError, match="qvalue_network"):
+    with pytest.raises(ValueError, match="value_network"):
         iql_d3rlpy.from_agent(agent).save(tmp_path / "agent.d3")
     iql_torchrl.IQL(agent).save(tmp_path / "agent.pt")
-    with pytest.raises(CheckpointError, match="qvalue_network"):
+    with pytest.raises(CheckpointError, match="value_network"):
         iql_torchrl.IQL.load(tmp_path / "agent.pt")
     assert np.isfinite(agent.act(np.zeros(3, np.float32))).all()
 
@@ -258,14 +264,12 @@ def test_a_file_of_another_framework_whose_networks_cannot_move_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = make_dataset(SPACES["continuous"])
-    iql_sb3.IQL("MlpPolicy", dataset=dataset, policy_kwargs={"net_arch": {"pi": [4], "qf": [5]}}).save(
-        tmp_path / "own.zip"
-    )
+    iql_sb3.IQL("MlpPolicy", dataset=dataset, policy_kwargs=OF_ITS_OWN).save(tmp_path / "own.zip")
     for target in ("tensor", "torchrl"):
         new = tmp_path / f"new{training_of(target).suffix}"
         assert main(["convert", str(tmp_path / "own.zip"), str(new), "--to", target]) == 2
         error = capsys.readouterr().err
-        assert f"qvalue_network of {tmp_path / 'own.zip'} are not the default ones" in error
+        assert f"value_network of {tmp_path / 'own.zip'} are not the default ones" in error
         assert "Traceback" not in error
     assert [path.name for path in tmp_path.iterdir()] == ["own.zip"]
 

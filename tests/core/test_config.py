@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import pytest
+from agents import NETWORKS
 
 from iql_plugins.config import PRESETS, IQLConfig, preset
 
@@ -18,6 +19,13 @@ from iql_plugins.config import PRESETS, IQLConfig, preset
         ("n_critics", 0, "an integer >= 1"),
         ("hidden_sizes", (256, 0), "a tuple of integers >= 1"),
         ("hidden_sizes", 256, "a tuple of integers >= 1"),
+        ("actor_hidden_sizes", (0,), "a tuple of integers >= 1 or None"),
+        ("critic_hidden_sizes", 64, "a tuple of integers >= 1 or None"),
+        ("activation", "swish", "one of 'relu', .*'tanh'"),
+        ("actor_layer_norm", 1, "True or False"),
+        ("critic_layer_norm", "yes", "True or False"),
+        ("value_dropout", 1.0, r"in \[0, 1\)"),
+        ("initialization", "xavier", "one of 'orthogonal', 'torch'"),
         ("discount", 1.01, r"in \[0, 1\]"),
         ("discount", math.nan, r"in \[0, 1\]"),
         ("expectile", 0.0, r"in \(0, 1\]"),
@@ -46,6 +54,16 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any, expected
         IQLConfig(**{name: value})
 
 
+def test_widths_are_those_of_all_networks_unless_one_has_its_own() -> None:
+    config = IQLConfig(hidden_sizes=(4,), critic_hidden_sizes=(5, 6))
+    assert [config.sizes_of(role) for role in ("actor", "critic", "value")] == [(4,), (5, 6), (5, 6)]
+    assert IQLConfig(hidden_sizes=(4,), actor_hidden_sizes=()).sizes_of("actor") == ()
+    with pytest.raises(ValueError, match="n_critics and critic_hidden_sizes must make at most 4096 layers"):
+        IQLConfig(critic_hidden_sizes=(1,) * 4096)
+    with pytest.raises(ValueError, match="actor_hidden_sizes must make at most 4096 layers"):
+        IQLConfig(actor_hidden_sizes=(1,) * 4097)
+
+
 def test_temperatures_above_one_and_of_zero_are_normal() -> None:
     assert IQLConfig(temperature=10.0).temperature == 10.0
     assert IQLConfig(temperature=0.0).temperature == 0.0
@@ -53,7 +71,7 @@ def test_temperatures_above_one_and_of_zero_are_normal() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_survives_json(name: str) -> None:
-    config = preset(name, hidden_sizes=[32, 16])
+    config = preset(name, hidden_sizes=[32, 16], **NETWORKS["all"])
     assert config.hidden_sizes == (32, 16)
     assert IQLConfig.from_json(json.loads(json.dumps(config.to_json(), allow_nan=False))) == config
 

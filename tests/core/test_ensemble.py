@@ -66,10 +66,14 @@ PERCEPTRONS: dict[str, Callable[[], nn.Module]] = {
     "mlp": mlp,
     "nested": lambda: sequential(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), nn.Tanh()),
     **{kind.__name__: lambda kind=kind: sequential(kind()) for kind in ELEMENTWISE},
+    "mlp with layer norm": lambda: mlp(layer_norm=True, activation=nn.GELU, initialization="torch"),
+    "layer norm": lambda: sequential(nn.LayerNorm(8)),
+    "layer norm without weights": lambda: sequential(nn.LayerNorm(8, elementwise_affine=False, eps=0.1)),
+    "layer norm without bias": lambda: sequential(nn.LayerNorm(8, bias=False)),
 }
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "a forward of its own": Own,
-    "layer norm": lambda: sequential(nn.LayerNorm(8)),
+    "layer norm of more": lambda: nn.Sequential(nn.LayerNorm((6, OBSERVATION)), nn.Linear(OBSERVATION, ACTIONS)),
     "softmax": lambda: sequential(nn.Softmax(dim=0)),
     "computed weight": lambda: sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
 }
@@ -80,6 +84,10 @@ OTHERS: dict[str, Callable[[], nn.Module]] = {
 def test_a_perceptron_has_the_numbers_of_the_loop(name: str, shape: tuple[int, ...]) -> None:
     loss = loss_of(PERCEPTRONS[name]())
     assert loss._ensemble is not None
+    # Weights of a normalisation begin alike in all critics.
+    with torch.no_grad():
+        for parameter in loss.qvalue_network.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     assert_equal_to_the_loop(loss, shape)
 
 
@@ -102,9 +110,14 @@ def test_wrappers_that_do_more_than_pass_tensors_on_take_the_general_way() -> No
         assert CriticEnsemble.read(network) is None
 
 
-def test_critics_that_share_a_layer_are_stacked_in_the_others() -> None:
-    trunk = nn.Linear(OBSERVATION, 8)
-    bodies = [nn.Sequential(trunk, nn.ReLU(), nn.Linear(8, ACTIONS)) for _ in range(3)]
+@pytest.mark.parametrize("shared", [nn.Linear(OBSERVATION, 8), nn.LayerNorm(8)], ids=["linear", "layer norm"])
+def test_critics_that_share_a_layer_are_stacked_in_the_others(shared: nn.Module) -> None:
+    def body() -> nn.Module:
+        if isinstance(shared, nn.Linear):
+            return nn.Sequential(shared, nn.ReLU(), nn.Linear(8, ACTIONS))
+        return nn.Sequential(nn.Linear(OBSERVATION, 8), shared, nn.Linear(8, ACTIONS))
+
+    bodies = [body() for _ in range(3)]
     networks = [TensorDictModule(body, ["observation"], ["state_action_value"]) for body in bodies]
     loss = make_loss("discrete", qvalue_network=networks, num_qvalue_nets=3)
     assert loss._ensemble is not None

@@ -14,7 +14,7 @@ pytest.importorskip("stable_baselines3")
 pytest.importorskip("torchrl")
 
 import torchrl.objectives
-from agents import OBJECTIVES
+from agents import NETWORKS, OBJECTIVES
 from conftest import keywords
 from d3rlpy.dataset import BasicTransitionPicker, TransitionMiniBatch
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -304,6 +304,14 @@ def test_every_adapter_trains_every_objective_the_same(
     options = PLAIN | OBJECTIVES[objective]
     expected = expected_record(kind, dtype, tuple(options.items()))
     assert_equal_records(path(make_agent(kind, **options), make_dataset(kind)), expected, dtype)
+
+
+@pytest.mark.parametrize("path", [sb3_dataset, d3rlpy_fit, torchrl_fit], ids=lambda path: path.__name__)
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float64], indirect=True)
+def test_every_adapter_trains_every_network_the_same(path: Path, kind: str, name: str, dtype: torch.dtype) -> None:
+    expected = expected_record(kind, dtype, tuple((PLAIN | NETWORKS[name]).items()))
+    assert_equal_records(path(make_agent(kind, **PLAIN, **NETWORKS[name]), make_dataset(kind)), expected, dtype)
 
 
 @pytest.mark.parametrize("path", [sb3_dataset, d3rlpy_fit, torchrl_fit], ids=lambda path: path.__name__)

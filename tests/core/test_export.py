@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agents import OBJECTIVES
+from agents import NETWORKS, OBJECTIVES
 
 from iql_plugins import export
 from iql_plugins.config import IQLConfig
@@ -51,11 +51,17 @@ def test_the_policy_module_acts_like_the_agent(kind: str) -> None:
     torch.testing.assert_close(PolicyModule(agent)(*observations), agent.act(given).cpu())
 
 
-@pytest.mark.parametrize("kind", SPACES)
-def test_an_onnx_file_acts_like_the_agent_whatever_the_batch_size(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [*[(kind, {}) for kind in SPACES], *[(kind, NETWORKS["all"]) for kind in ("continuous", "discrete")]],
+    ids=str,
+)
+def test_an_onnx_file_acts_like_the_agent_whatever_the_batch_size(
+    kind: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
-    agent = make_agent(kind)
+    agent = make_agent(kind, **options)
     assert export_policy(agent, tmp_path / "policy.onnx", "onnx") <= 1e-5
     assert [file.name for file in tmp_path.iterdir()] == ["policy.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "policy.onnx")
@@ -72,6 +78,8 @@ def test_an_onnx_file_acts_like_the_agent_whatever_the_batch_size(kind: str, tmp
     [
         *[(kind, written, {}) for kind in ("continuous", "dict", "image") for written in ("torch", "torchscript")],
         *[(kind, "torchscript", options) for kind in ("continuous", "discrete") for options in OBJECTIVES.values()],
+        *[("continuous", "torchscript", options) for options in NETWORKS.values()],
+        *[(kind, written, NETWORKS["all"]) for kind in ("continuous", "image") for written in ("torch", "torchscript")],
     ],
     ids=str,
 )

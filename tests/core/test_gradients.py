@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agents import OBJECTIVES, SPACES, make_agent, make_dataset
+from agents import NETWORKS, OBJECTIVES, SPACES, make_agent, make_dataset
 from conftest import ACTIONS, OBSERVATION, keywords, make_batch, make_loss
 from requirements import needs_compiler
 from tensordict.nn import TensorDictModule
@@ -60,10 +60,20 @@ def test_the_graph_computes_what_autograd_does(kind: str, objective: str, graphs
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("kind", SPACES)
-def test_the_graph_takes_every_kind_of_observation(kind: str, graphs: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *[(kind, {}) for kind in SPACES],
+        *[("continuous", options) for options in NETWORKS.values()],
+        *[(kind, NETWORKS["all"]) for kind in ("discrete", "dict", "image")],
+    ],
+    ids=str,
+)
+def test_the_graph_takes_every_kind_of_observation_and_network(
+    kind: str, options: dict[str, Any], graphs: list[Any]
+) -> None:
     dataset = make_dataset(SPACES[kind])
-    agent = make_agent(kind, dataset, actor_dropout=0.5)
+    agent = make_agent(kind, dataset, actor_dropout=0.5, **options)
     source = batch_source(dataset, agent.normalizers)
     both(agent.loss, source.batch(torch.arange(8)), LossGradients(agent.loss, compile=True))
 
@@ -386,16 +396,19 @@ def test_an_unknown_mode_is_refused(kind: str) -> None:
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "objective"),
+    ("kind", "options"),
     [
-        ("continuous", "expectile-awr"),
-        ("discrete", "expectile-awr"),
-        ("continuous", "gumbel-ddpg_bc"),
-        ("discrete", "exponential-ddpg_bc"),
-        ("continuous", "sparse-awr"),
+        ("continuous", {}),
+        ("discrete", {}),
+        ("continuous", OBJECTIVES["gumbel-ddpg_bc"]),
+        ("discrete", OBJECTIVES["exponential-ddpg_bc"]),
+        ("continuous", OBJECTIVES["sparse-awr"]),
+        ("continuous", NETWORKS["all"]),
+        ("discrete", NETWORKS["all"]),
     ],
+    ids=str,
 )
-def test_a_compiled_training_is_the_eager_one(kind: str, objective: str) -> None:
+def test_a_compiled_training_is_the_eager_one(kind: str, options: dict[str, Any]) -> None:
     dataset = make_dataset(SPACES[kind])
     with torch._inductor.config.patch(fallback_random=True):
         agents = [
@@ -406,7 +419,7 @@ def test_a_compiled_training_is_the_eager_one(kind: str, objective: str) -> None
                 n_steps=100,
                 max_grad_norm=0.5,
                 actor_dropout=0.2,
-                **OBJECTIVES.get(objective, {}),
+                **options,
             )
             for compile in ("no", "yes")
         ]

@@ -656,6 +656,21 @@ def test_dropout_acts_in_training_mode_alone() -> None:
     assert torch.equal(loss(batch)["loss_actor"], loss(batch)["loss_actor"])
 
 
+@pytest.mark.parametrize("objective", ["expectile", "sparse", "exponential"])
+def test_dropout_in_v_is_in_its_own_loss_alone(kind: str, objective: str) -> None:
+    value = value_function(OBSERVATION, dropout=0.5, hidden_sizes=(32,))
+    loss, batch = make_loss(kind, value_network=value, value_objective=objective), make_batch(kind)
+    first, second = loss(batch.clone()), loss(batch.clone())
+    alone, _ = loss.actor_loss(batch.clone())
+    loss.eval()
+    without = loss(batch.clone())
+    assert not torch.equal(first["loss_value"], second["loss_value"])
+    assert not torch.equal(first["loss_value"], without["loss_value"])
+    for name in ("loss_actor", "loss_qvalue"):
+        torch.testing.assert_close(first[name], without[name])
+    torch.testing.assert_close(alone, without["loss_actor"])
+
+
 def test_gradient_steps_lower_the_losses(kind: str) -> None:
     loss, batch = make_loss(kind, loss_function="l2"), make_batch(kind, (32,))
     optimiser = torch.optim.Adam(loss.parameters(), lr=1e-2)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from agents import OBJECTIVES, SPACES, make_dataset
+from agents import NETWORKS, OBJECTIVES, SPACES, make_dataset
 from requirements import needs_compiler
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from iql_plugins.training.learner import DivergenceError, Learner
 from iql_plugins.training.multi_seed import fit_together
 
 STEPS = 20
+#: All that networks can have and be stacked.
+STACKED = {name: value for name, value in NETWORKS["all"].items() if name != "value_dropout"}
 VECTORS = ["continuous", "discrete", "dict"]
 
 
@@ -71,6 +73,8 @@ def assert_equal(agent: Agent, alone: Agent, tolerance: float = 1e-5) -> None:
         *[(kind, {"max_grad_norm": 0.1, "n_critics": 3, "polyak": 0.3}) for kind in VECTORS],
         *[("continuous", options) for options in OBJECTIVES.values()],
         ("discrete", OBJECTIVES["exponential-ddpg_bc"]),
+        *[("continuous", {name: value}) for name, value in STACKED.items()],
+        *[(kind, STACKED) for kind in VECTORS],
     ],
     ids=str,
 )
@@ -392,8 +396,9 @@ def test_what_cannot_be_stacked_is_refused(kind: str, alike: Callable[..., list[
         fit_together([], dataset, 1)
     with pytest.raises(ValueError, match="every agent must be there once"):
         fit_together([agent, agent], dataset, 1)
-    with pytest.raises(ValueError, match="networks with dropout draw random numbers of their own"):
-        fit_together(alike(actor_dropout=0.5), dataset, 1)
+    for dropout in ("actor_dropout", "value_dropout"):
+        with pytest.raises(ValueError, match="networks with dropout draw random numbers of their own"):
+            fit_together(alike(**{dropout: 0.5}), dataset, 1)
     others = alike(2)
     others[1].loss.check_finite = True
     with pytest.raises(ValueError, match="check_finite reads every batch on the host"):
@@ -524,7 +529,7 @@ def test_a_frozen_network_stays_as_it_is(kind: str, alike: Callable[..., list[Ag
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [*[(kind, {}) for kind in VECTORS], ("continuous", OBJECTIVES["gumbel-ddpg_bc"])],
+    [*[(kind, {}) for kind in VECTORS], ("continuous", OBJECTIVES["gumbel-ddpg_bc"]), ("continuous", STACKED)],
     ids=str,
 )
 def test_compiled_agents_end_where_each_would_have_alone(

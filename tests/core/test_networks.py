@@ -1,6 +1,8 @@
 """The paper's networks and distributions."""
 
 import math
+import re
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tensordict.nn import InteractionType, set_interaction_type
 from torch import nn
 
 from iql_plugins.networks import (
+    ACTIVATIONS,
     MLP,
     OrthogonalLinear,
     categorical_actor,
@@ -18,7 +21,7 @@ from iql_plugins.networks import (
     gaussian_actor,
     value_function,
 )
-from iql_plugins.networks.builders import check_loaded, uninitialized
+from iql_plugins.networks.builders import ActivationName, LayerNorm, check_loaded, uninitialized
 from iql_plugins.networks.distributions import Categorical, TanhMeanNormal, TanhNormal
 
 
@@ -143,14 +146,52 @@ def test_weights_are_orthogonal_with_gain_root_two_and_biases_zero() -> None:
             assert not layer.bias.any()
 
 
-def test_weights_that_are_loaded_are_not_drawn_and_are_missed() -> None:
+def test_torchs_own_initialisation_is_that_of_its_linear_layers() -> None:
+    torch.manual_seed(3)
+    network = MLP(4, 3, (8, 8), initialization="torch")
+    torch.manual_seed(3)
+    expected = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    for ours, theirs in zip(network.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="initialization must be one of 'orthogonal', 'torch', got 'xavier'"):
+        MLP(4, 3, initialization="xavier")  # type: ignore[arg-type]
+
+
+def test_normalisation_comes_before_each_activation_and_dropout_behind_it() -> None:
+    network = MLP(4, 1, (8, 6), dropout=0.1, activation=nn.ELU, layer_norm=True)
+    hidden = [OrthogonalLinear, LayerNorm, nn.ELU, nn.Dropout]
+    assert [type(layer) for layer in network.layers] == [*hidden, *hidden, OrthogonalLinear]
+    x = torch.randn(5, 4)
+    features = network.eval().layers[:2](x)
+    torch.testing.assert_close(features.mean(-1), torch.zeros(5), atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(features.var(-1, correction=0), torch.ones(5), atol=1e-3, rtol=0.0)
+
+
+def test_every_activation_has_a_name() -> None:
+    assert set(ACTIVATIONS) == set(get_args(ActivationName))
+    x = torch.linspace(-3, 3, 50)
+    for name, kind in ACTIVATIONS.items():
+        torch.testing.assert_close(kind()(x), getattr(nn.functional, name)(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "missed"),
+    [
+        ({}, "module.layers.2.weight, module.layers.2.bias"),
+        ({"initialization": "torch"}, "module.layers.2.weight, module.layers.2.bias"),
+        ({"layer_norm": True}, "module.layers.1.weight, module.layers.1.bias"),
+    ],
+    ids=str,
+)
+def test_weights_that_are_loaded_are_not_drawn_and_are_missed(options: dict[str, Any], missed: str) -> None:
     state = torch.get_rng_state()
     with uninitialized():
-        network = critic(3, 2, hidden_sizes=(8,))
+        network = critic(3, 2, hidden_sizes=(8,), **options)
     assert torch.equal(torch.get_rng_state(), state)
-    saved = critic(3, 2, hidden_sizes=(8,)).state_dict()
-    network.load_state_dict({name: saved[name] for name in list(saved)[:-2]}, strict=False)
-    with pytest.raises(RuntimeError, match=r"^module\.layers\.2\.weight, module\.layers\.2\.bias were not loaded"):
+    saved = critic(3, 2, hidden_sizes=(8,), **options).state_dict()
+    absent = missed.split(", ")
+    network.load_state_dict({name: saved[name] for name in saved if name not in absent}, strict=False)
+    with pytest.raises(RuntimeError, match=f"^{re.escape(missed)} were not loaded"):
         check_loaded(network)
     network.load_state_dict(saved)
     check_loaded(network)
