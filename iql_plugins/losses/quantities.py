@@ -29,13 +29,24 @@ class NetworkQuantities(TorchRLContract):
     See :class:`~iql_plugins.losses.iql.IQLLoss` for the arguments.
     """
 
-    temperature: float
+    temperature: float | str
     expectile: float
     max_weight: float
     loss_function: LossFunction
     value_objective: str
     policy_extraction: str
     objective_options: dict[str, float]
+
+    @property
+    def inverse_temperature(self) -> float | Tensor:
+        r""":math:`\beta` as it is: a number, with an automatic temperature a tensor ``[]``."""
+        if not isinstance(self.temperature, str):
+            return self.temperature
+        if self.automatic_temperature is None:
+            raise RuntimeError(
+                f"temperature was set to {self.temperature!r}, which has a state: choose it when the loss is built"
+            )
+        return self.automatic_temperature.value
 
     def __init__(self, *networks: Any, **arguments: Any) -> None:
         super().__init__(*networks, **arguments)
@@ -279,6 +290,16 @@ class BatchQuantities:
         return functional.advantage(self.target_q, value)
 
     @_once
+    def signal(self) -> Tensor:
+        """``[*B]`` what of the advantage counts for an action's weight, without gradient."""
+        advantage = self.advantage.detach()
+        threshold = self._loss.objective_options.get("noise_threshold", 0.0)
+        if threshold == 0.0:
+            return advantage
+        noise = functional.critic_disagreement(self.target_q, mask=self.mask)
+        return functional.beyond_noise(advantage, noise, threshold)
+
+    @_once
     def q(self) -> Tensor:
         """``[N, *B]`` Q(s, a) of the critics."""
         return self._loss._q(self.batch, self._known_shape)
@@ -328,10 +349,19 @@ class BatchQuantities:
     def setting(self, name: str) -> Any:
         """A hyper-parameter of the loss, or an option of its objectives."""
         loss = self._loss
+        if name == "temperature":
+            return loss.inverse_temperature
         if name in loss.objective_options:
             return loss.objective_options[name]
         own = objectives.options(loss.value_objective, loss.policy_extraction)
         return own[name].default if name in own else getattr(loss, name)
+
+    @property
+    def weight_moments(self) -> Tensor:
+        """``[2]`` of the actions' weights, see :func:`~iql_plugins.losses.functional.weight_moments`."""
+        weight = self.weight
+        importance = self._loss._weight(self.batch, weight.shape)
+        return functional.weight_moments(weight, weight=importance, mask=self.mask)
 
     @property
     def mask(self) -> Tensor | None:
