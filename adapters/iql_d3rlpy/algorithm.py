@@ -77,7 +77,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         tau: share of the critics in each update of their targets.
         n_critics: number of critics.
         expectile: of V.
-        weight_temp: inverse temperature :math:`\beta`; ``"auto"`` and ``"auto_0.5"`` as in :class:`iql_plugins.IQLLoss`.
+        weight_temp: inverse temperature :math:`\beta`; ``"auto"`` and ``"auto_0.5"`` move it, see ``IQLLoss``.
         max_weight: the largest weight of an action in the policy's loss.
         value_learning_rate: of V; None takes the critics' rate, as d3rlpy's IQL does.
         loss_function: distance of Q to its target: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.

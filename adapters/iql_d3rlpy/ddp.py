@@ -18,7 +18,8 @@ def synchronize(learner: Learner) -> None:
 
     What ``DistributedDataParallel`` does for a module that autograd runs, this does for a graph that holds the
     gradients itself, too: the first process's weights go to all; at every step gradients are averaged, before they
-    are clipped, as an automatic temperature is; and buffers of the networks (running statistics) are the first process's.
+    are clipped, an automatic temperature is as well, and buffers of the networks (running statistics) are the first
+    process's.
 
     Args:
         learner: of this process; has taken no step.

@@ -258,8 +258,8 @@ def advantage_weight(advantage: Tensor, temperature: float | Tensor, max_weight:
 
     Args:
         advantage: ``[*B]`` in return units. Detach it: the weight is a constant of the policy's loss.
-        temperature: inverse temperature :math:`\beta` >= 0, per return unit; 0 is behaviour cloning. A tensor ``[]`` must
-            be above 0, which is not checked.
+        temperature: inverse temperature :math:`\beta` >= 0, per return unit; 0 is behaviour cloning. A tensor ``[]`` is
+            not checked, and must be above 0.
         max_weight: the largest weight, > 0.
 
     Returns:

@@ -283,7 +283,13 @@ class IQLLoss(NetworkQuantities):
         if target is None or not self.training or not torch.is_grad_enabled():
             return
         assert self.automatic_temperature is not None
-        moments = replicas.averaged(of.weight_moments, self)
+        exponent, mask = self.inverse_temperature * of.signal, of.mask
+        counted = exponent if mask is None else exponent.masked_fill(~mask, -math.inf)
+        # Before max_weight clips them: only then does the size always fall as the temperature grows. Relative to the
+        # largest one: neither they nor their squares are too large or too small for numbers.
+        relative = (exponent - replicas.of_all(counted.amax(), self, largest=True)).exp()
+        moments = functional.weight_moments(relative, weight=of.importance, mask=mask)
+        moments = replicas.of_all(moments, self)
         self.automatic_temperature.move(functional.effective_sample_size(moments), target)
 
     def _quantities(

@@ -42,8 +42,8 @@ __all__ = [
 class Quantities(Protocol):
     """What the losses of a batch are made of, each computed when it is first asked for, and once.
 
-    ``*B`` is the batch's shape. ``target_q``, ``signal`` and ``target`` have no gradient; ``value``, ``advantage``, ``q``,
-    ``log_prob`` and ``policy_q`` have that of their network.
+    ``*B`` is the batch's shape. ``target_q``, ``signal`` and ``target`` have no gradient; ``value``, ``advantage``,
+    ``q``, ``log_prob`` and ``policy_q`` have that of their network.
     """
 
     @property
@@ -60,7 +60,7 @@ class Quantities(Protocol):
 
     @property
     def signal(self) -> Tensor:
-        """``[*B]`` the advantage, but for what ``noise_threshold`` takes for noise: what a weight is of; no gradient."""
+        """``[*B]`` the advantage without what ``noise_threshold`` takes for noise, nor gradient: weights are of it."""
 
     @property
     def weight(self) -> Tensor:

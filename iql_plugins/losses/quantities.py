@@ -19,6 +19,7 @@ from iql_plugins.losses.torchrl_contract import TorchRLContract, check_written, 
 from iql_plugins.networks import calls, parameters
 from iql_plugins.networks.distributions import at_least_float32, evaluated_action
 from iql_plugins.networks.ensemble import CriticEnsemble
+from iql_plugins.ranges import AUTOMATIC
 
 __all__ = ["BatchQuantities", "NetworkQuantities"]
 
@@ -42,6 +43,7 @@ class NetworkQuantities(TorchRLContract):
         r""":math:`\beta` as it is: a number, with an automatic temperature a tensor ``[]``."""
         if not isinstance(self.temperature, str):
             return self.temperature
+        AUTOMATIC.check("temperature", self.temperature)
         if self.automatic_temperature is None:
             raise RuntimeError(
                 f"temperature was set to {self.temperature!r}, which has a state: choose it when the loss is built"
@@ -292,7 +294,7 @@ class BatchQuantities:
     @_once
     def signal(self) -> Tensor:
         """``[*B]`` what of the advantage counts for an action's weight, without gradient."""
-        advantage = self.advantage.detach()
+        advantage: Tensor = self.advantage.detach()
         threshold = self._loss.objective_options.get("noise_threshold", 0.0)
         if threshold == 0.0:
             return advantage
@@ -357,11 +359,9 @@ class BatchQuantities:
         return own[name].default if name in own else getattr(loss, name)
 
     @property
-    def weight_moments(self) -> Tensor:
-        """``[2]`` of the actions' weights, see :func:`~iql_plugins.losses.functional.weight_moments`."""
-        weight = self.weight
-        importance = self._loss._weight(self.batch, weight.shape)
-        return functional.weight_moments(weight, weight=importance, mask=self.mask)
+    def importance(self) -> Tensor | None:
+        """``[*B]`` the samples' importance weights; None where all count alike."""
+        return self._loss._weight(self.batch, self._known_shape)
 
     @property
     def mask(self) -> Tensor | None:
@@ -370,8 +370,7 @@ class BatchQuantities:
 
     def reduced(self, loss: Tensor) -> Tensor:
         """A loss per sample as the loss's reduction has it, weighted by importance."""
-        weight = self._loss._weight(self.batch, loss.shape)
-        return functional.reduce_loss(loss, self._loss.reduction, weight=weight, mask=self.mask)
+        return functional.reduce_loss(loss, self._loss.reduction, weight=self.importance, mask=self.mask)
 
     def unmasked(self, errors: Tensor) -> Tensor:
         """``[..., *B]`` zero where an entry does not count."""

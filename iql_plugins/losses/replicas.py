@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["active_ddp", "averaged", "check_output", "replicate", "whole"]
+__all__ = ["active_ddp", "check_output", "of_all", "replicate", "whole"]
 
 # Private: the module inside is not told otherwise by whom it is called.
 active_ddp = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)
@@ -49,20 +49,20 @@ def replicate(tensors: Iterable[Tensor], ddp: DistributedDataParallel) -> None:
         dist.broadcast(tensor, group=ddp.process_group, group_src=0)
 
 
-def averaged(means: Tensor, loss: nn.Module) -> Tensor:
-    """Of a batch's means over the processes that a wrapper trains a loss by, as of gradients; all of them must call."""
+def of_all(tensor: Tensor, loss: nn.Module, *, largest: bool = False) -> Tensor:
+    """The mean, or the largest, over the processes that a wrapper trains a loss by; all of them must call it."""
     ddp = active_ddp()
-    return means if ddp is None and not _is_sharded(loss) else _averaged(means, ddp)
+    return tensor if ddp is None and not _is_sharded(loss) else _reduced(tensor, ddp, largest)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 @torch.no_grad()
-def _averaged(means: Tensor, ddp: DistributedDataParallel | None) -> Tensor:
+def _reduced(tensor: Tensor, ddp: DistributedDataParallel | None, largest: bool) -> Tensor:
     # Of what is sharded, the module does not know by whom: all processes are asked.
     group = None if ddp is None else ddp.process_group
-    means = means.clone()
-    dist.all_reduce(means, group=group)
-    return means / dist.get_world_size(group)
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+    return tensor if largest else tensor / dist.get_world_size(group)
 
 
 def whole(tensor: Tensor) -> Tensor:

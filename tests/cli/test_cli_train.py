@@ -136,6 +136,7 @@ def test_options_win_over_the_preset_and_the_preset_over_the_defaults() -> None:
     assert hyperparameters("--dataset", "mine.npz", "--preset", "antmaze") == preset("antmaze")
     given = hyperparameters("--preset=antmaze", "--temperature", "2", "--hidden-sizes", "3", "4")
     assert given == preset("antmaze", temperature=2.0, hidden_sizes=(3, 4))
+    assert hyperparameters("--temperature", "auto_0.5").temperature == "auto_0.5"
     assert hyperparameters("--reward-scale", "0.5", "--max-grad-norm", "1").reward_scale == 0.5
     sparse = ["--preset", "antmaze", "--value-objective", "sparse"]
     assert hyperparameters(*sparse) == preset("antmaze", value_objective="sparse")

@@ -393,6 +393,7 @@ def test_an_unknown_mode_is_refused(kind: str) -> None:
         ("continuous", "gumbel-ddpg_bc"),
         ("discrete", "exponential-ddpg_bc"),
         ("continuous", "sparse-awr"),
+        ("continuous", "automatic"),
     ],
 )
 def test_a_compiled_training_is_the_eager_one(kind: str, objective: str) -> None:
