@@ -42,7 +42,8 @@ class AutomaticTemperature(nn.Module):
 
     def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
-        self.register_buffer("log_value", torch.zeros((), dtype=torch.float32, device=device))
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer("log_value", torch.zeros((), dtype=dtype, device=device))
 
     @property
     def value(self) -> Tensor:
