@@ -147,7 +147,9 @@ class IQLConfig:
 
     def __post_init__(self) -> None:
         check(**self.of())
-        check_options(self.value_objective, self.policy_extraction, self.objective_options, self.temperature)
+        check_options(
+            self.value_objective, self.policy_extraction, self.objective_options, self.temperature, self.n_critics
+        )
         object.__setattr__(self, "hidden_sizes", tuple(self.hidden_sizes))
         object.__setattr__(self, "objective_options", dict(self.objective_options))
         layers = self.n_critics * (len(self.hidden_sizes) + 1)

@@ -19,7 +19,6 @@ from iql_plugins.losses.batch import Batch, dtype_kind, to_batch_shape
 from iql_plugins.losses.functional import LossFunction, Reduction
 from iql_plugins.losses.objectives import check_options, policy_extraction, reads_temperature
 from iql_plugins.losses.quantities import BatchQuantities, NetworkQuantities
-from iql_plugins.losses.temperature import AutomaticTemperature
 from iql_plugins.losses.torchrl_contract import ScalarOutputMode, in_keys_of
 from iql_plugins.networks.distributions import at_least_float32
 from iql_plugins.ranges import target_share
@@ -151,9 +150,7 @@ class IQLLoss(NetworkQuantities):
             "objective_options": {} if objective_options is None else objective_options,
         }
         check(**settings)
-        check_options(value_objective, policy_extraction, settings["objective_options"], temperature)
-        if settings["objective_options"].get("noise_threshold", 0.0) and num_qvalue_nets == 1:
-            raise ValueError("noise_threshold is relative to what critics differ in: it needs two at least, got 1")
+        check_options(value_objective, policy_extraction, settings["objective_options"], temperature, num_qvalue_nets)
         super().__init__(
             actor_network,
             qvalue_network,
@@ -169,9 +166,6 @@ class IQLLoss(NetworkQuantities):
         )
         for name, value in settings.items():
             setattr(self, name, dict(value) if isinstance(value, Mapping) else value)
-        parameter = next(self.parameters(), None)
-        device = None if parameter is None else parameter.device
-        self.automatic_temperature = AutomaticTemperature(device) if isinstance(temperature, str) else None
 
     def forward(self, tensordict: TensorDictBase | None = None, **tensors: Tensor) -> Any:
         """All losses of a batch.

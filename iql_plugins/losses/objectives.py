@@ -325,12 +325,12 @@ def reads_temperature(value: str, policy: str) -> bool:
     return value_objective(value).weight is exponential_weight and policy_extraction(policy).weighs
 
 
-def check_options(value: str, policy: str, given: Mapping[str, Any], temperature: float | str = 0.0) -> None:
+def check_options(value: str, policy: str, given: Mapping[str, Any], temperature: float | str, n_critics: int) -> None:
     """Checks what objectives are given.
 
     Raises:
-        ValueError: for an objective that is none, an option that the two do not have, one out of range, or an automatic
-            temperature that they do not read.
+        ValueError: for an objective that is none, an option that the two do not have, one out of range, an automatic
+            temperature that they do not read, or a threshold of noise that a single critic does not tell.
     """
     own = options(value, policy)
     for name, setting in given.items():
@@ -347,3 +347,5 @@ def check_options(value: str, policy: str, given: Mapping[str, Any], temperature
             f"temperature={temperature!r} does not go with {value!r} and {policy!r}, which do without a temperature: "
             "leave it a number, or take 'expectile', 'quantile' or 'gumbel' with 'awr'"
         )
+    if given.get("noise_threshold", 0.0) and n_critics == 1:
+        raise ValueError("noise_threshold is relative to how far critics are apart: it needs two at least, got 1")

@@ -56,6 +56,7 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
         for network in (actor_network, value_network, *critics):
             parameters.expose_nested(network)
         super().__init__()
+        self.automatic_temperature = None
         self.num_qvalue_nets = num_qvalue_nets
         self.separate_losses = separate_losses
         self._critic_count = None if num_qvalue_nets == 1 else num_qvalue_nets

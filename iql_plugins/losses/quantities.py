@@ -15,6 +15,7 @@ from iql_plugins.losses import functional, objectives
 from iql_plugins.losses.batch import Batch, to_batch_shape
 from iql_plugins.losses.bootstrap import time_dimension
 from iql_plugins.losses.functional import LossFunction
+from iql_plugins.losses.temperature import AutomaticTemperature
 from iql_plugins.losses.torchrl_contract import TorchRLContract, check_written, in_keys_of
 from iql_plugins.networks import calls, parameters
 from iql_plugins.networks.distributions import at_least_float32, evaluated_action
@@ -30,7 +31,6 @@ class NetworkQuantities(TorchRLContract):
     See :class:`~iql_plugins.losses.iql.IQLLoss` for the arguments.
     """
 
-    temperature: float | str
     expectile: float
     max_weight: float
     loss_function: LossFunction
@@ -39,15 +39,26 @@ class NetworkQuantities(TorchRLContract):
     objective_options: dict[str, float]
 
     @property
+    def temperature(self) -> float | str:
+        """The inverse temperature, or ``"auto"``; with a number the loss has no :attr:`automatic_temperature`."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float | str) -> None:
+        self._temperature = temperature
+        if not isinstance(temperature, str):
+            self.automatic_temperature = None
+        elif self.automatic_temperature is None:
+            parameter = next(self.parameters(), None)
+            self.automatic_temperature = AutomaticTemperature(None if parameter is None else parameter.device)
+
+    @property
     def inverse_temperature(self) -> float | Tensor:
         r""":math:`\beta` as it is: a number, with an automatic temperature a tensor ``[]``."""
         if not isinstance(self.temperature, str):
             return self.temperature
         AUTOMATIC.check("temperature", self.temperature)
-        if self.automatic_temperature is None:
-            raise RuntimeError(
-                f"temperature was set to {self.temperature!r}, which has a state: choose it when the loss is built"
-            )
+        assert self.automatic_temperature is not None
         return self.automatic_temperature.value
 
     def __init__(self, *networks: Any, **arguments: Any) -> None:

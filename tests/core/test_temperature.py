@@ -11,10 +11,12 @@ from conftest import gradients, keywords, make_batch, make_loss, total
 from torch import Tensor
 
 from iql_plugins import IQLLoss
+from iql_plugins.config import IQLConfig
 from iql_plugins.losses import functional
 from iql_plugins.losses.batch import Batch
 from iql_plugins.losses.quantities import BatchQuantities
 from iql_plugins.losses.temperature import LIMIT, STEP, AutomaticTemperature
+from iql_plugins.training import gradients as compiled_gradients
 from iql_plugins.training.learner import Learner
 
 NAME = "automatic_temperature.log_value"
@@ -164,21 +166,31 @@ def test_a_learner_moves_it_once_a_step_and_tells_it(kind: str) -> None:
 def test_what_does_not_go_together_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_loss("continuous", **given)
+    with pytest.raises(ValueError, match=message):
+        IQLConfig(**{"n_critics" if name == "num_qvalue_nets" else name: value for name, value in given.items()})
 
 
-def test_a_number_can_be_set_later_and_nothing_that_has_no_state() -> None:
-    loss, batch = make_loss("continuous", temperature="auto"), make_batch("continuous")
-    loss.temperature = 0.0
-    loss(batch.copy())
-    assert log_temperature(loss) == 0.0
-    assert loss.health(batch).effective_sample_size == 1.0
+@pytest.mark.parametrize("compile", [False, True])
+def test_it_can_be_set_later_and_has_a_state_as_long_as_it_is_automatic(
+    compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, examples, options: graph.forward)
+    monkeypatch.setattr(compiled_gradients, "compiler_available", lambda device: True)
+    loss, batch = make_loss("continuous"), keywords(make_batch("continuous"))
+    learner = Learner(loss, seed=0, compile=compile)
+    learner.step(batch)
+    loss.temperature = "auto_0.9"
+    for _ in range(3):
+        learner.step(batch)
+    assert log_temperature(loss) != 0.0
+    assert learner.metrics()["temperature"] == pytest.approx(float(log_temperature(loss).exp()))
     loss.temperature = "auto_2"
     with pytest.raises(ValueError, match="temperature must be 'auto'"):
-        loss(batch.copy())
-    fixed = make_loss("continuous")
-    fixed.temperature = "auto"
-    with pytest.raises(RuntimeError, match="choose it when the loss is built"):
-        fixed(batch)
+        learner.step(batch)
+    loss.temperature = 0.0
+    learner.step(batch)
+    assert NAME not in loss.state_dict()
+    assert learner.metrics()["effective_sample_size"] == 1.0
 
 
 # Noise
