@@ -316,7 +316,7 @@ def beyond_noise(advantage: Tensor, disagreement: Tensor, noise_threshold: float
     tell it.
 
     >>> beyond_noise(torch.tensor([3.0, 0.5, -2.0]), torch.tensor(1.0), noise_threshold=1.0)
-    tensor([ 2., 0., -1.])
+    tensor([ 2.,  0., -1.])
 
     Args:
         advantage: ``[*B]`` u, in return units.
