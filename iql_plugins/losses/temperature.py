@@ -52,12 +52,12 @@ class AutomaticTemperature(nn.Module):
 
     @torch.no_grad()
     def move(self, effective_sample_size: Tensor, target: float) -> None:
-        """One step, on the device. A size that is no number moves nothing.
+        """One step, on the device. A size that is no number, or 0 because no sample counts, moves nothing.
 
         Raises:
             RuntimeError: in a transform of ``torch.func`` that was not given this buffer.
         """
-        step = (STEP * (effective_sample_size - target)).nan_to_num(0.0, 0.0, 0.0)
+        step = torch.where(effective_sample_size > 0.0, STEP * (effective_sample_size - target), 0.0)
         moved = (self.log_value + step).clamp(-LIMIT, LIMIT).to(self.log_value.dtype)
         try:
             self.log_value.copy_(moved)

@@ -65,11 +65,11 @@ def test_it_moves_once_where_the_policys_loss_is_computed_to_train(
 
 def test_a_sample_size_above_the_target_raises_it_and_one_below_lowers_it() -> None:
     temperature = AutomaticTemperature()
-    for size, expected in ((0.9, 0.002), (0.2, -0.003), (math.nan, -0.003)):
+    for size, expected in ((0.9, 0.002), (0.2, -0.003), (math.nan, -0.003), (0.0, -0.003)):
         temperature.move(torch.tensor(size), 0.7)
         assert temperature.log_value == pytest.approx(expected, abs=1e-7)
-    for size, limit in ((1.0, LIMIT), (0.0, -LIMIT)):
-        for _ in range(7000):
+    for size, limit in ((1.0, LIMIT), (0.01, -LIMIT)):
+        for _ in range(6000):
             temperature.move(torch.tensor(size), 0.5)
         assert temperature.log_value == pytest.approx(limit)
         assert 0.0 < temperature.value < math.inf
@@ -114,6 +114,9 @@ def test_what_is_masked_does_not_move_it_and_importance_weighs_the_others(kind: 
     marked["observation"][4:] = math.nan
     masked(marked)
     torch.testing.assert_close(log_temperature(masked), log_temperature(part))
+    before = log_temperature(masked).clone()
+    masked(batch.copy().set(("collector", "mask"), torch.zeros_like(marked["collector", "mask"])))
+    assert torch.equal(log_temperature(masked), before)
     repeated, weighted = copy.deepcopy(loss), copy.deepcopy(loss)
     batch = batch[:3]
     rows = torch.tensor([0, 0, 1, 2, 2, 2])
