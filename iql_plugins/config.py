@@ -10,6 +10,7 @@ from iql_plugins.losses.functional import LossFunction
 from iql_plugins.losses.objectives import SHIPPED, PolicyExtraction, ValueObjective, check_options
 from iql_plugins.networks.builders import ACTIVATIONS, ActivationName, Initialization, Role
 from iql_plugins.ranges import (
+    AUTOMATIC,
     COUNT,
     COUNTS,
     EXPECTILE,
@@ -72,12 +73,12 @@ class IQLConfig:
     expectile: float = _declared(
         0.7, EXPECTILE, "loss", "τ of the returns that V is; in (0, 1], with discrete actions below 1."
     )
-    temperature: float = _declared(
+    temperature: float | str = _declared(
         3.0,
-        TEMPERATURE,
+        TEMPERATURE | AUTOMATIC,
         "loss",
-        "inverse temperature β >= 0, relative to the scale of returns; 0 is behaviour cloning. Sparse, exponential and "
-        "ddpg_bc do without.",
+        "inverse temperature β >= 0, relative to the scale of returns; 0 is behaviour cloning. auto moves it until 0.7 "
+        "of a batch, or another share, is its effective sample size. Sparse, exponential and ddpg_bc do without.",
     )
     max_weight: float = _declared(100.0, POSITIVE, "loss", "the largest weight of an action in the policy's loss.")
     loss_function: LossFunction = _declared(
@@ -175,7 +176,9 @@ class IQLConfig:
 
     def __post_init__(self) -> None:
         check(**self.of())
-        check_options(self.value_objective, self.policy_extraction, self.objective_options)
+        check_options(
+            self.value_objective, self.policy_extraction, self.objective_options, self.temperature, self.n_critics
+        )
         for name in ("hidden_sizes", "actor_hidden_sizes", "critic_hidden_sizes"):
             if (sizes := getattr(self, name)) is not None:
                 object.__setattr__(self, name, tuple(sizes))

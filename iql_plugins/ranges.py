@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 __all__ = [
+    "AUTOMATIC",
     "COUNT",
     "COUNTS",
     "EXPECTILE",
@@ -19,6 +20,7 @@ __all__ = [
     "TEMPERATURE",
     "Range",
     "choice",
+    "target_share",
 ]
 
 
@@ -59,6 +61,21 @@ def choice(literal: Any) -> Range:
     return Range(f"one of {', '.join(map(repr, options))}", lambda value: value in options)
 
 
+def target_share(temperature: object) -> float | None:
+    """The effective sample size that ``"auto"`` asks for, or ``"auto_0.5"``; None for what is neither.
+
+    >>> target_share("auto"), target_share("auto_0.5"), target_share("auto_2"), target_share(3.0)
+    (0.7, 0.5, None, None)
+    """
+    if not isinstance(temperature, str):
+        return None
+    try:
+        share = 0.7 if temperature == "auto" else float(temperature.removeprefix("auto_"))
+    except ValueError:
+        return None
+    return share if temperature.startswith("auto") and QUANTILE.holds(share) else None
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -76,4 +93,7 @@ EXPECTILE = Range("in (0, 1]", lambda v: 0.0 < v <= 1.0, "; the paper uses 0.7 t
 TEMPERATURE = Range(
     "a finite number >= 0 (it is the inverse temperature beta: 0 is behaviour cloning, 3 and 10 are the paper's)",
     NON_NEGATIVE.holds,
+)
+AUTOMATIC = Range(
+    "'auto', or 'auto_0.5' with another effective sample size in (0, 1)", lambda v: target_share(v) is not None
 )

@@ -22,13 +22,15 @@ SPACES = {
 }
 ROWS = 80
 #: Each value objective that ships with each policy extraction, IQL's own two left out: what every training takes.
-OBJECTIVES = {
+OBJECTIVES: dict[str, dict[str, Any]] = {
     f"{value.name}-{policy.name}": {"value_objective": value.name, "policy_extraction": policy.name}
     for value in objectives.SHIPPED
     for policy in objectives.SHIPPED
     if isinstance(value, objectives.ValueObjective) and isinstance(policy, objectives.PolicyExtraction)
     if (value.name, policy.name) != ("expectile", "awr")
 }
+#: What has a state, and what is of the critics' disagreement.
+OBJECTIVES["automatic"] = {"temperature": "auto_0.5", "objective_options": {"noise_threshold": 1.0}}
 
 #: Each hyper-parameter of the networks alone in another value than its default, and all of them.
 NETWORKS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ import inspect
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import torch
 from d3rlpy.algos.qlearning import QLearningAlgoBase
@@ -77,7 +77,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         tau: share of the critics in each update of their targets.
         n_critics: number of critics.
         expectile: of V.
-        weight_temp: inverse temperature :math:`\beta`.
+        weight_temp: inverse temperature :math:`\beta`; ``"auto"`` and ``"auto_0.5"`` move it, see ``IQLLoss``.
         max_weight: the largest weight of an action in the policy's loss.
         value_learning_rate: of V; None takes the critics' rate, as d3rlpy's IQL does.
         loss_function: distance of Q to its target: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
@@ -113,7 +113,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
     tau: float = 0.005
     n_critics: int = 2
     expectile: float = 0.7
-    weight_temp: float = 3.0
+    weight_temp: Union[float, str] = 3.0  # noqa: UP007
     max_weight: float = 100.0
     # Behind d3rlpy's own, so that positional arguments mean the same.
     value_learning_rate: Optional[float] = None  # noqa: UP045 - d3rlpy's JSON reads this spelling alone

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.training.learner import Learner
 
 __all__ = ["draw_share", "synchronize"]
@@ -17,7 +18,8 @@ def synchronize(learner: Learner) -> None:
 
     What ``DistributedDataParallel`` does for a module that autograd runs, this does for a graph that holds the
     gradients itself, too: the first process's weights go to all; at every step gradients are averaged, before they
-    are clipped, and buffers of the networks (running statistics) are the first process's.
+    are clipped, an automatic temperature is as well, and buffers of the networks (running statistics) are the first
+    process's.
 
     Args:
         learner: of this process; has taken no step.
@@ -44,14 +46,16 @@ def draw_share(count: int, size: int) -> "np.ndarray[Any, np.dtype[Any]]":
 
 
 @torch.no_grad()
-def _average(loss: nn.Module, networks: tuple[nn.Module, ...]) -> None:
-    gradients = [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
+def _average(loss: IQLLoss, networks: tuple[nn.Module, ...]) -> None:
+    tensors = [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
+    if loss.automatic_temperature is not None:
+        tensors += loss.automatic_temperature.buffers()
     # One message: most parameters are small.
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
     for network in networks:
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)

@@ -86,7 +86,8 @@ class IQL(OfflineLearning):
         optimize_memory_usage: see ``ReplayBuffer``.
         n_steps: steps of a transition, of the dataset as of the replay buffer.
         expectile: :math:`\tau` of V in (0, 1]; discrete actions below 1.
-        temperature: inverse temperature :math:`\beta` >= 0; 0 is behaviour cloning.
+        temperature: inverse temperature :math:`\beta` >= 0; 0 is behaviour cloning. ``"auto"``, or ``"auto_0.5"`` with
+            another effective sample size than 0.7, moves it, see :class:`iql_plugins.IQLLoss`.
         max_weight: the largest weight of an action in the policy's loss.
         loss_function: distance of Q to its target.
         value_objective: how V is learned, by its name in :mod:`iql_plugins.losses.objectives`.
@@ -164,7 +165,7 @@ class IQL(OfflineLearning):
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
         expectile: float = 0.7,
-        temperature: float = 3.0,
+        temperature: float | str = 3.0,
         max_weight: float = 100.0,
         loss_function: LossFunction = "l2",
         value_objective: str = "expectile",

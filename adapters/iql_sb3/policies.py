@@ -303,8 +303,12 @@ class IQLPolicy(Loaded, BasePolicy):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As :meth:`torch.nn.Module.load_state_dict`; with ``strict=False`` what is missing keeps its value."""
+        own = self.state_dict()
         if not strict:
-            state_dict = {**self.state_dict(), **state_dict}
+            state_dict = {**own, **state_dict}
+        # A policy that is loaded on its own has no hyper-parameters, nor the state of one.
+        state = "loss.automatic_temperature."
+        state_dict = {name: value for name, value in state_dict.items() if name in own or not name.startswith(state)}
         return super().load_state_dict(state_dict, strict, assign)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

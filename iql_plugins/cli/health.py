@@ -14,7 +14,7 @@ from iql_plugins.config import PRESETS, IQLConfig
 from iql_plugins.data.dataset import REWARD, Dataset
 from iql_plugins.data.inspection.values import uneven_scales
 from iql_plugins.data.inspection.view import View
-from iql_plugins.data.normalizers import RETURN_RANGE
+from iql_plugins.data.normalizers import RETURN_RANGE, Normalizers
 from iql_plugins.training.health import HealthWarning, health_warnings
 
 __all__ = ["run_warnings", "warning_lines"]
@@ -56,7 +56,7 @@ def run_warnings(
     """
     of_data = (*_of_rewards(settings, source), *_of_observations(settings, source))
     found = [(warning, settings.seeds) for warning in (*of_data, *_of_returns(estimates, settings.hyperparameters))]
-    found += _of_metrics(settings, run)
+    found += _of_metrics(settings, source, run)
     if _is_above_all(estimates):
         found = [(warning, seeds) for warning, seeds in found if warning.code != "unsettled-values"]
     return [_document(warning, seeds, settings) for warning, seeds in found]
@@ -79,17 +79,29 @@ def _document(warning: HealthWarning, seeds: Sequence[int], settings: Settings) 
     return document
 
 
-def _of_metrics(settings: Settings, run: Path) -> list[tuple[HealthWarning, tuple[int, ...]]]:
+def _of_metrics(settings: Settings, source: Dataset, run: Path) -> list[tuple[HealthWarning, tuple[int, ...]]]:
     """The warnings of IQL's trainings, each once: of the first seed that has it, with all that have it."""
+    looks = {
+        unit.seed: metrics_rows(settings.folder(run, unit) / METRICS) for unit in settings.units if unit.method == "iql"
+    }
+    values = _value_range(settings, source) if any(looks.values()) else None
     first: dict[str, HealthWarning] = {}
     seeds: dict[str, tuple[int, ...]] = {}
-    for unit in settings.units:
-        if unit.method == "iql":
-            looks = metrics_rows(settings.folder(run, unit) / METRICS)
-            for warning in health_warnings(looks, settings.hyperparameters):
-                first.setdefault(warning.code, warning)
-                seeds[warning.code] = (*seeds.get(warning.code, ()), unit.seed)
+    for seed, rows in looks.items():
+        for warning in health_warnings(rows, settings.hyperparameters, values):
+            first.setdefault(warning.code, warning)
+            seeds[warning.code] = (*seeds.get(warning.code, ()), seed)
     return [(warning, seeds[code]) for code, warning in first.items()]
+
+
+def _value_range(settings: Settings, source: Dataset) -> tuple[float, float] | None:
+    """What the rewards can come to, in the networks' units; 0 in a terminal state."""
+    config = settings.hyperparameters.replace(normalize_observations=False)
+    if config.discount == 1.0:
+        return None
+    rewards = Normalizers.fit(source.tensors, settings.spaces, config).reward(source.tensors.get(REWARD))
+    low, high = (float(bound) / (1.0 - config.discount) for bound in (rewards.min(), rewards.max()))
+    return min(low, 0.0), max(high, 0.0)
 
 
 def _is_above_all(estimates: Mapping[str, Estimate]) -> bool:

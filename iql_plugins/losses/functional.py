@@ -23,8 +23,11 @@ __all__ = [
     "Reduction",
     "advantage",
     "advantage_weight",
+    "beyond_noise",
+    "critic_disagreement",
     "ddpg_bc_loss",
     "distance",
+    "effective_sample_size",
     "entropy",
     "expected_q",
     "expectile_loss",
@@ -41,6 +44,7 @@ __all__ = [
     "td_error",
     "td_lambda_target",
     "td_target",
+    "weight_moments",
     "weighted_log_likelihood",
 ]
 
@@ -241,7 +245,7 @@ def exponential_loss(diff: Tensor, value: Tensor, alpha: float, *, mask: Tensor 
     return (exponent - largest).exp() + (-largest).exp() * value / alpha
 
 
-def advantage_weight(advantage: Tensor, temperature: float, max_weight: float = 100.0) -> Tensor:
+def advantage_weight(advantage: Tensor, temperature: float | Tensor, max_weight: float = 100.0) -> Tensor:
     r"""Weight of a dataset action in the policy's regression.
 
     .. math:: w = \min\big(e^{\beta A(s, a)},\, w_{\max}\big), \qquad A(s, a) = Q(s, a) - V(s)
@@ -254,7 +258,8 @@ def advantage_weight(advantage: Tensor, temperature: float, max_weight: float = 
 
     Args:
         advantage: ``[*B]`` in return units. Detach it: the weight is a constant of the policy's loss.
-        temperature: inverse temperature :math:`\beta` >= 0, per return unit; 0 is behaviour cloning.
+        temperature: inverse temperature :math:`\beta` >= 0, per return unit; 0 is behaviour cloning. A tensor ``[]`` is
+            not checked, and must be above 0.
         max_weight: the largest weight, > 0.
 
     Returns:
@@ -263,15 +268,109 @@ def advantage_weight(advantage: Tensor, temperature: float, max_weight: float = 
     Raises:
         ValueError: if ``temperature`` is negative or not finite, or ``max_weight`` not positive.
     """
-    TEMPERATURE.check("temperature", temperature)
+    if not isinstance(temperature, Tensor):
+        TEMPERATURE.check("temperature", temperature)
     POSITIVE.check("max_weight", max_weight)
-    if temperature == 0.0:
+    if _is_zero(temperature):
         # 0 * inf is not a number, and every action weighs the same whatever its advantage.
         return torch.full_like(advantage, min(1.0, max_weight))
     largest = math.log(max_weight)
     exponent = temperature * advantage
     # exp(log(100)) is not exactly 100 in float32: the clipped side takes the constant itself.
     return torch.where(exponent >= largest, max_weight, exponent.clamp(max=largest).exp())
+
+
+def _is_zero(temperature: float | Tensor) -> bool:
+    return not isinstance(temperature, Tensor) and temperature == 0.0
+
+
+def critic_disagreement(target_q: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    r"""How far critics are apart: the root mean square of their differences, over the batch and all pairs of critics.
+
+    .. math:: \sigma = \sqrt{\mathbb{E}_B\, \tfrac{2}{N (N - 1)} \sum_{i < j} (Q_i - Q_j)^2}
+
+    That of a pair is twice the unbiased variance over critics; of two critics it is :math:`(Q_1 - Q_2)^2`. They are
+    trained alike on the same data, so what they differ in is error.
+
+    >>> critic_disagreement(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))  # of 9 and 16
+    tensor(3.5355)
+
+    Args:
+        target_q: ``[N, *B]`` values of N critics.
+        mask: ``[*B]`` bool, True where a sample counts.
+
+    Returns:
+        ``[]`` in return units, detached; 0 for a single critic, which tells nothing of its error.
+    """
+    q = target_q.detach()
+    variance = q.var(0) if len(q) > 1 else torch.zeros_like(q[0])
+    return reduce_loss(2.0 * variance, "mean", mask=mask).sqrt()
+
+
+def beyond_noise(advantage: Tensor, disagreement: Tensor, noise_threshold: float) -> Tensor:
+    r"""What of an advantage the critics' disagreement does not explain, by soft thresholding.
+
+    .. math:: u' = \operatorname{sign}(u) \max(|u| - \kappa \sigma,\, 0)
+
+    Donoho and Johnstone 1994, "Ideal spatial adaptation by wavelet shrinkage", with the noise's scale as the critics
+    tell it.
+
+    >>> beyond_noise(torch.tensor([3.0, 0.5, -2.0]), torch.tensor(1.0), noise_threshold=1.0)
+    tensor([ 2.,  0., -1.])
+
+    Args:
+        advantage: ``[*B]`` u, in return units.
+        disagreement: ``[]`` σ of :func:`critic_disagreement`.
+        noise_threshold: κ >= 0; 0 leaves all as it is.
+
+    Returns:
+        ``[*B]`` in return units.
+
+    Raises:
+        ValueError: if ``noise_threshold`` is negative or not finite.
+    """
+    NON_NEGATIVE.check("noise_threshold", noise_threshold)
+    return advantage.sign() * (advantage.abs() - noise_threshold * disagreement).clamp(min=0.0)
+
+
+def weight_moments(action_weight: Tensor, *, weight: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    r"""The means of the actions' weights and of their squares, :math:`\mathbb{E}\, w` and :math:`\mathbb{E}\, w^2`.
+
+    Args:
+        action_weight: ``[*B]`` w >= 0, of the actions in the policy's loss.
+        weight: ``[*B]`` importance weights >= 0 of the samples, by which both means are taken: they are those of the
+            data that the batch stands for.
+        mask: ``[*B]`` bool, True where a sample counts.
+
+    Returns:
+        ``[2]``, detached.
+
+    Raises:
+        ValueError: if a shape differs.
+    """
+    powers = action_weight.detach(), action_weight.detach().square()
+    return torch.stack([reduce_loss(power, "mean", weight=weight, mask=mask) for power in powers])
+
+
+def effective_sample_size(moments: Tensor) -> Tensor:
+    r"""The share of a batch that teaches the policy.
+
+    .. math:: \frac{(\sum_i w_i)^2}{n \sum_i w_i^2} = \frac{(\mathbb{E}\, w)^2}{\mathbb{E}\, w^2}
+
+    Kong, Liu and Wong 1994. It is :math:`e^{-D}`, where D is the Rényi divergence of order 2 of the weighted data from
+    the data.
+
+    >>> effective_sample_size(weight_moments(torch.tensor([3.0, 1.0, 0.0, 0.0])))  # 4² / (4 * 10)
+    tensor(0.4000)
+
+    Args:
+        moments: ``[2]`` of :func:`weight_moments`, or their mean over parts of a batch.
+
+    Returns:
+        ``[]`` in [0, 1]; 0 where all weights are too small for their squares to be numbers.
+    """
+    mean, mean_square = moments.unbind()
+    return mean.square() / mean_square.clamp(min=torch.finfo(moments.dtype).tiny)
 
 
 def weighted_log_likelihood(log_prob: Tensor, weight: Tensor) -> Tensor:
@@ -707,6 +806,10 @@ class Health(NamedTuple):
             expectile above 1/2, the more the higher it is.
         mean_value: ``[]``, in return units.
         mean_qvalue: ``[]``, of min Q̂(s, a), in return units.
+        temperature: ``[]``, β of the objectives that have one.
+        critic_disagreement: ``[]``, σ of :func:`critic_disagreement`, in return units.
+        signal_to_noise: ``[]``, the standard deviation of the advantages over σ; 0 where critics do not differ, as one
+            alone does not. Where it is about 1 advantages are the critics' errors.
     """
 
     share_at_max_weight: Tensor
@@ -714,15 +817,19 @@ class Health(NamedTuple):
     share_value_above_q: Tensor
     mean_value: Tensor
     mean_qvalue: Tensor
+    temperature: Tensor
+    critic_disagreement: Tensor
+    signal_to_noise: Tensor
 
 
 def health(
     target_q: Tensor,
     value: Tensor,
     *,
-    temperature: float = 3.0,
+    temperature: float | Tensor = 3.0,
     max_weight: float = 100.0,
     weight: Tensor | None = None,
+    signal: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Health:
     """The health of a batch.
@@ -734,6 +841,8 @@ def health(
     tensor(0.2500)
     >>> health(*batch).share_value_above_q
     tensor(0.7500)
+    >>> health(torch.tensor([[3.0, 1.0], [2.0, 0.0]]), torch.tensor([2.0, 2.0])).signal_to_noise  # 0 and -2; 1 apart
+    tensor(1.)
 
     Args:
         target_q: ``[N, *B]`` of the target critics.
@@ -741,6 +850,7 @@ def health(
         temperature: see :func:`advantage_weight`.
         max_weight: see :func:`advantage_weight`.
         weight: ``[*B]`` >= 0, of another objective, instead of :func:`advantage_weight`'s.
+        signal: ``[*B]`` what is exponentiated in the place of the advantage, see :func:`beyond_noise`.
         mask: ``[*B]`` bool, True where a sample counts.
 
     Returns:
@@ -757,9 +867,10 @@ def health(
 
     # Relative to the largest weight: all of them may be too small for their squares to be numbers.
     if weight is None:
-        weight = advantage_weight(diff, temperature, max_weight)
+        signal = diff if signal is None else signal
+        weight = advantage_weight(signal, temperature, max_weight)
         limit = math.log(max_weight)
-        log_weight = torch.zeros_like(diff) if temperature == 0.0 else (temperature * diff).clamp(max=limit)
+        log_weight = torch.zeros_like(diff) if _is_zero(temperature) else (temperature * signal).clamp(max=limit)
         relative = (log_weight - largest(log_weight)).exp()
     else:
         relative = weight / largest(weight).clamp(min=tiny)
@@ -767,10 +878,15 @@ def health(
     def mean(quantity: Tensor) -> Tensor:
         return reduce_loss(quantity, "mean", mask=mask)
 
+    noise = critic_disagreement(target_q, mask=mask)
+    deviation = mean((diff - mean(diff)).square()).sqrt()
     return Health(
         mean((weight >= max_weight).to(weight.dtype)),
-        mean(relative).square() / mean(relative.square()).clamp(min=tiny),
+        effective_sample_size(weight_moments(relative, mask=mask)),
         mean((diff < 0).to(weight.dtype)),
         mean(value.detach()),
         mean(minimum_over_critics(target_q.detach())),
+        temperature.to(diff.dtype) if isinstance(temperature, Tensor) else diff.new_full((), temperature),
+        noise,
+        torch.where(noise > 0, deviation / noise.clamp(min=tiny), 0.0).clamp(max=torch.finfo(diff.dtype).max),
     )

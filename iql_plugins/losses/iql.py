@@ -14,13 +14,14 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from iql_plugins import _compat
 from iql_plugins.config import check
 from iql_plugins.keys import shown
-from iql_plugins.losses import functional
+from iql_plugins.losses import functional, replicas
 from iql_plugins.losses.batch import Batch, dtype_kind, to_batch_shape
 from iql_plugins.losses.functional import LossFunction, Reduction
-from iql_plugins.losses.objectives import check_options, policy_extraction
+from iql_plugins.losses.objectives import check_options, policy_extraction, reads_temperature
 from iql_plugins.losses.quantities import BatchQuantities, NetworkQuantities
 from iql_plugins.losses.torchrl_contract import ScalarOutputMode, in_keys_of
 from iql_plugins.networks.distributions import at_least_float32
+from iql_plugins.ranges import target_share
 
 __all__ = ["DiscreteIQLLoss", "IQLLoss"]
 
@@ -75,7 +76,10 @@ class IQLLoss(NetworkQuantities):
         value_network: V(s), writes ``[*B, 1]``. None builds the paper's, on the actor's observations.
         num_qvalue_nets: number N of critics.
         loss_function: distance of Q to its target: ``"l1"``, ``"l2"`` or ``"smooth_l1"``.
-        temperature: inverse temperature :math:`\beta` >= 0; 0 is behaviour cloning, above 1 is normal.
+        temperature: inverse temperature :math:`\beta` >= 0; 0 is behaviour cloning, above 1 is normal. ``"auto"`` moves
+            it, from 1, until the weights have an effective sample size of 0.7 of a batch, ``"auto_0.5"`` of 0.5:
+            :class:`~iql_plugins.losses.temperature.AutomaticTemperature`. It moves as running statistics do: by each
+            call that computes ``loss_actor`` in training mode and with gradients enabled. It is in ``state_dict()``.
         expectile: :math:`\tau` in (0, 1].
         gamma: refused; the discount is a hyper-parameter of :meth:`make_value_estimator`.
         priority_key: refused; see :meth:`set_keys`.
@@ -122,7 +126,7 @@ class IQLLoss(NetworkQuantities):
         *,
         num_qvalue_nets: int = 2,
         loss_function: LossFunction = "smooth_l1",
-        temperature: float = 1.0,
+        temperature: float | str = 1.0,
         expectile: float = 0.5,
         gamma: float | None = None,
         priority_key: NestedKey | None = None,
@@ -146,7 +150,7 @@ class IQLLoss(NetworkQuantities):
             "objective_options": {} if objective_options is None else objective_options,
         }
         check(**settings)
-        check_options(value_objective, policy_extraction, settings["objective_options"])
+        check_options(value_objective, policy_extraction, settings["objective_options"], temperature, num_qvalue_nets)
         super().__init__(
             actor_network,
             qvalue_network,
@@ -186,6 +190,7 @@ class IQLLoss(NetworkQuantities):
             self._check_wrapper(tensordict)
         of = self._quantities(tensordict, tensors, self.in_keys)
         value, actor, qvalue = of.value_loss, of.actor_loss, of.qvalue_loss
+        self._move_temperature(of)
         outputs = {
             "loss_actor": of.reduced(actor),
             "loss_qvalue": of.reduced(qvalue),
@@ -214,6 +219,7 @@ class IQLLoss(NetworkQuantities):
         with torch.no_grad():
             of.advantage  # noqa: B018 - no other loss will ask for V's gradient
         loss = of.reduced(of.actor_loss)
+        self._move_temperature(of)
         tensordict.set(self._tensor_keys.log_prob, of.log_prob.detach())
         return loss, {}
 
@@ -252,17 +258,33 @@ class IQLLoss(NetworkQuantities):
         keys = [*in_keys_of(self.qvalue_network), *in_keys_of(self.value_network), self._tensor_keys.action]
         of = self._quantities(tensordict, tensors, keys)
         value, target_q = of.value, of.target_q
-        weight, max_weight = None if self.value_objective == "expectile" else of.weight, self.max_weight
+        tempered = reads_temperature(self.value_objective, self.policy_extraction)
+        weight, max_weight = None if tempered else of.weight, self.max_weight
         if not policy_extraction(self.policy_extraction).weighs:
             weight, max_weight = torch.ones_like(value), math.inf
         return functional.health(
             target_q,
             value,
-            temperature=self.temperature,
+            temperature=self.inverse_temperature,
             max_weight=max_weight,
             weight=weight,
+            signal=of.signal,
             mask=of.mask,
         )
+
+    def _move_temperature(self, of: BatchQuantities) -> None:
+        target = target_share(self.temperature)
+        if target is None or not self.training or not torch.is_grad_enabled():
+            return
+        assert self.automatic_temperature is not None
+        exponent, mask = self.inverse_temperature * of.signal, of.mask
+        counted = exponent if mask is None else exponent.masked_fill(~mask, -math.inf)
+        # Before max_weight clips them: only then does the size always fall as the temperature grows. Relative to the
+        # largest one: neither they nor their squares are too large or too small for numbers.
+        relative = (exponent - replicas.of_all(counted.amax(), self, largest=True)).exp()
+        moments = functional.weight_moments(relative, weight=of.importance, mask=mask)
+        moments = replicas.of_all(moments, self)
+        self.automatic_temperature.move(functional.effective_sample_size(moments), target)
 
     def _quantities(
         self, tensordict: TensorDictBase | None, tensors: dict[str, Tensor], keys: Sequence[NestedKey]

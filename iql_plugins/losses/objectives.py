@@ -33,6 +33,7 @@ __all__ = [
     "exponential_weight",
     "options",
     "policy_extraction",
+    "reads_temperature",
     "register",
     "value_objective",
 ]
@@ -41,8 +42,8 @@ __all__ = [
 class Quantities(Protocol):
     """What the losses of a batch are made of, each computed when it is first asked for, and once.
 
-    ``*B`` is the batch's shape. ``target_q`` and ``target`` have no gradient; ``value``, ``advantage``, ``q``,
-    ``log_prob`` and ``policy_q`` have that of their network.
+    ``*B`` is the batch's shape. ``target_q``, ``signal`` and ``target`` have no gradient; ``value``, ``advantage``,
+    ``q``, ``log_prob`` and ``policy_q`` have that of their network.
     """
 
     @property
@@ -56,6 +57,10 @@ class Quantities(Protocol):
     @property
     def advantage(self) -> Tensor:
         """``[*B]`` min Q(s, a) of the target critics - V(s); gradients flow through V."""
+
+    @property
+    def signal(self) -> Tensor:
+        """``[*B]`` the advantage without what ``noise_threshold`` takes for noise, nor gradient: weights are of it."""
 
     @property
     def weight(self) -> Tensor:
@@ -131,7 +136,7 @@ class PolicyExtraction:
 
 def exponential_weight(of: Quantities) -> Tensor:
     """``[*B]`` :func:`~iql_plugins.losses.functional.advantage_weight`: min(exp(temperature advantage), max_weight)."""
-    return functional.advantage_weight(of.advantage.detach(), of.setting("temperature"), of.setting("max_weight"))
+    return functional.advantage_weight(of.signal, of.setting("temperature"), of.setting("max_weight"))
 
 
 def _expectile_regression(of: Quantities) -> Tensor:
@@ -151,7 +156,7 @@ def _sparse_regression(of: Quantities) -> Tensor:
 
 
 def _sparse_weight(of: Quantities) -> Tensor:
-    return functional.sparse_weight(of.advantage.detach(), of.setting("max_weight"))
+    return functional.sparse_weight(of.signal, of.setting("max_weight"))
 
 
 def _exponential_regression(of: Quantities) -> Tensor:
@@ -160,7 +165,7 @@ def _exponential_regression(of: Quantities) -> Tensor:
 
 def _sharp_exponential_weight(of: Quantities) -> Tensor:
     # The authors' code: actor.py, lines 18 to 21, of github.com/ryanxhr/IVR.
-    return functional.advantage_weight(of.advantage.detach(), 10.0 / of.setting("alpha"), of.setting("max_weight"))
+    return functional.advantage_weight(of.signal, 10.0 / of.setting("alpha"), of.setting("max_weight"))
 
 
 def _advantage_weighted_regression(of: Quantities) -> Tensor:
@@ -203,7 +208,15 @@ SHIPPED = (
         _sharp_exponential_weight,
         {"alpha": Option(2.0, POSITIVE, "α > 0, in return units; small, V is close to the maximum.")},
     ),
-    PolicyExtraction("awr", _advantage_weighted_regression),
+    PolicyExtraction(
+        "awr",
+        _advantage_weighted_regression,
+        {
+            "noise_threshold": Option(
+                0.0, NON_NEGATIVE, "κ >= 0: advantages within κ times the critics' disagreement count as none."
+            )
+        },
+    ),
     PolicyExtraction(
         "ddpg_bc",
         _ddpg_bc,
@@ -303,8 +316,22 @@ def options(value: str, policy: str) -> dict[str, Option]:
     return {**of_value, **of_policy}
 
 
-def check_options(value: str, policy: str, given: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` for an objective that is none, an option that the two do not have, or one out of range."""
+def reads_temperature(value: str, policy: str) -> bool:
+    """Whether actions weigh what the temperature makes of their advantages.
+
+    Raises:
+        ValueError: for a name that is none.
+    """
+    return value_objective(value).weight is exponential_weight and policy_extraction(policy).weighs
+
+
+def check_options(value: str, policy: str, given: Mapping[str, Any], temperature: float | str, n_critics: int) -> None:
+    """Checks what objectives are given.
+
+    Raises:
+        ValueError: for an objective that is none, an option that the two do not have, one out of range, an automatic
+            temperature that they do not read, or a threshold of noise that a single critic does not tell.
+    """
     own = options(value, policy)
     for name, setting in given.items():
         if name not in own:
@@ -315,3 +342,10 @@ def check_options(value: str, policy: str, given: Mapping[str, Any]) -> None:
             )
             raise ValueError(f"objective_options has {name!r}: {have}")
         own[name].range.check(name, setting)
+    if isinstance(temperature, str) and not reads_temperature(value, policy):
+        raise ValueError(
+            f"temperature={temperature!r} does not go with {value!r} and {policy!r}, which do without a temperature: "
+            "leave it a number, or take 'expectile', 'quantile' or 'gumbel' with 'awr'"
+        )
+    if given.get("noise_threshold", 0.0) and n_critics == 1:
+        raise ValueError("noise_threshold is relative to how far critics are apart: it needs two at least, got 1")

@@ -9,6 +9,7 @@ from tensordict.nn import TensorDictModuleBase, TensorDictParams
 from torch import Tensor, nn
 
 from iql_plugins.losses import replicas
+from iql_plugins.losses.temperature import AutomaticTemperature
 from iql_plugins.networks import default_value_function, parameters
 
 __all__ = ["LossParameters"]
@@ -34,6 +35,8 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
         ValueError: for a number of critics that is not theirs.
     """
 
+    automatic_temperature: AutomaticTemperature | None
+
     def __init__(
         self,
         actor_network: nn.Module,
@@ -53,6 +56,7 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
         for network in (actor_network, value_network, *critics):
             parameters.expose_nested(network)
         super().__init__()
+        self.automatic_temperature = None
         self.num_qvalue_nets = num_qvalue_nets
         self.separate_losses = separate_losses
         self._critic_count = None if num_qvalue_nets == 1 else num_qvalue_nets
@@ -227,6 +231,8 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
         else:
             parameters.reset_critics(self.qvalue_network, self._critic_count, self._tied)
         self.copy_to_targets()
+        if self.automatic_temperature is not None:
+            self.automatic_temperature.reset_parameters()
 
     def target_pairs(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
         """Pairs of a target critic's tensor and its source: those of parameters, and those of buffers."""

@@ -15,11 +15,13 @@ from iql_plugins.losses import functional, objectives
 from iql_plugins.losses.batch import Batch, to_batch_shape
 from iql_plugins.losses.bootstrap import time_dimension
 from iql_plugins.losses.functional import LossFunction
+from iql_plugins.losses.temperature import AutomaticTemperature
 from iql_plugins.losses.torchrl_contract import TorchRLContract, check_written, in_keys_of
 from iql_plugins.networks import calls, parameters
 from iql_plugins.networks.builders import ValueDropout
 from iql_plugins.networks.distributions import at_least_float32, evaluated_action
 from iql_plugins.networks.ensemble import CriticEnsemble
+from iql_plugins.ranges import AUTOMATIC
 
 __all__ = ["BatchQuantities", "NetworkQuantities"]
 
@@ -30,13 +32,35 @@ class NetworkQuantities(TorchRLContract):
     See :class:`~iql_plugins.losses.iql.IQLLoss` for the arguments.
     """
 
-    temperature: float
     expectile: float
     max_weight: float
     loss_function: LossFunction
     value_objective: str
     policy_extraction: str
     objective_options: dict[str, float]
+
+    @property
+    def temperature(self) -> float | str:
+        """The inverse temperature, or ``"auto"``; with a number the loss has no :attr:`automatic_temperature`."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, temperature: float | str) -> None:
+        self._temperature = temperature
+        if not isinstance(temperature, str):
+            self.automatic_temperature = None
+        elif self.automatic_temperature is None:
+            parameter = next(self.parameters(), None)
+            self.automatic_temperature = AutomaticTemperature(None if parameter is None else parameter.device)
+
+    @property
+    def inverse_temperature(self) -> float | Tensor:
+        r""":math:`\beta` as it is: a number, with an automatic temperature a tensor ``[]``."""
+        if not isinstance(self.temperature, str):
+            return self.temperature
+        AUTOMATIC.check("temperature", self.temperature)
+        assert self.automatic_temperature is not None
+        return self.automatic_temperature.value
 
     def __init__(self, *networks: Any, **arguments: Any) -> None:
         super().__init__(*networks, **arguments)
@@ -281,6 +305,16 @@ class BatchQuantities:
         return functional.advantage(self.target_q, value)
 
     @_once
+    def signal(self) -> Tensor:
+        """``[*B]`` what of the advantage counts for an action's weight, without gradient."""
+        advantage: Tensor = self.advantage.detach()
+        threshold = self._loss.objective_options.get("noise_threshold", 0.0)
+        if threshold == 0.0:
+            return advantage
+        noise = functional.critic_disagreement(self.target_q, mask=self.mask)
+        return functional.beyond_noise(advantage, noise, threshold)
+
+    @_once
     def q(self) -> Tensor:
         """``[N, *B]`` Q(s, a) of the critics."""
         return self._loss._q(self.batch, self._known_shape)
@@ -340,10 +374,17 @@ class BatchQuantities:
     def setting(self, name: str) -> Any:
         """A hyper-parameter of the loss, or an option of its objectives."""
         loss = self._loss
+        if name == "temperature":
+            return loss.inverse_temperature
         if name in loss.objective_options:
             return loss.objective_options[name]
         own = objectives.options(loss.value_objective, loss.policy_extraction)
         return own[name].default if name in own else getattr(loss, name)
+
+    @property
+    def importance(self) -> Tensor | None:
+        """``[*B]`` the samples' importance weights; None where all count alike."""
+        return self._loss._weight(self.batch, self._known_shape)
 
     @property
     def mask(self) -> Tensor | None:
@@ -352,8 +393,7 @@ class BatchQuantities:
 
     def reduced(self, loss: Tensor) -> Tensor:
         """A loss per sample as the loss's reduction has it, weighted by importance."""
-        weight = self._loss._weight(self.batch, loss.shape)
-        return functional.reduce_loss(loss, self._loss.reduction, weight=weight, mask=self.mask)
+        return functional.reduce_loss(loss, self._loss.reduction, weight=self.importance, mask=self.mask)
 
     def unmasked(self, errors: Tensor) -> Tensor:
         """``[..., *B]`` zero where an entry does not count."""

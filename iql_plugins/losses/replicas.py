@@ -8,10 +8,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["active_ddp", "check_output", "replicate", "whole"]
+__all__ = ["active_ddp", "check_output", "of_all", "replicate", "whole"]
 
 # Private: the module inside is not told otherwise by whom it is called.
 active_ddp = getattr(DistributedDataParallel, "_get_active_ddp_module", lambda: None)
+
+
+def _is_sharded(loss: nn.Module) -> bool:
+    # Of FSDPModule, which takes seconds to import.
+    return hasattr(type(loss), "set_requires_gradient_sync")
 
 
 def check_output(loss: nn.Module) -> None:
@@ -22,8 +27,7 @@ def check_output(loss: nn.Module) -> None:
     """
     ddp = active_ddp()
     wrapper = None
-    # Of FSDPModule, which takes seconds to import.
-    if hasattr(type(loss), "set_requires_gradient_sync"):
+    if _is_sharded(loss):
         wrapper = "fully_shard"
         # It has begun a pass: the next one would not be seen. What is sharded as a part of more begins with that.
         with suppress(RuntimeError):
@@ -43,6 +47,22 @@ def replicate(tensors: Iterable[Tensor], ddp: DistributedDataParallel) -> None:
     """Gives the first process's values to all processes of a DDP; every one of them must call it."""
     for tensor in tensors:
         dist.broadcast(tensor, group=ddp.process_group, group_src=0)
+
+
+def of_all(tensor: Tensor, loss: nn.Module, *, largest: bool = False) -> Tensor:
+    """The mean, or the largest, over the processes that a wrapper trains a loss by; all of them must call it."""
+    ddp = active_ddp()
+    return tensor if ddp is None and not _is_sharded(loss) else _reduced(tensor, ddp, largest)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.no_grad()
+def _reduced(tensor: Tensor, ddp: DistributedDataParallel | None, largest: bool) -> Tensor:
+    # Of what is sharded, the module does not know by whom: all processes are asked.
+    group = None if ddp is None else ddp.process_group
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM, group=group)
+    return tensor if largest else tensor / dist.get_world_size(group)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -279,7 +279,10 @@ class TorchRLContract(LossParameters):
             replicas.check_output(self)
         # DDP may leave buffers, which the targets are, as each process drew them.
         if not self._targets_replicated and (ddp := replicas.active_ddp()) is not None:
-            replicas.replicate(parameters.leaves(self._network("target_qvalue_network")).values(), ddp)
+            buffers = list(parameters.leaves(self._network("target_qvalue_network")).values())
+            if self.automatic_temperature is not None:
+                buffers += self.automatic_temperature.buffers()
+            replicas.replicate(buffers, ddp)
             self._targets_replicated = True
 
     def _source(

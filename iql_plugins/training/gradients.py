@@ -90,7 +90,7 @@ class LossGradients:
     def _look_up(self) -> None:
         # Walking the modules takes longer than small kernels: where their tensors are is looked up once, which ones
         # these are (they may be replaced, or frozen) at every step.
-        self._estimator = self.loss.value_estimator
+        self._estimator, self._temperature = self.loss.value_estimator, self.loss.automatic_temperature
         self._modules = list(self.loss.modules())
         self._parameters = slots(self.loss, "_parameters")
         self._buffers = slots(self.loss, "_buffers")
@@ -125,7 +125,8 @@ class LossGradients:
 
     def state(self) -> dict[str, Tensor]:
         """The parameters and buffers that the losses have now; one with several names under the first."""
-        if self._estimator is not self.loss.value_estimator:
+        found = self.loss.value_estimator, self.loss.automatic_temperature
+        if self._estimator is not found[0] or self._temperature is not found[1]:
             self._look_up()
         places = (*self._parameters.items(), *self._buffers.items())
         return {name: registry[key] for name, (registry, key) in places}

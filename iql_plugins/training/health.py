@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from iql_plugins.losses.objectives import exponential_weight, policy_extraction, value_objective
+from iql_plugins.losses.objectives import reads_temperature
 
 __all__ = ["HealthWarning", "Looks", "health_warnings"]
 
@@ -26,12 +26,15 @@ MOST_EFFECTIVE_SAMPLES = 1.0 / (1.0 + 0.1**2)
 #: Half of the weights are at the maximum where the temperature is without bounds. Trainings that were well had up to a
 #: tenth of them there; ones with a temperature a hundred times too high had three tenths and more.
 MOST_AT_MAX_WEIGHT = 0.2
+#: Below, exp(temperature × advantage) is of the critics' errors as much as of actions. Trainings that a fixed
+#: temperature lost had 1.0 to 1.8 at their end, one that none harmed 3.
+LEAST_SIGNAL = 2.0
 #: Values that come to their end as an exponential does, and move by less than a tenth from the third quarter of a
 #: training to the last one, have reached nine tenths of it.
 MOST_MOVEMENT = 0.1
 
 #: Metrics that the warnings are about.
-_METRICS = ("mean_value", "mean_qvalue", "effective_sample_size", "share_at_max_weight")
+_METRICS = ("mean_value", "mean_qvalue", "effective_sample_size", "share_at_max_weight", "signal_to_noise")
 #: One row of a training's metrics, with its ``"step"``.
 Look = Mapping[str, float]
 
@@ -56,8 +59,8 @@ class Weighted(Protocol):
     """What has the hyper-parameters of an action's weight: a configuration, or a loss."""
 
     @property
-    def temperature(self) -> float:
-        """The inverse temperature."""
+    def temperature(self) -> float | str:
+        """The inverse temperature, or how it moves."""
 
     @property
     def policy_extraction(self) -> str:
@@ -68,12 +71,15 @@ class Weighted(Protocol):
         """How V is learned, which says what an action weighs."""
 
 
-def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
-    """What the metrics of a training say against its result.
+def health_warnings(
+    looks: Sequence[Look], of: Weighted, value_range: tuple[float, float] | None = None
+) -> list[HealthWarning]:
+    r"""What the metrics of a training say against its result.
 
     ========================= ==================================================================
     code                      found
     ========================= ==================================================================
+    ``diverged-values``       mean V or mean Q in the last quarter is beyond ``value_range``
     ``unsettled-values``      mean V or mean Q has moved by more than a tenth in the last quarter
     ``few-effective-samples`` fewer than a tenth of the transitions teach the policy
     ``clipped-weights``       more than a fifth of the weights are clipped at ``max_weight``
@@ -81,7 +87,7 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
     ========================= ==================================================================
 
     The last three are of the weights in the last quarter, where a policy is learned by weights of the temperature, and
-    that is above 0. Each is told if it is beyond the noise from batch to batch, and from 5 looks on (20 for the first).
+    that is not 0. Each is told if it is beyond the noise from batch to batch, and from 5 looks on (20 for the second).
 
     >>> from iql_plugins.config import IQLConfig
     >>> looks = [{"step": step, "mean_value": -0.1 * step, "mean_qvalue": -5.0} for step in range(100)]
@@ -93,11 +99,14 @@ def health_warnings(looks: Sequence[Look], of: Weighted) -> list[HealthWarning]:
         looks: rows of metrics by name, each with its ``"step"``, in order: of ``metrics.csv``, or of
             :meth:`~iql_plugins.training.learner.Learner.metrics`.
         of: the configuration, or the loss.
+        value_range: what the rewards can come to, :math:`r / (1 - \gamma)` of the smallest and the largest one, in the
+            networks' units; None if they are not known.
     """
-    unsettled = _unsettled_values(looks, of.value_objective)
-    found = [] if unsettled is None else [unsettled]
-    exponential = value_objective(of.value_objective).weight is exponential_weight
-    if exponential and policy_extraction(of.policy_extraction).weighs and of.temperature > 0.0:
+    found = [] if value_range is None else list(_diverged_values(looks, of.value_objective, *value_range))
+    # Values that no rewards explain need no more steps.
+    unsettled = None if found else _unsettled_values(looks, of.value_objective)
+    found += [] if unsettled is None else [unsettled]
+    if reads_temperature(of.value_objective, of.policy_extraction) and of.temperature != 0.0:
         found += _of_weights(looks, of.temperature)
     return found
 
@@ -116,10 +125,34 @@ class Looks:
         """Keeps what the warnings need of the metrics after a step, unless that is close to the one before."""
         if self.rows and step - self.rows[-1]["step"] < self._distance:
             return
-        self.rows.append({"step": step} | {name: metrics[name] for name in _METRICS})
+        self.rows.append({"step": step} | {name: metrics[name] for name in _METRICS if name in metrics})
         if len(self.rows) > self.LIMIT:
             self.rows = self.rows[::2]
             self._distance = (self.rows[-1]["step"] - self.rows[0]["step"]) / (len(self.rows) - 1)
+
+
+def _diverged_values(looks: Sequence[Look], objective: str, low: float, high: float) -> Iterator[HealthWarning]:
+    beyond = []
+    for name in ("mean_value", "mean_qvalue"):
+        mean, error = _end(looks, name)
+        margin = MOST_MOVEMENT * (high - low) + STANDARD_ERRORS * error
+        if not low - margin <= mean <= high + margin and not math.isnan(mean):
+            beyond.append(f"{name} {mean:.3g}")
+    if beyond:
+        yield HealthWarning(
+            "diverged-values",
+            f"values were beyond what these rewards can come to, {low:.3g} to {high:.3g}, in the last quarter: "
+            f"{', '.join(beyond)}",
+            f"try {_calmer(objective)}, because errors of Q have been learned from as if they were rewards",
+        )
+
+
+def _calmer(objective: str) -> str:
+    """What keeps V from growing by the errors of Q."""
+    if objective == "gumbel":
+        return "a larger loss_temperature or a smaller max_clip among the `objective_options`, or `critic_layer_norm`"
+    lower = "`expectile`, `discount` or" if objective == "expectile" else "`discount` or"
+    return f"a lower {lower} `critic_learning_rate`"
 
 
 def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | None:
@@ -135,31 +168,39 @@ def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | 
             moved.append(f"{name} {medians[2]:.3g} to {medians[3]:.3g}")
     if not moved:
         return None
-    lower = (
-        "`expectile` or `discount`, because both decide"
-        if objective == "expectile"
-        else "`discount`, because it decides"
-    )
+    lower = {
+        "expectile": "a lower `expectile` or `discount`, because both decide",
+        "gumbel": f"{_calmer(objective)}, because these decide",
+    }.get(objective, "a lower `discount`, because it decides")
     return HealthWarning(
         "unsettled-values",
         f"values had not settled from the third to the last quarter of the training: {', '.join(moved)}",
-        "try more `n_steps`, because V and Q do not yet know what the states are worth; if they never settle, a lower "
+        "try more `n_steps`, because V and Q do not yet know what the states are worth; if they never settle, "
         f"{lower} how far values can grow",
     )
 
 
-def _of_weights(looks: Sequence[Look], temperature: float) -> Iterator[HealthWarning]:
+def _of_weights(looks: Sequence[Look], temperature: float | str) -> Iterator[HealthWarning]:
     """What has no end of five looks is NaN, and beyond no limit."""
     effective, effective_error = _end(looks, "effective_sample_size")
     clipped, clipped_error = _end(looks, "share_at_max_weight")
-    lower = f"try a `temperature` below {temperature:g}, or smaller rewards (`reward_scale`), because"
+    signal, signal_error = _end(looks, "signal_to_noise")
+    if isinstance(temperature, str):
+        lower = f"try a higher target than `temperature` {temperature} has, or more `n_steps` to reach it in, because"
+        higher = f"try more `n_steps`, because `temperature` {temperature} is far from its target, and"
+    else:
+        lower = f"try a `temperature` below {temperature:g}, or auto, or smaller rewards (`reward_scale`), because"
+        higher = f"try a `temperature` above {temperature:g}, or auto, or larger rewards (`reward_scale`), because"
     if effective + STANDARD_ERRORS * effective_error < FEWEST_EFFECTIVE_SAMPLES:
-        yield HealthWarning(
-            "few-effective-samples",
-            f"the effective sample size was {effective:.2g} of a batch in the last quarter",
-            f"{lower} the few transitions with the largest exp(temperature × advantage) decided what the policy "
-            "learned",
-        )
+        found = f"the effective sample size was {effective:.2g} of a batch in the last quarter"
+        reason = "the few transitions with the largest exp(temperature × advantage) decided what the policy learned"
+        # 0 is that of critics that do not differ.
+        noisy = lower
+        if signal > 0.0 and signal + STANDARD_ERRORS * signal_error < LEAST_SIGNAL:
+            found += f", and advantages spread only {signal:.2g} times as far as the critics disagree"
+            noisy = lower.replace("because", "or noise_threshold 2 among the `objective_options`, because")
+            reason += ", and these are the critics' errors as much as good actions"
+        yield HealthWarning("few-effective-samples", found, f"{noisy} {reason}")
     if clipped - STANDARD_ERRORS * clipped_error > MOST_AT_MAX_WEIGHT:
         yield HealthWarning(
             "clipped-weights",
@@ -171,8 +212,7 @@ def _of_weights(looks: Sequence[Look], temperature: float) -> Iterator[HealthWar
             "equal-weights",
             f"all actions weighed about the same: the effective sample size was {effective:.3f} of a batch in the last "
             "quarter",
-            f"try a `temperature` above {temperature:g}, or larger rewards (`reward_scale`), because advantages this "
-            "small make behaviour cloning of it",
+            f"{higher} advantages this small make behaviour cloning of it",
         )
 
 

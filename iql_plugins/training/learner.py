@@ -139,7 +139,7 @@ class Learner:
     ...     next_terminated=torch.zeros(5, 1, dtype=torch.bool),
     ... ))
     >>> sorted(learner.metrics())[:3]
-    ['effective_sample_size', 'entropy', 'loss_actor']
+    ['critic_disagreement', 'effective_sample_size', 'entropy']
     """
 
     def __init__(

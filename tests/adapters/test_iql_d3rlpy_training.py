@@ -435,9 +435,8 @@ from d3rlpy.models import VectorEncoderFactory
 rank = d3rlpy.distributed.init_process_group("gloo")
 torch.manual_seed(rank)
 np.random.seed(0)
-algorithm = config(CONTINUOUS, actor_encoder_factory=VectorEncoderFactory([8], use_batch_norm=True)).create(
-    "cpu:0", enable_ddp=True
-)
+encoder = VectorEncoderFactory([8], use_batch_norm=True)
+algorithm = config(CONTINUOUS, actor_encoder_factory=encoder, weight_temp="auto").create("cpu:0", enable_ddp=True)
 data, seen = dataset(CONTINUOUS), []
 algorithm.build_with_dataset(data)
 update = algorithm.update
@@ -474,6 +473,7 @@ def test_processes_hold_equal_weights_and_draw_from_shares_of_their_own(tmp_path
     assert [process.returncode for process in processes] == [0, 0], errors
     (first, first_seen), (second, second_seen) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert_same_weights(first, second)
+    assert first["automatic_temperature.log_value"] != 0.0
     assert not set(first_seen) & set(second_seen)
     assert not any(math.isnan(value) for value in first_seen)
 

@@ -154,6 +154,30 @@ def test_a_training_goes_on_from_it_as_from_the_pickles(tmp_path: Path) -> None:
     assert agents[0].learner.step_count == 10
 
 
+def test_an_automatic_temperature_is_saved_and_goes_on(tmp_path: Path) -> None:
+    """Of the model; a policy alone has no hyper-parameters."""
+    dataset, path = make_dataset(SPACES["continuous"]), tmp_path / "model.zip"
+    options: dict[str, Any] = {"batch_size": 8, "policy_kwargs": {"net_arch": [4]}, "seed": 0}
+    models = [IQL("MlpPolicy", None, dataset=dataset, temperature="auto", **options) for _ in range(2)]
+    for model in models:
+        model.learn_offline(3)
+    models[1].save(path)
+    models[1] = IQL.load(path)
+    models[1].load_dataset(dataset)
+    for model in models:
+        model.learn_offline(2)
+    first, second = (model.policy.loss.automatic_temperature.log_value for model in models)
+    assert first != 0.0
+    assert torch.equal(first, second)
+    models[0].policy.save(tmp_path / "policy.zip")
+    alone = type(models[0].policy).load(tmp_path / "policy.zip")
+    actions = [policy.predict(np.zeros(3, np.float32), deterministic=True)[0] for policy in (alone, models[0])]
+    assert np.array_equal(*actions)
+    models[0].temperature = 2.0
+    models[0].learn_offline(1)
+    assert models[0].policy.loss.automatic_temperature is None
+
+
 def test_a_model_is_saved_to_what_the_framework_saves_to(tmp_path: Path) -> None:
     model = IQL("MlpPolicy", "Pendulum-v1", policy_kwargs=NETWORKS, **SMALL)
     model.save(str(tmp_path / "new" / "model"))

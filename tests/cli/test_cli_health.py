@@ -168,6 +168,13 @@ def test_a_sign_in_the_metrics_is_told_once_with_the_seeds_that_have_it(warnings
     assert "seed" not in warning["message"]
 
 
+def test_values_that_no_rewards_explain_are_told_once(warnings: Warnings) -> None:
+    # Rewards from -16.3 to 0, of which the preset makes 0.56 times as much; a hundred of them count.
+    for value, found in ((-800.0, []), (50.0, []), (-1200.0, ["diverged-values"]), (300.0, ["diverged-values"])):
+        assert codes(warnings(metrics={seed: STILL | {"mean_value": value} for seed in (0, 1)})) == found
+    assert codes(warnings(metrics={0: STILL | {"mean_value": 300.0}}, hyperparameters={"discount": 1.0})) == []
+
+
 def test_values_on_their_way_say_nothing_against_a_policy_that_is_above_all(
     warnings: Warnings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

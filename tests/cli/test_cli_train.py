@@ -140,6 +140,7 @@ def test_options_win_over_the_preset_and_the_preset_over_the_defaults() -> None:
     assert hyperparameters("--dataset", "mine.npz", *networks, "--value-dropout", "0.5") == IQLConfig(
         critic_hidden_sizes=(5, 6), critic_layer_norm=True, activation="gelu", value_dropout=0.5
     )
+    assert hyperparameters("--temperature", "auto_0.5").temperature == "auto_0.5"
     assert hyperparameters("--reward-scale", "0.5", "--max-grad-norm", "1").reward_scale == 0.5
     sparse = ["--preset", "antmaze", "--value-objective", "sparse"]
     assert hyperparameters(*sparse) == preset("antmaze", value_objective="sparse")

@@ -1,6 +1,6 @@
 """A captured step is the ordinary one: on the CPU with emulated CUDA graphs, on a GPU with real ones."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,11 @@ def gpu(device: torch.device) -> torch.device:
     return device
 
 
-def make_learner(kind: str, **options: Any) -> Learner:
+def make_learner(kind: str, *, of_loss: Mapping[str, Any] | None = None, **options: Any) -> Learner:
     torch.manual_seed(0)
-    return Learner(make_loss(kind), **{"seed": 0, "make_optimizers": tensor_rates, **OPTIONS} | options)
+    return Learner(
+        make_loss(kind, **(of_loss or {})), **{"seed": 0, "make_optimizers": tensor_rates, **OPTIONS} | options
+    )
 
 
 def pair(kind: str, **options: Any) -> tuple[Learner, Learner]:
@@ -108,6 +110,16 @@ def test_captured_steps_are_the_ordinary_ones(kind: str, make_optimizers: Any, r
     assert learners[0].metrics() == pytest.approx(learners[1].metrics())
     steps = {float(state["step"]) for optimizer in learners[0].optimizers for state in optimizer.state.values()}
     assert steps == {15.0}
+
+
+def test_an_automatic_temperature_moves_in_replays(kind: str, recorder: Recorder) -> None:
+    given = {"temperature": "auto", "objective_options": {"noise_threshold": 0.5}}
+    learners, moved = pair(kind, of_loss=given), set()
+    for _ in range(ORDINARY + 5):
+        train(learners, kind, 1)
+        assert_same(*learners)
+        moved.add(float(learners[0].loss.automatic_temperature.log_value))
+    assert (recorder.captures, len(moved)) == (1, ORDINARY + 5)
 
 
 def test_the_schedule_goes_on_in_replays(recorder: Recorder) -> None:

@@ -522,6 +522,13 @@ def test_health_is_what_a_hand_computes() -> None:
     assert found.share_value_above_q == 0.0
     assert found.mean_value == 0.25
     assert found.mean_qvalue == pytest.approx((1.0 + math.log(3.0)) / 4)
+    assert found.temperature == 1.0
+    # Critics differ by 2 - log 3, 5, 5 and 5; advantages are log 3, 0, 0 and 0.
+    disagreement = math.sqrt(((2.0 - math.log(3.0)) ** 2 + 3 * 25.0) / 4)
+    assert found.critic_disagreement == pytest.approx(disagreement)
+    assert found.signal_to_noise == pytest.approx(math.sqrt(3) / 4 * math.log(3.0) / disagreement)
+    alone = F.health(target_q[:1], value)
+    assert (alone.critic_disagreement, alone.signal_to_noise) == (0.0, 0.0)
     above = F.health(target_q, value + 0.1, temperature=1.0, mask=torch.tensor([True, True, False, False]))
     assert above.share_value_above_q == 0.5
 
@@ -543,3 +550,29 @@ def test_the_sample_size_of_another_objectives_weights(
         torch.zeros(1, 4), torch.zeros(4), weight=tensor(weight), mask=None if mask is None else tensor(mask)
     )
     assert found.effective_sample_size == pytest.approx(expected)
+
+
+def test_the_disagreement_is_the_root_mean_square_of_all_pairs_differences() -> None:
+    q = torch.tensor([[1.0, 0.0, 9.0], [4.0, 2.0, math.nan], [2.0, 2.0, 0.0]])
+    mask = tensor([True, True, False])
+    # Of 3, 1 and 2; of 2, 2 and 0.
+    expected = math.sqrt((9.0 + 1.0 + 4.0 + 4.0 + 4.0 + 0.0) / 6)
+    assert F.critic_disagreement(q, mask=mask) == pytest.approx(expected)
+    assert F.critic_disagreement(q[::2, :1]) == 1.0
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
+def test_what_is_beyond_noise_is_nearer_to_zero_by_as_much(threshold: float) -> None:
+    u, noise = 3.0 * torch.randn(50), tensor(1.5)
+    expected = [math.copysign(max(abs(each) - threshold * 1.5, 0.0), each) for each in u.tolist()]
+    assert F.beyond_noise(u, noise, threshold).tolist() == pytest.approx(expected)
+    assert (F.beyond_noise(u, noise, threshold) == 0.0).any() == (threshold > 0.0)
+
+
+def test_importance_weights_are_of_the_means_and_lower_no_sample_size() -> None:
+    weights, importance = tensor([3.0, 1.0, 1.0, 7.0]), tensor([1.0, 2.0, 1.0, 5.0])
+    mask = tensor([True, True, True, False])
+    moments = F.weight_moments(weights, weight=importance, mask=mask)
+    assert moments.tolist() == pytest.approx([6.0 / 4, 12.0 / 4])
+    assert F.effective_sample_size(moments) == pytest.approx(0.75)
+    assert F.effective_sample_size(F.weight_moments(torch.ones(3), weight=importance[:3])) == 1.0

@@ -34,13 +34,17 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def both(loss: IQLLoss, batch: dict[str, torch.Tensor], compiled: LossGradients) -> None:
-    """Asserts that traced and eager losses and gradients are equal."""
-    results = []
+    """Asserts that traced and eager losses and gradients are equal, and what they do to buffers."""
+    results, before = [], [buffer.clone() for buffer in loss.buffers()]
     for compute in (LossGradients(loss), compiled):
+        for buffer, value in zip(loss.buffers(), before, strict=True):
+            buffer.copy_(value)
         torch.manual_seed(7)
         outputs = compute(batch)
-        results.append((outputs, [parameter.grad for parameter in loss.parameters()]))
-    (eager, eager_grads), (traced, traced_grads) = results
+        grads = [parameter.grad for parameter in loss.parameters()]
+        results.append((outputs, grads, [buffer.clone() for buffer in loss.buffers()]))
+    (eager, eager_grads, eager_buffers), (traced, traced_grads, traced_buffers) = results
+    torch.testing.assert_close(traced_buffers, eager_buffers)
     assert all(not output.requires_grad and output.shape == () for output in traced)
     torch.testing.assert_close(traced, eager)
     for first, second in zip(eager_grads, traced_grads, strict=True):
@@ -405,6 +409,7 @@ def test_an_unknown_mode_is_refused(kind: str) -> None:
         ("continuous", OBJECTIVES["sparse-awr"]),
         ("continuous", NETWORKS["all"]),
         ("discrete", NETWORKS["all"]),
+        ("continuous", OBJECTIVES["automatic"]),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from conftest import keywords, make_batch, make_loss
 from torch import nn
 
 from iql_plugins.config import IQLConfig, hyperparameters
-from iql_plugins.training.health import Looks, health_warnings
+from iql_plugins.training.health import HealthWarning, Looks, health_warnings
 from iql_plugins.training.learner import Learner
 
 HEALTHY = {"mean_value": -10.0, "mean_qvalue": -10.0, "effective_sample_size": 0.3, "share_at_max_weight": 0.0}
@@ -47,6 +47,7 @@ def last_quarter(before: float, then: float) -> Callable[[float], float]:
 
 
 TRIPPED: dict[str, dict[str, Any]] = {
+    "diverged-values": {"mean_value": 140.0, "mean_qvalue": lambda share: 1e4 * share**3},
     "unsettled-values": {"mean_value": lambda share: -20.0 * share, "mean_qvalue": lambda share: -20.0 * share},
     "few-effective-samples": {"effective_sample_size": 0.08},
     "clipped-weights": {"share_at_max_weight": 0.3},
@@ -54,8 +55,16 @@ TRIPPED: dict[str, dict[str, Any]] = {
 }
 
 
+#: What rewards up to 1 come to.
+VALUES = (-100.0, 100.0)
+
+
+def warnings(rows: list[dict[str, float]], **changes: Any) -> list[HealthWarning]:
+    return health_warnings(rows, IQLConfig(**changes), VALUES)
+
+
 def codes(rows: list[dict[str, float]], **changes: Any) -> list[str]:
-    return [warning.code for warning in health_warnings(rows, IQLConfig(**changes))]
+    return [warning.code for warning in warnings(rows, **changes)]
 
 
 def test_a_healthy_training_has_no_warning() -> None:
@@ -76,7 +85,7 @@ def test_the_signs_are_those_of_the_documentation() -> None:
 
 @pytest.mark.parametrize("code", TRIPPED)
 def test_a_suggestion_says_what_to_try_and_why_and_names_hyperparameters_that_there_are(code: str) -> None:
-    (warning,) = health_warnings(looks(**TRIPPED[code]), IQLConfig())
+    (warning,) = warnings(looks(**TRIPPED[code]))
     named = re.findall(r"`(.*?)`", warning.suggestion)
     assert named
     assert set(named) <= set(hyperparameters())
@@ -94,7 +103,7 @@ def test_a_suggestion_says_what_to_try_and_why_and_names_hyperparameters_that_th
     ],
 )
 def test_values_that_still_move_are_unsettled(series: dict[str, Any]) -> None:
-    (warning,) = health_warnings(looks(**series), IQLConfig())
+    (warning,) = warnings(looks(**series))
     assert warning.code == "unsettled-values"
     assert [name for name in ("mean_value", "mean_qvalue") if name in warning.message] == [
         name for name in series if name != "noise"
@@ -117,6 +126,46 @@ def test_values_that_still_move_are_unsettled(series: dict[str, Any]) -> None:
 )
 def test_values_that_have_settled_are_no_sign(series: dict[str, Any]) -> None:
     assert codes(looks(**series)) == []
+
+
+def test_values_within_what_rewards_come_to_or_the_noise_are_no_sign() -> None:
+    assert codes(looks(mean_value=119.0)) == codes(looks(mean_value=-119.0)) == []
+    assert codes(looks(mean_value=-121.0)) == ["diverged-values"]
+    assert codes(looks(mean_value=121.0, noise=0.2)) == []
+    assert health_warnings(looks(**TRIPPED["diverged-values"]), IQLConfig())[0].code == "unsettled-values"
+
+
+@pytest.mark.parametrize(
+    ("objective", "named"),
+    [
+        ("expectile", ["expectile", "discount", "critic_learning_rate"]),
+        ("gumbel", ["objective_options"]),
+        ("sparse", ["discount", "critic_learning_rate"]),
+    ],
+)
+def test_what_keeps_values_from_diverging_is_the_objectives_own(objective: str, named: list[str]) -> None:
+    (warning,) = warnings(looks(**TRIPPED["diverged-values"]), value_objective=objective)
+    assert re.findall(r"`(.*?)`", warning.suggestion) == named
+    assert ("loss_temperature" in warning.suggestion) == (objective == "gumbel")
+    (unsettled,) = warnings(looks(**TRIPPED["unsettled-values"]), value_objective=objective)
+    assert ("loss_temperature" in unsettled.suggestion) == (objective == "gumbel")
+
+
+@pytest.mark.parametrize(("signal", "told"), [(1.2, True), (1.98, True), (2.5, False), (0.0, False)])
+def test_few_samples_of_noisy_advantages_recommend_what_does_not_chase_noise(signal: float, told: bool) -> None:
+    rows = [row | {"signal_to_noise": signal} for row in looks(**TRIPPED["few-effective-samples"])]
+    (warning,) = warnings(rows)
+    assert "`temperature` below 3, or auto" in warning.suggestion
+    assert (f"{signal:.2g} times as far as the critics disagree" in warning.message) == told
+    assert ("noise_threshold 2 among the `objective_options`" in warning.suggestion) == told
+
+
+@pytest.mark.parametrize("code", ["few-effective-samples", "clipped-weights", "equal-weights"])
+def test_an_automatic_temperature_is_not_told_to_be_lower(code: str) -> None:
+    (warning,) = warnings(looks(**TRIPPED[code]), temperature="auto_0.5")
+    assert warning.code == code
+    assert "`temperature` auto_0.5" in warning.suggestion
+    assert "`n_steps`" in warning.suggestion
 
 
 def test_a_movement_within_the_noise_is_no_sign() -> None:

@@ -72,7 +72,7 @@ def assert_equal(agent: Agent, alone: Agent, tolerance: float = 1e-5) -> None:
         *[(kind, {}) for kind in VECTORS],
         *[(kind, {"max_grad_norm": 0.1, "n_critics": 3, "polyak": 0.3}) for kind in VECTORS],
         *[("continuous", options) for options in OBJECTIVES.values()],
-        ("discrete", OBJECTIVES["exponential-ddpg_bc"]),
+        *[("discrete", OBJECTIVES[name]) for name in ("exponential-ddpg_bc", "automatic")],
         *[("continuous", {name: value}) for name, value in STACKED.items()],
         *[(kind, STACKED) for kind in VECTORS],
     ],
@@ -529,7 +529,11 @@ def test_a_frozen_network_stays_as_it_is(kind: str, alike: Callable[..., list[Ag
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [*[(kind, {}) for kind in VECTORS], ("continuous", OBJECTIVES["gumbel-ddpg_bc"]), ("continuous", STACKED)],
+    [
+        *[(kind, {}) for kind in VECTORS],
+        *[("continuous", OBJECTIVES[name]) for name in ("gumbel-ddpg_bc", "automatic")],
+        ("continuous", STACKED),
+    ],
     ids=str,
 )
 def test_compiled_agents_end_where_each_would_have_alone(

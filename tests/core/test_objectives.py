@@ -281,7 +281,10 @@ def keywords_of(kind: str) -> dict[str, torch.Tensor]:
     [
         ({"value_objective": "tilt"}, "value_objective must be one of 'expectile', .*'tilted', got 'tilt'"),
         ({"policy_extraction": "sac"}, "policy_extraction must be one of 'awr', .*'cloned', got 'sac'"),
-        ({"objective_options": {"level": 0.5}}, "objective_options has 'level': 'expectile' and 'awr' have none"),
+        (
+            {"objective_options": {"level": 0.5}},
+            "objective_options has 'level': those of 'expectile' and 'awr' are noise_threshold",
+        ),
         ({**OPTIONS, "objective_options": {"lvl": 1.0}}, "'lvl': those of 'tilted' and 'cloned' are level, strength"),
         ({**OPTIONS, "objective_options": {"level": 1.5}}, r"level must be in \[0, 1\], got 1.5"),
     ],

@@ -59,10 +59,19 @@ WITH_KEYWORD_TENSORS: dict[str, Wrapper] = {
     "find_unused_parameters": lambda loss: DistributedDataParallel(loss, find_unused_parameters=True),
     "fully_shard": sharded,
 }
+#: Of losses whose temperature moves by the batches of all.
+AUTOMATIC: dict[str, Wrapper] = {
+    "automatic": lambda loss: DistributedDataParallel(loss, broadcast_buffers=False),
+    "automatic_sharded": sharded,
+}
 UPDATERS: dict[str, Callable[[IQLLoss], Any]] = {
     "soft": lambda loss: SoftUpdate(loss, tau=0.3),
     "hard": lambda loss: HardUpdate(loss, value_network_update_interval=2),
 }
+
+
+def made(name: str) -> IQLLoss:
+    return make_loss("continuous", **({"temperature": "auto_0.2"} if name in AUTOMATIC else {}))
 
 
 def seeded_batch(step: int, rank: int) -> TensorDict:
@@ -78,7 +87,7 @@ def trained(loss: IQLLoss, call: Callable[[int], Any], updater: str) -> State:
         total(call(step)).backward()
         optimiser.step()
         targets.step()
-    networks = {name: tensor for name, tensor in loss.state_dict().items() if "network" in name}
+    networks = {name: tensor for name, tensor in loss.state_dict().items() if not name.startswith("_value_estimator")}
     return {
         name: tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for name, tensor in networks.items()
     }
@@ -95,11 +104,13 @@ def train_by_rank(rank: int, folder: Path) -> None:
         timeout=datetime.timedelta(seconds=60),
     )
     results: dict[tuple[str, str], State | str] = {}
-    for name, wrap in (WITH_A_TENSORDICT | WITH_KEYWORD_TENSORS).items():
+    for name, wrap in (WITH_A_TENSORDICT | WITH_KEYWORD_TENSORS | AUTOMATIC).items():
         for updater in UPDATERS if name in ("broadcast_buffers", "fully_shard") else ["soft"]:
             # Sharding keeps a part of each process's weights: they are equal before, as FSDP asks.
-            torch.manual_seed(0 if name == "fully_shard" else rank)
-            loss = make_loss("continuous")
+            torch.manual_seed(0 if wrap is sharded else rank)
+            loss = made(name)
+            if name == "automatic":
+                loss.automatic_temperature.log_value.fill_(rank)
             wrapper = wrap(loss)
             if name == "broadcast_buffers" and rank == 0:
                 # No process waits for another to evaluate.
@@ -113,7 +124,7 @@ def train_by_rank(rank: int, folder: Path) -> None:
 
             def call(step: int, wrapper: nn.Module = wrapper, name: str = name) -> Any:
                 batch = seeded_batch(step, rank)
-                return wrapper(**keywords(batch)) if name in WITH_KEYWORD_TENSORS else wrapper(batch)
+                return wrapper(**keywords(batch)) if name in WITH_KEYWORD_TENSORS | AUTOMATIC else wrapper(batch)
 
             results[name, updater] = trained(loss, call, updater)
     torch.save(results, folder / f"{rank}.pt")
@@ -129,13 +140,13 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, st
 
 
 @pytest.fixture
-def expected() -> Callable[[str], State]:
-    """The state, by updater, after one process with rank 0's weights has had the batches of all."""
+def expected() -> Callable[[str, str], State]:
+    """The state, by case and updater, after one process with rank 0's weights has had the batches of all."""
 
-    def train(updater: str) -> State:
+    def train(name: str, updater: str) -> State:
         with torch.device("cpu"):
             torch.manual_seed(0)
-            loss = make_loss("continuous")
+            loss = made(name)
             batches = [torch.cat([seeded_batch(step, rank) for rank in range(PROCESSES)]) for step in range(STEPS)]
             return trained(loss, lambda step: loss(batches[step]), updater)
 
@@ -143,7 +154,7 @@ def expected() -> Callable[[str], State]:
 
 
 CASES = [
-    *((name, "soft") for name in (*WITH_A_TENSORDICT, *WITH_KEYWORD_TENSORS)),
+    *((name, "soft") for name in (*WITH_A_TENSORDICT, *WITH_KEYWORD_TENSORS, *AUTOMATIC)),
     ("broadcast_buffers", "hard"),
     ("fully_shard", "hard"),
 ]
@@ -151,12 +162,12 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "updater"), CASES)
 def test_processes_train_as_one_that_has_the_batches_of_all(
-    results: list[dict[tuple[str, str], State]], expected: Callable[[str], State], name: str, updater: str
+    results: list[dict[tuple[str, str], State]], expected: Callable[[str, str], State], name: str, updater: str
 ) -> None:
     first, second = (result[name, updater] for result in results)
     for key, tensor in first.items():
         assert torch.equal(tensor, second[key]), key
-    torch.testing.assert_close(first, dict(expected(updater)))
+    torch.testing.assert_close(first, dict(expected(name, updater)))
 
 
 @pytest.mark.parametrize("name", WITH_KEYWORD_TENSORS)

@@ -1,5 +1,6 @@
 """Losses under torch.compile, torch.func, the meta device and half precision, and without a host sync."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,11 @@ def tied_loss(kind: str) -> IQLLoss:
 def climbing_loss(kind: str) -> IQLLoss:
     """A loss of which both objectives take something of the whole batch."""
     return make_loss(kind, value_objective="gumbel", policy_extraction="ddpg_bc")
+
+
+def automatic_loss(kind: str) -> IQLLoss:
+    """A loss with a temperature that moves, and of whose advantages the critics' disagreement is taken off."""
+    return make_loss(kind, temperature="auto", objective_options={"noise_threshold": 0.5})
 
 
 #: Of which a loss takes something of the whole batch.
@@ -93,6 +99,7 @@ def masked_and_weighted(batch: TensorDict) -> TensorDict:
         ("discrete", shared_trunk_loss, "aot_eager", "TD0", False, True, "same"),
         ("continuous", climbing_loss, "aot_eager", "TD0", False, True, "same"),
         ("discrete", climbing_loss, "aot_eager", "TD0", True, True, "different"),
+        ("continuous", automatic_loss, "aot_eager", "TD0", False, True, "different"),
     ],
     ids=[
         "inductor",
@@ -101,6 +108,7 @@ def masked_and_weighted(batch: TensorDict) -> TensorDict:
         "masked_separate_losses_vmap",
         "masked_climbing_vmap",
         "masked_climbing_keywords",
+        "masked_automatic",
     ],
 )
 def test_a_compiled_loss_has_no_graph_break_and_equals_the_eager_one(
@@ -122,9 +130,13 @@ def test_a_compiled_loss_has_no_graph_break_and_equals_the_eager_one(
         batch = masked_and_weighted(batch)
     compiled = torch.compile(loss, fullgraph=True, backend=backend)
     eager, graph = batch.copy(), batch.copy()
-    expected, outputs = (
-        call(**keywords(given)) if as_keywords else call(given) for call, given in ((loss, eager), (compiled, graph))
-    )
+    before, moved, results = {name: buffer.clone() for name, buffer in loss.named_buffers()}, [], []
+    for call, given in ((loss, eager), (compiled, graph)):
+        loss.load_state_dict(before, strict=False)
+        results.append(call(**keywords(given)) if as_keywords else call(given))
+        moved.append({name: buffer.clone() for name, buffer in loss.named_buffers()})
+    expected, outputs = results
+    torch.testing.assert_close(*moved)
     of_graph, of_eager = (
         outs if as_keywords else dict(outs.items()) | {key: given[key] for key in ("td_error", "_log_prob")}
         for outs, given in ((outputs, graph), (expected, eager))
@@ -220,14 +232,38 @@ def test_an_ensemble_of_losses_is_evaluated_by_vmap_over_parameters(loss: IQLLos
     torch.testing.assert_close(together, tuple(map(torch.stack, zip(*separate, strict=True))))
 
 
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_a_transform_moves_an_automatic_temperature_that_it_is_given(transform: str, device: torch.device) -> None:
+    """Each member of an ensemble its own; without it nothing is trained silently."""
+    loss, batch = automatic_loss("continuous").to(device), keywords(make_batch("continuous", device=device))
+    eager = copy.deepcopy(loss)
+    eager(**batch)
+    own = {name: parameter.detach() for name, parameter in loss.named_parameters()}
+    buffers = {name: buffer.clone() for name, buffer in loss.named_buffers()}
+    if transform == "vmap":
+        own, buffers = ({name: torch.stack([t, t]) for name, t in tensors.items()} for tensors in (own, buffers))
+    apply = torch.func.grad if transform == "grad" else torch.vmap
+
+    def of(*tensors: dict[str, Tensor]) -> Tensor:
+        return total(functional_call(loss, tensors, kwargs=batch))
+
+    apply(of)(own, buffers)
+    moved = buffers["automatic_temperature.log_value"]
+    torch.testing.assert_close(moved, eager.automatic_temperature.log_value.expand_as(moved))
+    assert moved.all()
+    with pytest.raises(RuntimeError, match=r"temperature='auto' moves a buffer, .* must be given"):
+        apply(of)(own)
+    assert loss.automatic_temperature.log_value == 0.0
+
+
 # The meta device
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "automatic"])
 def test_a_loss_is_built_and_runs_on_the_meta_device(kind: str, variant: str, estimator: str) -> None:
     with torch.device("meta"):
-        loss = VARIANTS[variant](kind)
+        loss = (VARIANTS | {"automatic": automatic_loss})[variant](kind)
         loss.make_value_estimator(estimator)
         updater = SoftUpdate(loss, tau=0.005)
         batch = make_batch(kind, (2, 3), "meta")
@@ -300,7 +336,7 @@ def test_the_search_for_host_reads_finds_one() -> None:
 @pytest.mark.parametrize("rich", [False, True], ids=["plain", "mask_weight"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("on", ["meta", "cpu"])
-@pytest.mark.parametrize("make", [make_loss, climbing_loss])
+@pytest.mark.parametrize("make", [make_loss, climbing_loss, automatic_loss])
 def test_a_step_reads_nothing_on_the_host_but_checks_discrete_actions(
     kind: str, make: Callable[[str], IQLLoss], on: str, estimator: str, rich: bool
 ) -> None:
@@ -315,7 +351,7 @@ def test_a_step_reads_nothing_on_the_host_but_checks_discrete_actions(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="counts the waits for a GPU, and there is none")
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("make", [make_loss, climbing_loss])
+@pytest.mark.parametrize("make", [make_loss, climbing_loss, automatic_loss])
 def test_a_step_on_a_gpu_does_not_synchronise(kind: str, make: Callable[[str], IQLLoss], estimator: str) -> None:
     loss = make(kind).to("cuda")
     loss.make_value_estimator(estimator)
@@ -355,7 +391,7 @@ def test_actions_at_and_outside_the_bounds_give_finite_losses_and_gradients(
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("how", ["autocast", "bfloat16"])
-@pytest.mark.parametrize("make", [make_loss, climbing_loss])
+@pytest.mark.parametrize("make", [make_loss, climbing_loss, automatic_loss])
 def test_losses_in_half_precision_are_near_those_in_full(
     kind: str, make: Callable[[str], IQLLoss], how: str, estimator: str, device: torch.device
 ) -> None:
