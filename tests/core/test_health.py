@@ -139,7 +139,7 @@ def test_values_within_what_rewards_come_to_or_the_noise_are_no_sign() -> None:
     ("objective", "named"),
     [
         ("expectile", ["expectile", "discount", "critic_learning_rate"]),
-        ("gumbel", ["objective_options"]),
+        ("gumbel", ["objective_options", "critic_layer_norm"]),
         ("sparse", ["discount", "critic_learning_rate"]),
     ],
 )
