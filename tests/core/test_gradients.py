@@ -407,8 +407,6 @@ def test_an_unknown_mode_is_refused(kind: str) -> None:
         ("continuous", OBJECTIVES["gumbel-ddpg_bc"]),
         ("discrete", OBJECTIVES["exponential-ddpg_bc"]),
         ("continuous", OBJECTIVES["sparse-awr"]),
-        ("continuous", NETWORKS["all"]),
-        ("discrete", NETWORKS["all"]),
         ("continuous", OBJECTIVES["automatic"]),
     ],
     ids=str,
