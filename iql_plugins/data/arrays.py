@@ -2,7 +2,6 @@
 
 import math
 import os
-import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from iql_plugins.checkpoint import new_folder, vacant
 from iql_plugins.data.columns import OGBENCH_METADATA, readable
 from iql_plugins.data.dataset import (
     DONE,
@@ -24,7 +24,6 @@ from iql_plugins.data.dataset import (
     Options,
     check_dataset,
     chunks,
-    existing_parent,
     one_line,
     require_space,
     row_bytes,
@@ -530,18 +529,13 @@ def assemble(blocks: Iterable[Block], rows: int, name: str, options: Options) ->
         check_dataset(dataset, name, finite=options.finite)
         return dataset
     target = Path(options.memmap_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if not vacant(target):
         raise DatasetError(
             f"memmap_dir must be a new or an empty folder, {target} is not: "
             "a dataset that was written there can be loaded by that folder's name"
         )
-    with tempfile.TemporaryDirectory(dir=existing_parent(target), prefix=f".{target.name}-") as folder:
-        written = Path(folder) / "dataset"
-        check_dataset(_filled(blocks, rows, name, options, written), name, finite=options.finite)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            target.rmdir()
-        os.replace(written, target)
+    with new_folder(target) as folder:
+        check_dataset(_filled(blocks, rows, name, options, folder), name, finite=options.finite)
     return TensorDict.load_memmap(target, allow_pickle=False)
 
 

@@ -15,6 +15,7 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from iql_plugins.checkpoint import existing_parent
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, shown
 from iql_plugins.limits import available_memory
 from iql_plugins.spaces import Spaces
@@ -186,11 +187,6 @@ def file_of(source: object, *suffixes: str) -> Path | None:
     if not path.is_file():
         raise DatasetError(f"there is no file {path}")
     return path
-
-
-def existing_parent(path: Path) -> Path:
-    """The closest folder above a path that exists."""
-    return next(folder for folder in path.absolute().parents if folder.exists())
 
 
 def require_single_steps(dataset: TensorDictBase, instead: str) -> None:
