@@ -21,6 +21,7 @@ __all__ = [
     "Arguments",
     "Completion",
     "Convert",
+    "ConvertDataset",
     "Evaluate",
     "Export",
     "HelpRequest",
@@ -272,6 +273,23 @@ class MakeDataset:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertDataset:
+    """Brings a dataset to memory-mapped shards, which training reads from disk, or to a Parquet file.
+
+    A chunk at a time, for data larger than memory. A call that was killed is gone on with by the next one.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """File, folder or name; see `iql-plugins inspect`."""
+    out: Annotated[str, tyro.conf.Positional]
+    """New folder of the shards, which is a dataset, too; or new file that ends in .parquet."""
+    trust_pickle: Flag = False
+    """Load a pickle, which can run any code."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completion:
     """Prints a script by which a shell completes commands, options and their choices."""
 
@@ -286,7 +304,7 @@ class _OfPlugin:
     """Stands for a plugin's command in the help."""
 
 
-Arguments = Train | Evaluate | Export | Convert | Inspect | MakeDataset | Adapters | Completion
+Arguments = Train | Evaluate | Export | Convert | Inspect | MakeDataset | ConvertDataset | Adapters | Completion
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -342,6 +360,7 @@ _OTHERS = {
     "convert": Convert,
     "inspect": Inspect,
     "make-dataset": MakeDataset,
+    "convert-dataset": ConvertDataset,
     "adapters": Adapters,
     "completion": Completion,
 }
