@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,14 +20,17 @@ from iql_plugins.limits import parse_json
 __all__ = [
     "CheckpointError",
     "checksum",
+    "existing_parent",
     "flatten",
     "naming",
+    "new_folder",
     "packed",
     "read",
     "seal",
     "unflatten",
     "unpacked",
     "unseal",
+    "vacant",
     "write",
     "write_bytes",
 ]
@@ -96,6 +100,35 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def existing_parent(path: Path) -> Path:
+    """The closest folder above a path that exists."""
+    return next(folder for folder in path.absolute().parents if folder.exists())
+
+
+def vacant(path: Path) -> bool:
+    """Whether a new folder can be written there: nothing is, or a folder with nothing in it."""
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that gets its name when what is inside has filled it; after an error it is not there.
+
+    Args:
+        path: of a :func:`vacant` place; folders above it are made.
+
+    Yields:
+        Where to make it, and fill it.
+    """
+    with tempfile.TemporaryDirectory(dir=existing_parent(path), prefix=f".{path.name}-") as folder:
+        filled = Path(folder) / "filled"
+        yield filled
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.rmdir()
+        os.replace(filled, path)
 
 
 @contextmanager

@@ -40,6 +40,16 @@ def test_modules_are_there_without_an_import_of_their_own() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_the_package_runs_as_the_command_does() -> None:
+    for module in ("iql_plugins", "iql_plugins.cli"):
+        command = [sys.executable, "-m", module, "--version"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert output.startswith("iql-plugins ")
+    # The module of the command is no part of the package's import.
+    assert not modules_after("import iql_plugins") & {"torch", "tyro", *FRAMEWORKS}
+    assert not modules_after("import iql_plugins.__main__") & {"torch", "tyro", *FRAMEWORKS}
+
+
 def test_importing_changes_no_global_state() -> None:
     state = "(torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), warnings.filters)"
     ours = "iql_plugins.losses.iql, iql_plugins.training.agent"

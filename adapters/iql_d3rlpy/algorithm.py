@@ -25,6 +25,7 @@ from iql_d3rlpy.batches import observation_keys
 from iql_d3rlpy.buffer import FastReplayBuffer, UnsupportedBufferError, as_fast_buffer, columns
 from iql_d3rlpy.export import export_policy
 from iql_d3rlpy.impl import IQLImpl
+from iql_d3rlpy.mapped import MappedReplayBuffer
 from iql_d3rlpy.optimizers import clip_grad_norm, makers
 from iql_d3rlpy.scalers import action_bounds, normalizers_of, scalers_of
 from iql_plugins import checkpoint
@@ -306,7 +307,7 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
             action = Box((len(low),), low=low, high=high)
         name = f"the {type(buffer).__name__}"
         excess = check_columns(
-            columns(buffer),
+            buffer.columns(action) if isinstance(buffer, MappedReplayBuffer) else columns(buffer),
             action,
             clip_all_actions=self._config.clip_all_actions,
             name=name,

@@ -25,7 +25,7 @@ from iql_d3rlpy.batches import observation_keys
 from iql_plugins.data.dataset import REWARD, chunks
 from iql_plugins.data.intake import Part
 
-__all__ = ["FastReplayBuffer", "UnsupportedBufferError", "as_fast_buffer", "columns"]
+__all__ = ["FastReplayBuffer", "UnsupportedBufferError", "as_fast_buffer", "columns", "float32", "one_or_many"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 #: Draws ``size`` positions below ``count``.
@@ -328,26 +328,26 @@ class _Columns:
         next_row = first + np.minimum(next_step, size - 1)
         *observations, actions, rewards = self._steps
         return TransitionMiniBatch(
-            observations=_one_or_many([self._observed(column, first, step) for column in observations]),
-            actions=_float(actions[first + step]),
-            rewards=_float(self._rewards(rewards, first + step, next_step - step)),
-            next_observations=_one_or_many(
+            observations=one_or_many([self._observed(column, first, step) for column in observations]),
+            actions=float32(actions[first + step]),
+            rewards=float32(self._rewards(rewards, first + step, next_step - step)),
+            next_observations=one_or_many(
                 [
                     _zeroed(self._observed(column, first, np.minimum(next_step, size - 1)), terminal)
                     for column in observations
                 ]
             ),
-            next_actions=_zeroed(_float(actions[next_row]), terminal),
-            terminals=_float(terminal[:, None]),
-            intervals=_float((next_step - step)[:, None]),
+            next_actions=_zeroed(float32(actions[next_row]), terminal),
+            terminals=float32(terminal[:, None]),
+            intervals=float32((next_step - step)[:, None]),
             transitions=_Picked(self._picker, self._episodes, number, step),
         )
 
     def _observed(self, column: _Growing, first: Array, step: Array) -> Array:
         if self._frames is None:
-            return _float(column[first + step])
+            return float32(column[first + step])
         frames = [
-            _zeroed(_float(column[first + np.maximum(step - back, 0)]), step < back)
+            _zeroed(float32(column[first + np.maximum(step - back, 0)]), step < back)
             for back in range(self._frames - 1, -1, -1)
         ]
         # Channels of all frames behind one another.
@@ -463,7 +463,8 @@ def _stored(column: Array) -> Any:
     return column.dtype if column.dtype == np.uint8 else np.dtype(np.float32)
 
 
-def _float(values: Array) -> Array:
+def float32(values: Array) -> Array:
+    """As mini-batches have them."""
     return values.astype(np.float32, copy=False)
 
 
@@ -473,5 +474,6 @@ def _zeroed(values: Array, where: Array) -> Array:
     return values
 
 
-def _one_or_many(observations: list[Array]) -> Any:
+def one_or_many(observations: list[Array]) -> Any:
+    """Observations as d3rlpy has them: those of a tuple are a list."""
     return observations[0] if len(observations) == 1 else observations

@@ -4,12 +4,13 @@ from typing import Any
 
 import numpy as np
 from d3rlpy.constants import ActionSpace
-from d3rlpy.dataset import Episode, InfiniteBuffer, ReplayBufferBase, TransitionPickerProtocol
+from d3rlpy.dataset import BasicTransitionPicker, Episode, InfiniteBuffer, ReplayBufferBase, TransitionPickerProtocol
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
 from iql_d3rlpy._compat import writer_preprocessor
 from iql_d3rlpy.buffer import Array, FastReplayBuffer
+from iql_d3rlpy.mapped import MappedReplayBuffer, is_mapped
 from iql_plugins.data import read_dataset
 from iql_plugins.data.dataset import require_single_steps
 from iql_plugins.keys import AcceptedKeys, next_key
@@ -44,7 +45,8 @@ def to_replay_buffer(
         **options: of :func:`iql_plugins.data.load_dataset`.
 
     Returns:
-        Observations of a Dict are tuples, sorted by name.
+        Observations of a Dict are tuples, sorted by name. A memory-mapped dataset stays on disk, unless transitions are
+        of several steps or frames.
 
     Raises:
         DatasetError: for what cannot be loaded, and n-step transitions, which d3rlpy makes itself when it samples.
@@ -61,6 +63,14 @@ def to_replay_buffer(
         action_size = action_size or source.dataset_info.action_size
     if transition_picker is not None:
         parts["transition_picker"] = transition_picker
+    discrete = not dataset.get(_KEYS.action).is_floating_point()
+    if action_size is None and discrete and read.spaces is not None and isinstance(read.spaces.action, Discrete):
+        action_size = read.spaces.action.start + read.spaces.action.n
+    if action_size is None or not discrete:
+        actions = dataset.get(_KEYS.action)
+        action_size = int(actions.max()) + 1 if discrete else actions.shape[1]
+    if is_mapped(dataset) and type(parts.get("transition_picker")) in (type(None), BasicTransitionPicker):
+        return MappedReplayBuffer(dataset, _observation_keys(dataset), action_size)
     observations = [(_array(dataset, key), _array(dataset, next_key(key))) for key in _observation_keys(dataset)]
     actions, rewards = _array(dataset, _KEYS.action), _array(dataset, next_key(_KEYS.reward))
     last = _last_rows(_flags(dataset, "done"), observations)
@@ -76,11 +86,6 @@ def to_replay_buffer(
         _episode([column[start:stop] for column in columns], bool(end))
         for start, stop, end in zip(np.roll(np.append(stops, 0), 1), stops, terminated, strict=False)
     ]
-    discrete = actions.dtype.kind == "i"
-    if action_size is None and read.spaces is not None and isinstance(read.spaces.action, Discrete):
-        action_size = read.spaces.action.start + read.spaces.action.n
-    if action_size is None or not discrete:
-        action_size = int(actions.max()) + 1 if discrete else actions.shape[1]
     return FastReplayBuffer(
         InfiniteBuffer(),
         episodes=episodes,

@@ -24,7 +24,7 @@ _STEPS_AN_EPOCH = 1000
 def fit(algorithm: BaseIQL, dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None]) -> None:
     """Trains by d3rlpy's own ``fit``, without its logs, on mini-batches that the agent's random state draws.
 
-    The dataset is copied into memory, where d3rlpy needs it.
+    A memory-mapped dataset stays on disk.
 
     Args:
         algorithm: with networks.

@@ -15,8 +15,9 @@ from iql_plugins.data import read_dataset
 from iql_plugins.data.dataset import REWARD, require_single_steps
 from iql_plugins.data.episodes import episode_ends
 from iql_plugins.data.intake import ActionExcess, check_columns
-from iql_plugins.data.normalizers import CHUNK, Normalizers
+from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.data.packed import batch_source
+from iql_plugins.data.summary import CHUNK
 from iql_plugins.keys import flat_name, next_key, shown
 from iql_plugins.spaces import Box, Space, Spaces
 from iql_sb3.batches import map_batch

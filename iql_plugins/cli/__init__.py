@@ -17,7 +17,10 @@ __all__ = ["main"]
 
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
-COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "report", "make-dataset", "adapters", "completion")
+COMMANDS = (
+    *("train", "evaluate", "export", "convert", "inspect", "report"),
+    *("make-dataset", "convert-dataset", "adapters", "completion"),
+)
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -150,6 +153,10 @@ def _run(given: Sequence[str]) -> "Result":
             from iql_plugins.cli import make_dataset
 
             return make_dataset.run(arguments)
+        case options.ConvertDataset():
+            from iql_plugins.cli import convert_dataset
+
+            return convert_dataset.run(arguments)
         case options.Adapters():
             return listings.adapters(arguments)
         case options.Completion():

@@ -21,6 +21,7 @@ __all__ = [
     "Arguments",
     "Completion",
     "Convert",
+    "ConvertDataset",
     "Evaluate",
     "Export",
     "HelpRequest",
@@ -163,7 +164,7 @@ class Evaluate:
     """Measures a policy in an environment: mean return with a 95% bootstrap interval over episodes."""
 
     policy: Policy
-    """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
+    """A common checkpoint (.safetensors), a run directory, a hub folder, or an adapter's native file."""
     env: str | None = None
     """gymnasium's id, or module:Name-v0; by default the one that the policy was trained for, if it has no module."""
     episodes: int = 50
@@ -184,15 +185,20 @@ class Evaluate:
 class Export:
     """Writes a policy as one file that needs nothing of this package, and checks that it acts the same.
 
-    Normalisers are inside: it takes the environment's observations and returns the environment's actions.
+    Normalisers are inside: it takes the environment's observations and returns the environment's actions. The format
+    hub is a folder for the Hugging Face hub: the policy as it is here, its evaluation and a card. Nothing is uploaded.
     """
 
     policy: Policy
-    """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
-    format: Literal["onnx", "torchscript", "torch"] = "onnx"
-    """onnx, torchscript, or torch.export's .pt2."""
-    output: str | None = None
-    """The file to write; by default beside the policy, with the format's suffix."""
+    """A common checkpoint (.safetensors), a run directory, a hub folder, or an adapter's native file."""
+    format: Literal["onnx", "torchscript", "torch", "hub"] = "onnx"
+    """onnx, torchscript, torch.export's .pt2, or a folder for the Hugging Face hub."""
+    output: Annotated[str | None, tyro.conf.arg(aliases=["-o"])] = None
+    """The file or new folder to write; by default beside the policy, with the format's suffix."""
+    env: str | None = None
+    """Environment of the evaluation in the hub's card; by default the one that the policy was trained for."""
+    episodes: int = 50
+    """Episodes of the evaluation in the hub's card."""
     adapter: Annotated[str | None, _named(_adapters, name="from")] = None
     """The adapter of a native file; by default it is found by the file's suffix."""
     trust_pickle: Flag = False
@@ -206,7 +212,7 @@ class Convert:
     """Moves an agent into a framework's native file, or out of one, and checks that it acts the same."""
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="in", metavar="IN")]
-    """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
+    """A common checkpoint (.safetensors), a run directory, a hub folder, or an adapter's native file."""
     target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(name="out", metavar="OUT")]
     """The file to write."""
     to: Annotated[str, _named(_adapters)]
@@ -282,6 +288,23 @@ class MakeDataset:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConvertDataset:
+    """Brings a dataset to memory-mapped shards, which training reads from disk, or to a Parquet file.
+
+    A chunk at a time, for data larger than memory. A call that was killed is gone on with by the next one.
+    """
+
+    source: Annotated[str, tyro.conf.Positional]
+    """File, folder or name; see `iql-plugins inspect`."""
+    out: Annotated[str, tyro.conf.Positional]
+    """New folder of the shards, which is a dataset, too; or new file that ends in .parquet."""
+    trust_pickle: Flag = False
+    """Load a pickle, which can run any code."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Completion:
     """Prints a script by which a shell completes commands, options and their choices."""
 
@@ -296,7 +319,9 @@ class _OfPlugin:
     """Stands for a plugin's command in the help."""
 
 
-Arguments = Train | Evaluate | Export | Convert | Inspect | Report | MakeDataset | Adapters | Completion
+Arguments = (
+    Train | Evaluate | Export | Convert | Inspect | Report | MakeDataset | ConvertDataset | Adapters | Completion
+)
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -353,6 +378,7 @@ _OTHERS = {
     "inspect": Inspect,
     "report": Report,
     "make-dataset": MakeDataset,
+    "convert-dataset": ConvertDataset,
     "adapters": Adapters,
     "completion": Completion,
 }

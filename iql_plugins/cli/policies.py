@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from iql_plugins.checkpoint import CheckpointError
+from iql_plugins.checkpoint import CheckpointError, new_folder, vacant
 from iql_plugins.cli.arguments import Convert, Evaluate, Export
 from iql_plugins.cli.errors import UserError, imported, mistakes
+from iql_plugins.cli.hub import evaluated, shown, write_folder
 from iql_plugins.cli.output import Result, new_file, table
 from iql_plugins.cli.rollouts import environment_spaces, record, recorded_environment, rollouts
 from iql_plugins.cli.statistics import estimate
@@ -27,7 +28,7 @@ def load_agent(path: str, adapter: str | None, trust_pickle: bool) -> Agent:
     """The agent in a file.
 
     Args:
-        path: a common checkpoint, a run directory (its final policy), or an adapter's native file.
+        path: a common checkpoint, a run directory (its final policy), a hub folder, or an adapter's native file.
         adapter: whose native file it is; None finds out by the suffix.
         trust_pickle: whether the framework's own loader may read it, which may run code that is in it.
 
@@ -61,10 +62,9 @@ def evaluate(arguments: Evaluate) -> Result:
     imported("scipy.stats")
     video = None if arguments.video is None else new_file("--video", arguments.video, ".mp4")
     agent = load_agent(arguments.policy, arguments.adapter, arguments.trust_pickle)
-    env = arguments.env or _recorded_environment(agent, arguments.policy)
+    env = _environment(agent, arguments)
     if env is None:
         raise UserError(f"{arguments.policy} does not say which environment it is for: give --env")
-    _check_spaces(agent, env)
     if video is not None:
         record(agent.act, env, arguments.seed, video)
     episodes = rollouts(agent.act, env, evaluation_seeds(arguments.episodes, arguments.seed))
@@ -88,7 +88,11 @@ def evaluate(arguments: Evaluate) -> Result:
 
 
 def export(arguments: Export) -> Result:
-    """A policy as a file of its own."""
+    """A policy as a file of its own, or as a folder for the Hugging Face hub."""
+    if arguments.format == "hub":
+        return _export_to_hub(arguments)
+    if arguments.env is not None:
+        raise UserError(f"--env is of the hub's card; the format {arguments.format} has none")
     agent = load_agent(arguments.policy, arguments.adapter, arguments.trust_pickle)
     source = Path(arguments.policy)
     default = (source / POLICY if source.is_dir() else source).with_suffix(SUFFIXES[arguments.format])
@@ -106,6 +110,26 @@ def export(arguments: Export) -> Result:
         f"wrote {output}; on {CHECKS} random observations its actions differ by at most {difference:.1e} of the range"
     )
     return Result(document, [line])
+
+
+def _export_to_hub(arguments: Export) -> Result:
+    source = Path(arguments.policy)
+    folder = (source if source.is_dir() else source.parent) / "hub" if arguments.output is None else arguments.output
+    folder = Path(folder)
+    if not vacant(folder):
+        raise UserError(f"{folder} must be a new or an empty folder")
+    if arguments.episodes < 1:
+        raise UserError(f"--episodes must be at least 1, got {arguments.episodes}")
+    agent = load_agent(arguments.policy, arguments.adapter, arguments.trust_pickle)
+    env = _environment(agent, arguments)
+    evaluation = None if env is None else evaluated(agent, env, arguments.episodes)
+    with mistakes(OSError), new_folder(folder) as written:
+        write_folder(written, agent, env, evaluation)
+        with mistakes(CheckpointError):
+            _check_same(agent, Agent.load(written / POLICY))
+    document = {"policy": arguments.policy, "output": str(folder), "format": "hub", "evaluation": evaluation}
+    reward = "it has no environment to be evaluated in" if evaluation is None else f"mean reward {shown(evaluation)}"
+    return Result(document, [f"wrote {folder}; its actions are the same on {CHECKS} random observations; {reward}"])
 
 
 def convert(arguments: Convert) -> Result:
@@ -161,9 +185,14 @@ def _adapter_by_suffix(file: Path) -> str:
     raise UserError(f"{file} {which}: give --from")
 
 
-def _recorded_environment(agent: Agent, file: str) -> str | None:
+def _environment(agent: Agent, arguments: Evaluate | Export) -> str | None:
+    """The environment of an evaluation, whose spaces are the policy's; None if nobody names one."""
     run = agent.extra.get("run")
-    return recorded_environment(run.get("env"), file) if isinstance(run, dict) else None
+    recorded = run.get("env") if isinstance(run, dict) else None
+    env = arguments.env or recorded_environment(recorded, arguments.policy)
+    if env is not None:
+        _check_spaces(agent, env)
+    return env
 
 
 def _check_spaces(agent: Agent, env: str) -> None:

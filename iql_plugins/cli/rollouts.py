@@ -16,7 +16,7 @@ import numpy as np
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.spaces import Spaces
 
-__all__ = ["Episode", "environment_spaces", "quiet", "record", "recorded_environment", "rollouts"]
+__all__ = ["Episode", "environment_spaces", "quiet", "record", "recorded_environment", "rollouts", "with_module"]
 
 #: Environments that are stepped side by side, so that the policy acts on a batch.
 WIDTH = 32
@@ -167,13 +167,16 @@ _REGISTRARS = {
 }
 
 
+def with_module(env: str) -> str:
+    """An environment's id as ``gymnasium.make`` takes it, with the module that registers it where that is known."""
+    return next((f"{package}:{env}" for package, ids in _REGISTRARS.items() if re.fullmatch(ids, env)), env)
+
+
 def _register(env: str) -> None:
     """Imports the package that knows an id that gymnasium does not, if it is one of the known ones."""
-    if env in imported("gymnasium").registry:
-        return
-    for package, ids in _REGISTRARS.items():
-        if re.fullmatch(ids, env):
-            imported(package, "benchmarks")
+    module, separator, _ = with_module(env).partition(":")
+    if env not in imported("gymnasium").registry and ":" not in env and separator:
+        imported(module, "benchmarks")
 
 
 def _missing(env: str) -> str:

@@ -60,7 +60,8 @@ def load_dataset(
         discrete: whether actions are discrete. None finds out: by the environment's action space where the source
             has it, else by the dtype; in a file also a single float column of whole numbers from 0 on is discrete.
         memmap_dir: a new or empty folder to write the dataset to, a chunk at a time. It stays there, and is read
-            from there: for data larger than memory. A TensorDict's own folder needs no other.
+            from there: for data larger than memory. A TensorDict's own folder needs no other, and what ``iql-plugins
+            convert-dataset`` wrote is not even looked through again.
 
     Returns:
         Batch size ``[N]``, transitions in time order, episode after episode, checked by :func:`check_dataset`.

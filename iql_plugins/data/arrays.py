@@ -1,10 +1,13 @@
 """From arrays, as files and buffers have them, to the key layout: the only place that knows both."""
 
+import json
 import math
 import os
-import tempfile
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +17,7 @@ from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from iql_plugins.checkpoint import new_folder, vacant, write_bytes
 from iql_plugins.data.columns import OGBENCH_METADATA, readable
 from iql_plugins.data.dataset import (
     DONE,
@@ -24,7 +28,6 @@ from iql_plugins.data.dataset import (
     Options,
     check_dataset,
     chunks,
-    existing_parent,
     one_line,
     require_space,
     row_bytes,
@@ -36,6 +39,7 @@ __all__ = ["Column", "Concatenated", "Transitions", "assemble"]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Block = dict[NestedKey, Tensor]
+Blocks = Callable[[int], Iterable[Block]]
 Names = tuple[str, ...]
 
 #: Whole numbers from 0 to this in a single float column are taken for discrete actions.
@@ -222,7 +226,8 @@ class Transitions:
         cut = timeouts.copy()
         cut[:-1] |= lost[1:] & timeouts[1:]
         discrete = self._discrete(options)
-        tensors = assemble(self._blocks(kept, terminals, cut & ~terminals, discrete), len(kept), self.name, options)
+        blocks = partial(self._blocks, kept, terminals, cut & ~terminals, discrete)
+        tensors = assemble(blocks, len(kept), self.name, options)
         return Dataset(
             tensors,
             self.name,
@@ -357,9 +362,9 @@ class Transitions:
                 return False
         return True
 
-    def _blocks(self, kept: Array, terminals: Array, cut: Array, discrete: bool) -> Iterator[Block]:
+    def _blocks(self, kept: Array, terminals: Array, cut: Array, discrete: bool, start: int) -> Iterator[Block]:
         size = sum(_row_bytes(column) for column in self._columns().values())
-        for part in chunks(len(kept), size):
+        for part in chunks(len(kept), size, start):
             rows = kept[part]
             done = torch.from_numpy((terminals | cut)[rows])
             yield {
@@ -512,15 +517,16 @@ def reward(values: Tensor, name: str) -> Tensor:
     raise DatasetError(f"{name}: rewards must have shape [N] or [N, 1], got {list(values.shape)}")
 
 
-def assemble(blocks: Iterable[Block], rows: int, name: str, options: Options) -> TensorDict:
+def assemble(blocks: Blocks, rows: int, name: str, options: Options) -> TensorDict:
     """Blocks of consecutive transitions as one checked dataset, in memory or memory-mapped.
 
     Args:
-        blocks: tensors by the key layout, in order.
+        blocks: tensors by the key layout, in order, from a row on with which one began before.
         rows: transitions in all blocks together.
         name: of the dataset, for messages.
         options: with ``memmap_dir``, the dataset is written there block by block, and appears there only once it is
-            complete and checked.
+            complete and checked. With ``resume``, it is there from the first block on, and how far it has come stands
+            beside it, in ``progress.json``.
 
     Raises:
         DatasetError: if blocks do not fit together, or the dataset does not pass its check.
@@ -530,25 +536,26 @@ def assemble(blocks: Iterable[Block], rows: int, name: str, options: Options) ->
         check_dataset(dataset, name, finite=options.finite)
         return dataset
     target = Path(options.memmap_dir)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if options.resume is not None:
+        check_dataset(_filled(blocks, rows, name, options, target), name, finite=options.finite)
+        return TensorDict.load_memmap(target, allow_pickle=False)
+    if not vacant(target):
         raise DatasetError(
             f"memmap_dir must be a new or an empty folder, {target} is not: "
             "a dataset that was written there can be loaded by that folder's name"
         )
-    with tempfile.TemporaryDirectory(dir=existing_parent(target), prefix=f".{target.name}-") as folder:
-        written = Path(folder) / "dataset"
-        check_dataset(_filled(blocks, rows, name, options, written), name, finite=options.finite)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            target.rmdir()
-        os.replace(written, target)
+    with new_folder(target) as folder:
+        check_dataset(_filled(blocks, rows, name, options, folder), name, finite=options.finite)
     return TensorDict.load_memmap(target, allow_pickle=False)
 
 
-def _filled(blocks: Iterable[Block], rows: int, name: str, options: Options, folder: Path | None) -> TensorDict:
+def _filled(blocks: Blocks, rows: int, name: str, options: Options, folder: Path | None) -> TensorDict:
+    progress = None if folder is None or options.resume is None else _Progress(folder, rows, options.resume)
     dataset: TensorDict | None = None
     start = 0
-    for block in blocks:
+    if progress is not None and (start := progress.start()) > 0:
+        dataset = TensorDict.load_memmap(folder, allow_pickle=False)
+    for block in blocks(start):
         if dataset is None:
             dataset = _allocated(block, rows, name, options, folder)
         stop = start + len(block[REWARD])
@@ -565,10 +572,43 @@ def _filled(blocks: Iterable[Block], rows: int, name: str, options: Options, fol
             if len(values) != stop - start:
                 raise DatasetError(f"{name}: {shown(key)} has {len(values)} rows, the rewards {stop - start}")
             into[start:stop] = values
+        if progress is not None:
+            progress.reached(stop)
         start = stop
     if dataset is None or start != rows:
         raise DatasetError(f"{name} has {start} transitions, {rows} were expected")
     return dataset
+
+
+class _Progress:
+    """How far a folder is filled, which stands beside it.
+
+    Args:
+        folder: of the dataset.
+        rows: transitions that it gets.
+        source: what it is made of.
+    """
+
+    def __init__(self, folder: Path, rows: int, source: str) -> None:
+        self._folder, self._file = folder, folder.parent / "progress.json"
+        self._kind = {"rows": rows, "source": source}
+
+    def start(self) -> int:
+        """The row to go on from; what was made of something else is thrown away."""
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            found = json.loads(self._file.read_text())
+            row = found.pop("filled")
+            if found == self._kind and self._folder.is_dir():
+                return int(row)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return 0
+
+    def reached(self, row: int) -> None:
+        """Notes that all before a row is on the disk."""
+        for file in self._folder.rglob("*.memmap"):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        write_bytes(self._file, json.dumps(self._kind | {"filled": row}).encode())
 
 
 def _allocated(block: Block, rows: int, name: str, options: Options, folder: Path | None) -> TensorDict:

@@ -16,6 +16,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from iql_plugins.checkpoint import existing_parent
+from iql_plugins.data import summary
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, shown
 from iql_plugins.limits import available_memory
 from iql_plugins.spaces import Spaces
@@ -48,6 +50,8 @@ class Options:
         memmap_dir: the folder that the dataset is written to, to stay there; None keeps it in memory.
         finite: whether values that are not finite are an error.
         name: what errors call the source; None leaves that to its reader.
+        resume: what the source is told by: a copy in ``memmap_dir`` that was killed while it was made of the same one
+            is gone on with. The folder is then the caller's to put away. None makes it whole, or not at all.
     """
 
     trust_pickle: bool = False
@@ -55,6 +59,7 @@ class Options:
     memmap_dir: str | os.PathLike[str] | None = None
     finite: bool = True
     name: str | None = None
+    resume: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +91,8 @@ class Dataset:
     @cached_property
     def sha256(self) -> str:
         """SHA-256 of the content: names, shapes and numbers, whatever file they came from."""
+        if (known := summary.of(self.tensors)) is not None and known.sha256 is not None:
+            return known.sha256
         result = hashlib.sha256()
         for name, tensor in sorted(
             (key if isinstance(key, str) else "/".join(key), tensor) for key, tensor in self.tensors.items(True, True)
@@ -125,11 +132,11 @@ def leaves(dataset: TensorDictBase, key: NestedKey) -> dict[NestedKey, Tensor]:
     }
 
 
-def chunks(rows: int, row_bytes: int) -> Iterator[slice]:
-    """Slices that together are all rows, each of a size that fits into memory."""
+def chunks(rows: int, row_bytes: int, start: int = 0) -> Iterator[slice]:
+    """Slices that together are all rows from ``start`` on, each of a size that fits into memory."""
     size = max(1, CHUNK_BYTES // max(1, row_bytes))
-    for start in range(0, rows, size):
-        yield slice(start, min(start + size, rows))
+    for first in range(start, rows, size):
+        yield slice(first, min(first + size, rows))
 
 
 def row_bytes(tensor: Tensor) -> int:
@@ -191,11 +198,6 @@ def file_of(source: object, *suffixes: str) -> Path | None:
     return path
 
 
-def existing_parent(path: Path) -> Path:
-    """The closest folder above a path that exists."""
-    return next(folder for folder in path.absolute().parents if folder.exists())
-
-
 def require_single_steps(dataset: TensorDictBase, instead: str) -> None:
     """Raises :class:`DatasetError` for n-step transitions, of which the reader would drop the n.
 
@@ -214,7 +216,8 @@ def check_dataset(dataset: TensorDictBase, name: str = "the dataset", *, finite:
     That is: batch size ``[N]`` with N >= 1; ``observation`` and ``("next", "observation")`` of equal shapes and
     dtypes (float32, uint8 or int64, or nested entries of these); ``action`` float32 ``[N, act]`` or int64
     ``[N, 1]`` >= 0; reward float32, done and terminated bool, ``[N, 1]``; no terminal state that does not end its
-    episode; all finite. A memory-mapped dataset is read a chunk at a time.
+    episode; all finite. A memory-mapped dataset is read a chunk at a time, and not at all where its summary says so
+    (:mod:`iql_plugins.data.summary`).
 
     Args:
         dataset: transitions in time order, episode after episode.
@@ -235,7 +238,10 @@ def check_dataset(dataset: TensorDictBase, name: str = "the dataset", *, finite:
     for key, dtype in ((REWARD, torch.float32), (DONE, torch.bool), (TERMINATED, torch.bool)):
         _check_entry(name, key, dataset.get(key), dtype, (rows, 1))
     _check_observations(name, dataset)
-    _check_action(name, dataset.get("action"))
+    known = summary.of(dataset) is not None
+    _check_action(name, dataset.get("action"), known=known)
+    if known:
+        return
     lost = (dataset.get(TERMINATED) & ~dataset.get(DONE)).nonzero()
     if len(lost):
         raise DatasetError(
@@ -282,7 +288,7 @@ def _under_next(key: NestedKey) -> NestedKey:
     return rest[0] if len(rest) == 1 else rest
 
 
-def _check_action(name: str, action: object) -> None:
+def _check_action(name: str, action: object, *, known: bool) -> None:
     if not isinstance(action, Tensor):
         raise DatasetError(f"{name}: 'action' must be a tensor, got {type(action).__name__}")
     discrete = action.dtype == torch.int64
@@ -294,7 +300,6 @@ def _check_action(name: str, action: object) -> None:
     if discrete:
         if action.shape[1] != 1:
             raise DatasetError(f"{name}: discrete 'action' must have shape [N, 1], got {list(action.shape)}")
-        negative = (action < 0).nonzero()
-        if len(negative):
+        if not known and len(negative := (action < 0).nonzero()):
             row = int(negative[0, 0])
             raise DatasetError(f"{name}: discrete 'action' must be >= 0, got {int(action[row, 0])} in row {row}")

@@ -5,6 +5,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_plugins.data.dataset import DONE, REWARD
+from iql_plugins.data.summary import CHUNK
 
 __all__ = ["episode_ends", "episode_lengths", "episode_numbers", "episode_returns"]
 
@@ -60,6 +61,11 @@ def episode_returns(dataset: TensorDictBase) -> Tensor:
     Returns:
         ``[E]`` float64, on the CPU.
     """
-    rewards = dataset.get(REWARD).reshape(-1).cpu().double()
-    sums = torch.zeros(len(episode_ends(dataset)), dtype=torch.float64, device="cpu")
-    return sums.index_add_(0, episode_numbers(dataset), rewards)
+    rewards, ends = dataset.get(REWARD).reshape(-1), episode_ends(dataset)
+    sums = torch.zeros(len(ends), dtype=torch.float64, device="cpu")
+    # A piece at a time: numbers of episodes are larger than rewards.
+    for start in range(0, len(rewards), CHUNK):
+        piece = rewards[start : start + CHUNK].cpu().double()
+        rows = torch.arange(start, start + len(piece), device="cpu")
+        sums.index_add_(0, torch.searchsorted(ends, rows), piece)
+    return sums

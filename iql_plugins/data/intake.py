@@ -9,11 +9,12 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from iql_plugins.data import summary
 from iql_plugins.data.dataset import REWARD, DatasetError, chunks, non_finite, not_finite, row_bytes
 from iql_plugins.keys import DISCOUNT, AcceptedKeys, next_key
 from iql_plugins.spaces import Box, Space, Spaces
 
-__all__ = ["ActionExcess", "Part", "check_columns", "check_numbers", "past_bounds"]
+__all__ = ["ActionExcess", "Part", "check_columns", "check_numbers", "past_bounds", "to_be_checked"]
 
 #: Part of the width between the bounds by which rounding may carry an action past one.
 ROUNDING = 1e-5
@@ -148,9 +149,27 @@ def check_numbers(dataset: TensorDictBase, spaces: Spaces, *, clip_all_actions: 
     """
     keys: list[NestedKey] = [*spaces.observations, "action", REWARD, *map(next_key, spaces.observations)]
     keys += [DISCOUNT, AcceptedKeys().priority_weight]
+    columns = to_be_checked(dataset, keys, spaces.action)
+    return check_columns(columns, spaces.action, clip_all_actions=clip_all_actions)
+
+
+def to_be_checked(dataset: TensorDictBase, keys: Iterable[NestedKey], action: Space) -> dict[NestedKey, list[Part]]:
+    """The columns of a dataset that :func:`check_columns` has to look at: all, unless its summary knows them.
+
+    Args:
+        dataset: by the key layout.
+        keys: of those that are read.
+        action: the space of the actions.
+    """
     # What is missing, the loss names.
     columns = {key: [(0, tensor)] for key in keys if (tensor := dataset.get(key, None)) is not None}
-    return check_columns(columns, spaces.action, clip_all_actions=clip_all_actions)
+    known = summary.of(dataset)
+    if known is None:
+        return columns
+    # All is finite; actions are to be counted only if one is beyond the bounds.
+    extremes = ActionExcess(action)
+    extremes.add(0, torch.stack([known.columns["action"][name] for name in ("low", "high")]))
+    return {"action": columns["action"]} if extremes.count else {}
 
 
 def _place(start: int, values: Tensor, where: Tensor) -> _Place | None:

@@ -10,6 +10,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
 from iql_plugins.config import IQLConfig
+from iql_plugins.data import summary
 from iql_plugins.data.episodes import episode_returns
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
 from iql_plugins.spaces import Box, Discrete, Spaces
@@ -24,8 +25,6 @@ RETURN_RANGE = 1000.0
 ACTION_LIMIT = 1.0 - 1e-5
 #: A feature that varies less than this, or than this share of its mean, is taken as constant and only centred.
 _SMALLEST_STD = 1e-6
-#: Rows of a dataset that are looked at together, so that a memory-mapped one stays mapped.
-CHUNK = 65_536
 
 
 class Normalizers(nn.Module):
@@ -96,23 +95,29 @@ class Normalizers(nn.Module):
         """The normalisers that a configuration asks for, with a dataset's statistics.
 
         Args:
-            dataset: transitions by the key layout, batch size ``[N]``, in the environment's units.
+            dataset: transitions by the key layout, batch size ``[N]``, in the environment's units. Of one that
+                ``convert-dataset`` wrote, the statistics are read that are stored with it.
             spaces: of the environment.
             config: ``normalize_observations``, ``reward_scale`` and ``reward_shift`` count.
 
         Raises:
             ValueError: if rewards are scaled by the range of returns and all returns are equal.
         """
+        known = summary.of(dataset)
         moments: dict[NestedKey, tuple[Tensor, Tensor]] = {}
         if config.normalize_observations:
             for key, space in spaces.observations.items():
                 if isinstance(space, Box) and not space.is_image:
-                    moments[key] = _moments(dataset.get(key))
+                    values = dataset.get(key)
+                    column = None if known is None else known.columns[key]
+                    found = summary.moments(values) if column is None else (column["mean"], column["std"])
+                    moments[key] = _usable(*found, values.device)
         scale = config.reward_scale
         if isinstance(scale, str):
-            returns = episode_returns(dataset)
-            spread = float(returns.max() - returns.min())
+            low, high = known.returns if known is not None else map(float, episode_returns(dataset).aminmax())
+            spread = high - low
             if not spread > 0.0:
+                returns = episode_returns(dataset)
                 raise ValueError(
                     f"reward_scale='return_range' needs episodes with different returns, the dataset's {len(returns)} "
                     f"episodes have {float(returns[0])}: give reward_scale a number"
@@ -204,19 +209,9 @@ class Normalizers(nn.Module):
         return normalizers
 
 
-def _moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over the first dimension, in one pass over pieces of it."""
-    count = len(values)
-    total = torch.zeros(values.shape[1:], dtype=torch.float64, device="cpu")
-    for piece in values.split(CHUNK):
-        total += piece.to("cpu", torch.float64).sum(0)
-    mean = total / count
-    squares = torch.zeros_like(total)
-    for piece in values.split(CHUNK):
-        squares += (piece.to("cpu", torch.float64) - mean).square().sum(0)
-    std = (squares / count).sqrt()
+def _usable(mean: Tensor, std: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     # Relative to the mean where that is large: float32 cannot tell numbers that are closer.
     constant = std <= _SMALLEST_STD * mean.abs().clamp(min=1.0)
     std = std.masked_fill(constant, 1.0)
-    dtype, device = torch.get_default_dtype(), values.device
+    dtype = torch.get_default_dtype()
     return mean.to(device, dtype), std.to(device, dtype)

@@ -51,6 +51,7 @@ from tensordict import TensorDict
 from iql_d3rlpy import FastReplayBuffer, as_fast_buffer, plugin, to_replay_buffer
 from iql_d3rlpy import buffer as buffer_module
 from iql_d3rlpy.buffer import UnsupportedBufferError
+from iql_d3rlpy.mapped import MappedReplayBuffer
 from iql_plugins.data import DatasetError, load_dataset
 from iql_plugins.training.learner import DivergenceError
 
@@ -386,6 +387,50 @@ def test_dict_observations_become_tuples_sorted_by_name() -> None:
     first, second = buffer.sample_transition_batch(9).observations
     np.testing.assert_array_equal(first, 2.0 * second)
     assert buffer.transition_count == 9
+
+
+@pytest.mark.parametrize("kind", ["vectors", "images and discrete actions", "a Dict"])
+def test_data_on_disk_stay_there_and_give_the_very_same_mini_batches(kind: str, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    rows = 600
+    shape, dtype = ((3, 8, 8), "u1") if kind.startswith("images") else ((3,), "f4")
+    observations = (255 * random.random((rows + 1, *shape))).astype(dtype)
+    following = observations[1:].copy()
+    # An episode that ended without a flag.
+    following[300] = 0
+    names = ("",) if kind != "a Dict" else ("/place", "/goal")
+    data: dict[str, Any] = {f"observations{name}": observations[:-1] for name in names}
+    data |= {f"next_observations{name}": following for name in names}
+    discrete = kind.startswith("images")
+    data["actions"] = random.integers(4, size=rows) if discrete else random.uniform(-1, 1, (rows, 2)).astype("f4")
+    data["rewards"] = random.normal(size=rows).astype("f4")
+    data["terminals"] = np.arange(rows) % 97 == 96
+    data["timeouts"] = np.isin(np.arange(rows), (50, 51, 200, 599))
+    load_dataset(data, discrete=discrete, memmap_dir=tmp_path / "data")
+    expected, found = to_replay_buffer(data, discrete=discrete), to_replay_buffer(tmp_path / "data")
+    assert isinstance(found, MappedReplayBuffer)
+    assert found.dataset_info == expected.dataset_info
+    assert (found.size(), found.transition_count) == (expected.size(), rows)
+    assert_same_batches(expected, found, 2 * rows)
+    np.random.seed(1)
+    for theirs, ours in zip(expected.episodes, found.episodes, strict=True):
+        assert (theirs.terminated, theirs.size()) == (ours.terminated, ours.size())
+        for one, other in zip(buffer_module._columns(theirs), buffer_module._columns(ours), strict=True):
+            np.testing.assert_array_equal(one, other)
+    batches = []
+    for buffer in (expected, found):
+        np.random.seed(3)
+        batches.append(buffer.sample_transition_batch(60).transitions)
+    for theirs, ours in zip(*batches, strict=True):
+        for field in ("action", "reward", "next_action", "terminal", "interval", "rewards_to_go"):
+            np.testing.assert_array_equal(getattr(theirs, field), getattr(ours, field))
+        np.testing.assert_array_equal(np.array(theirs.next_observation), np.array(ours.next_observation))
+    with pytest.raises(TypeError, match="nothing can be appended"):
+        found.append_episode(expected.episodes[0])
+    # Several steps are d3rlpy's to pick, in memory.
+    assert not isinstance(
+        to_replay_buffer(tmp_path / "data", transition_picker=PICKERS["three_steps"]), MappedReplayBuffer
+    )
 
 
 @pytest.mark.parametrize("key", ["steps_to_next_obs", ("next", "discount")])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import bench
+import bench_large
 import contestants
 import interleaved
 import pytest
@@ -179,3 +180,17 @@ def test_a_mistake_ends_a_benchmark_before_anything_is_measured(
     assert (status, out) == (2, "")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_large_data_are_measured_where_the_disk_has_room(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = bench_large.Options(rows=2000, folder=tmp_path, adapters=("tensor",), steps=4)
+    bench_large.main(options)
+    title, row = capfd.readouterr().out.splitlines()[-2:]
+    assert title.split()[:2] == ["first", "step"]
+    assert row.split()[0] == "tensor"
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(bench_large.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
+    bench_large.main(options)
+    assert capfd.readouterr().out.startswith("skipped: 2,000 transitions take 1,020,000 bytes on the way")

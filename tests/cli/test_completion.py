@@ -112,7 +112,7 @@ def test_a_shell_completes_commands_options_choices_and_files(offered: Asked) ->
     assert [offered("train", option) for option in ("--env", "--stack")] == [["--env"], ["--stack"]]
     assert offered("adapters", "--che") == ["--check"]
     assert all(option.startswith("-") for option in offered("train", "--"))
-    assert offered("export", "policy", "--format", "") == ["onnx", "torch", "torchscript"]
+    assert offered("export", "policy", "--format", "") == ["hub", "onnx", "torch", "torchscript"]
     assert offered("train", "--seed", "3", "--baseline", "b") == ["bc"]
     assert offered("train", "--preset", "") == sorted(PRESETS)
     for option in (("train", "--adapter"), ("convert", "--to"), ("evaluate", "--from")):

@@ -8,7 +8,7 @@ from agents import SPACES, make_dataset
 from tensordict import TensorDict
 
 from iql_plugins.config import IQLConfig
-from iql_plugins.data import normalizers as module
+from iql_plugins.data import summary as module
 from iql_plugins.data.normalizers import ACTION_LIMIT, Normalizers
 from iql_plugins.spaces import Box, Discrete, Spaces
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from agents import ROWS, SPACES, make_dataset
-from tensordict import MemoryMappedTensor, TensorDict
+from tensordict import TensorDict
 
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import packed as module
@@ -70,8 +70,9 @@ def test_a_mapped_dataset_stays_on_disk(tmp_path: Path) -> None:
     assert len(source) == ROWS
     index = torch.randint(ROWS, (33,), device="cpu")
     assert_rows(source.batch(index), transform(dataset), index)
-    held = vars(source)["_dataset"].values(True, True)
-    assert all(isinstance(tensor, MemoryMappedTensor) for tensor in held)
+    held = vars(source)["_tensors"]
+    assert held.keys() == set(mapped.keys(True, True))
+    assert all(tensor.data_ptr() == mapped.get(key).data_ptr() for key, tensor in held.items())
 
 
 def test_a_selection_of_a_mapped_dataset_is_mapped(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from iql_plugins.data.dataset import DONE, chunks, row_bytes
-from iql_plugins.data.inspection.view import Finding, View, finite, pairs, same
+from iql_plugins.data.inspection.view import Finding, View, different, finite, pairs, same
 from iql_plugins.keys import next_key, shown
 
 __all__ = ["CHECKS"]
@@ -297,7 +297,7 @@ def duplicate_episodes(view: View) -> Iterator[Finding]:
     again = np.ones(len(marks), bool)
     again[first] = False
     once = view.observation_marks[~np.repeat(again, view.lengths.numpy())]
-    if (count := int(again.sum())) and len(np.unique(once)) > len(once) / 2:
+    if (count := int(again.sum())) and different(once) > len(once) / 2:
         episode = int(np.flatnonzero(again)[0])
         row = int(view.starts[episode])
         yield Finding(
@@ -318,8 +318,11 @@ def repeated_rows(view: View) -> Iterator[Finding]:
     if view.distinct < 2 / 3:
         return
     starts = view.starts.numpy()
-    others = np.delete(view.row_marks, starts)
-    again = np.isin(view.row_marks[starts], others)
+    marks, midst = view.row_marks, np.ones(len(view.row_marks), bool)
+    midst[starts] = False
+    again = np.zeros(len(starts), bool)
+    for rows in chunks(len(marks), 8 * marks.itemsize):
+        again |= np.isin(marks[starts], marks[rows][midst[rows]])
     # A state at rest is like itself.
     for before, after in pairs(view.dataset):
         again &= ~same(after[view.starts], before[view.starts]).numpy()

@@ -58,10 +58,12 @@ class Steps:
     @classmethod
     def of(cls, view: View) -> "Steps | None":
         """None if there are too few, or no real numbers among the observations."""
-        length = view.lengths.repeat_interleave(view.lengths)
-        position = torch.arange(len(length), device="cpu") - view.starts.repeat_interleave(view.lengths)
-        most = max(LAGS)
-        rows = ((position >= most) & (position < length - most)).nonzero().squeeze(-1)
+        inside = torch.ones(len(view.dataset), dtype=torch.bool, device="cpu")
+        for lag in range(max(LAGS)):
+            # Of an episode that is shorter, rows of its neighbours, which are as close to an end.
+            inside[(view.starts + lag).clamp(max=len(inside) - 1)] = False
+            inside[(view.ends - lag).clamp(min=0)] = False
+        rows = inside.nonzero().squeeze(-1)
         if len(rows) < _FEWEST or not view.observations:
             return None
         if len(rows) > _STEPS:

@@ -103,7 +103,7 @@ def _load(path: Path, options: Options) -> Dataset:
             raise DatasetError(f"{name}: {error}") from error
         discrete = spaces.discrete if options.discrete is None else options.discrete
         reader = _Episodes(name, dataset, discrete, stored)
-        tensors = assemble(reader.blocks(), int(dataset.total_steps), name, options)
+        tensors = assemble(reader.blocks, int(dataset.total_steps), name, options)
         env = env if isinstance(env, str) else None
         return Dataset(tensors, name, spaces, env, both=reader.both, both_row=reader.both_row)
 
@@ -132,7 +132,7 @@ class _Episodes:
             require_space(size, self._name, Options())
             yield index
 
-    def blocks(self) -> Iterator[Block]:
+    def blocks(self, first: int) -> Iterator[Block]:
         start = 0
         for number, episode in enumerate(self._dataset.iterate_episodes(self._indices())):
             steps = len(episode.rewards)
@@ -157,6 +157,9 @@ class _Episodes:
             done[-1] = True
             actions = tensor(np.asarray(episode.actions), self._name, "actions")
             rewards = tensor(np.asarray(episode.rewards), self._name, "rewards")
+            if start < first:
+                start += steps
+                continue
             yield {
                 **{entry("observation", *path): values[:-1] for path, values in observations.items()},
                 "action": action(actions, self._discrete, self._name),

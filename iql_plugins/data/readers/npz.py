@@ -1,5 +1,6 @@
 """NumPy archives (``.npz``) with the columns of D4RL."""
 
+import contextlib
 import math
 import shutil
 import tempfile
@@ -16,15 +17,15 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo, is_zipfile
 import numpy as np
 from tensordict import TensorDictBase
 
-from iql_plugins.checkpoint import naming
+from iql_plugins.checkpoint import existing_parent, naming
 from iql_plugins.data.arrays import Array, Transitions
 from iql_plugins.data.columns import readable, require_any
-from iql_plugins.data.dataset import Dataset, DatasetError, Options, existing_parent, file_of, one_line, reading
+from iql_plugins.data.dataset import Dataset, DatasetError, Options, file_of, one_line, reading
 from iql_plugins.hookspecs import hookimpl
 from iql_plugins.limits import parse_json
 from iql_plugins.spaces import Spaces
 
-__all__ = ["PROVENANCE", "load"]
+__all__ = ["PROVENANCE", "load", "provenance"]
 
 #: The member that says how `iql-plugins make-dataset` made the others: a JSON object, as text.
 PROVENANCE = "metadata"
@@ -90,25 +91,31 @@ def _members(path: Path, options: Options, stack: ExitStack) -> tuple[dict[str, 
 def _described(path: Path, tensors: TensorDictBase) -> dict[str, Any]:
     """How a file says that it was made; and in which environment, with which spaces, if its data are of them."""
     described: dict[str, Any] = {}
+    # A stranger's document: whatever it is, and has in the place of these two.
+    with contextlib.suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        document = described["provenance"] = provenance(path)
+        spaces, env = Spaces.from_json(document["spaces"]), document["env"]
+        spaces.check(tensors)
+        if isinstance(env, str):
+            described |= {"spaces": spaces, "env": env}
+    return described
+
+
+def provenance(path: Path) -> dict[str, Any]:
+    """What ``make-dataset`` says in a file of how it made it; empty for other files.
+
+    Raises:
+        TypeError, ValueError: for something else of that name.
+        OSError: if it cannot be read.
+    """
     with ZipFile(path) as archive:
         info = archive.NameToInfo.get(f"{PROVENANCE}.npy")
         if info is None or info.file_size > _MOST_PROVENANCE:
-            return described
-        try:
-            member = _Member(archive, info, f"{path}: {PROVENANCE!r}", None)
-            if member.dtype.kind != "U" or member.shape != ():
-                return described
-            document = parse_json(str(member._array), _DEEPEST_PROVENANCE)
-            if isinstance(document, dict):
-                described["provenance"] = document
-            spaces, env = Spaces.from_json(document["spaces"]), document["env"]
-            spaces.check(tensors)
-            if isinstance(env, str):
-                described |= {"spaces": spaces, "env": env}
-        # A stranger's document: whatever it has in the place of these two.
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            pass
-    return described
+            return {}
+        member = _Member(archive, info, f"{path}: {PROVENANCE!r}", None)
+        if member.dtype.kind != "U" or member.shape != ():
+            return {}
+        return dict(parse_json(str(member._array), _DEEPEST_PROVENANCE))
 
 
 class _Member:

@@ -10,6 +10,7 @@ from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase, is_lea
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from iql_plugins.data import summary
 from iql_plugins.data.arrays import Block, action, assemble, observation, reward
 from iql_plugins.data.columns import TORCHRL_METADATA, unread
 from iql_plugins.data.dataset import (
@@ -29,6 +30,7 @@ from iql_plugins.data.dataset import (
 from iql_plugins.hookspecs import hookimpl
 from iql_plugins.keys import AUTO_MASK_KEYS, DISCOUNT, STEPS_TO_NEXT_OBS, shown
 from iql_plugins.limits import read_json
+from iql_plugins.spaces import Spaces
 
 __all__ = ["load"]
 
@@ -90,6 +92,10 @@ def load(dataset: TensorDictBase, options: Options, name: str) -> Dataset:
         if dataset.numel() == 0:
             raise DatasetError(f"{name} is empty: it has no transition")
         # Row numbers are in memory even if nothing else is.
+        known = None if options.memmap_dir is not None else summary.of(dataset)
+        if known is not None and options.discrete in (None, not dataset.get("action").is_floating_point()):
+            check_dataset(dataset, name)
+            return Dataset(dataset, name, env=known.env, spaces=_spaces(known, dataset))
         require_space(_ROW_BYTES * dataset.numel(), name, replace(options, memmap_dir=None))
         _require_read(dataset, name)
         flat = _selected(dataset, name)
@@ -107,6 +113,15 @@ def load(dataset: TensorDictBase, options: Options, name: str) -> Dataset:
         if bool(ends.any()):
             flat.set(DONE, flat.get(DONE) | ends.reshape(-1, *[1] * (flat.get(DONE).ndim - 1)))
         return Dataset(_converted(flat, options, name), name)
+
+
+def _spaces(known: summary.Summary, dataset: TensorDictBase) -> Spaces | None:
+    """The environment's, if a summary has them, and the dataset is of them."""
+    if known.spaces is None:
+        return None
+    spaces = Spaces.from_json(known.spaces)
+    spaces.check(dataset)
+    return spaces
 
 
 def _check_files(folder: Path, shapes: TensorDictBase, name: str) -> None:
@@ -225,7 +240,7 @@ def _converted(flat: TensorDict, options: Options, name: str) -> TensorDict:
 
     if options.memmap_dir is not None:
         size = sum(map(row_bytes, flat.values(True, True)))
-        return assemble((block(rows) for rows in chunks(len(flat), size)), len(flat), name, options)
+        return assemble(lambda start: map(block, chunks(len(flat), size, start)), len(flat), name, options)
     converted = TensorDict(block(slice(0, len(flat))), batch_size=[len(flat)], device=flat.device)
     check_dataset(converted, name, finite=options.finite)
     return converted

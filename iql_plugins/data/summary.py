@@ -1,0 +1,157 @@
+"""What is known of a dataset on disk once and for all, so that nobody reads all of it again before the first step."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
+from torch import Tensor
+
+from iql_plugins import checkpoint
+from iql_plugins.limits import read_json
+
+__all__ = ["CHUNK", "Summary", "moments", "of", "write"]
+
+FILE, VERSION = "summary.json", 1
+#: Rows of a dataset that are looked at together, so that a memory-mapped one stays mapped.
+CHUNK = 65_536
+#: Modification time of the files that a summary is of, in seconds (1980, as in archives that can be made again).
+#: Whatever writes to them afterwards gives them another one.
+_SEAL = 315_532_800
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of a dataset that has passed :func:`~iql_plugins.data.dataset.check_dataset`: all of it is finite.
+
+    Attributes:
+        rows: transitions.
+        sha256: as :attr:`iql_plugins.data.Dataset.sha256`; None for a part of the keys.
+        returns: the smallest and the largest of the episodes.
+        columns: by key, ``low``, ``high``, ``mean`` and ``std`` over the rows; of integers the first two.
+        env: the environment's id, where the source had it.
+        spaces: its spaces as JSON values, likewise.
+    """
+
+    rows: int
+    sha256: str | None
+    returns: tuple[float, float]
+    columns: Mapping[NestedKey, Mapping[str, Tensor]]
+    env: str | None
+    spaces: Mapping[str, Any] | None
+
+
+def write(
+    folder: Path,
+    dataset: TensorDictBase,
+    *,
+    sha256: str,
+    returns: Tensor,
+    env: str | None,
+    spaces: Mapping[str, Any] | None,
+) -> None:
+    """Writes the summary of a memory-mapped dataset beside its files, and seals these.
+
+    Args:
+        folder: of the dataset.
+        dataset: what is in it, checked.
+        sha256: of the dataset.
+        returns: of its episodes.
+        env: the environment's id, if it is known.
+        spaces: its spaces as JSON values, likewise.
+    """
+    columns = {_name(key): _statistics(tensor) for key, tensor in dataset.items(True, True)}
+    document = {
+        "version": VERSION,
+        "rows": len(dataset),
+        "sha256": sha256,
+        "returns": [float(returns.min()), float(returns.max())],
+        "columns": columns,
+        "env": env,
+        "spaces": spaces,
+    }
+    checkpoint.write_bytes(folder / FILE, (json.dumps(document, sort_keys=True, allow_nan=False) + "\n").encode())
+    for file in folder.rglob("*.memmap"):
+        # What is still to be written would be written later, and change the time.
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+        os.utime(file, (_SEAL, _SEAL))
+
+
+def of(dataset: TensorDictBase) -> Summary | None:
+    """The summary of a memory-mapped dataset, or of some of its keys; None if it has none, or has changed since.
+
+    A dataset that somebody changed, or copied without its times, is one without a summary. What is written by way of
+    a mapping of a file in ``tmpfs`` changes no time.
+    """
+    entries = dict(dataset.items(True, True))
+    files = {key: getattr(tensor, "filename", None) for key, tensor in entries.items()}
+    folders = {None if file is None else Path(file).parents[_depth(key)] for key, file in files.items()}
+    folder = folders.pop() if len(folders) == 1 else None
+    if folder is None or not (folder / FILE).is_file():
+        return None
+    try:
+        document = read_json(folder / FILE)
+        rows, columns = document["rows"], document["columns"]
+        for key, tensor in entries.items():
+            status = os.stat(str(files[key]))
+            whole = len(tensor) == rows and tensor.is_contiguous() and status.st_size == tensor.nbytes
+            if document["version"] != VERSION or not whole or status.st_mtime_ns != _SEAL * 10**9:
+                return None
+        low, high = map(float, document["returns"])
+        return Summary(
+            rows,
+            str(document["sha256"]) if columns.keys() == {_name(key) for key in entries} else None,
+            (low, high),
+            {key: _tensors(columns[_name(key)], tensor) for key, tensor in entries.items()},
+            document["env"] if isinstance(document["env"], str) else None,
+            document["spaces"] if isinstance(document["spaces"], dict) else None,
+        )
+    # It is no summary of ours, and of no use.
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, RuntimeError):
+        return None
+
+
+def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the first dimension, float64 on the CPU; reads pieces of it, twice."""
+    count = len(values)
+    total = torch.zeros(values.shape[1:], dtype=torch.float64, device="cpu")
+    for piece in values.split(CHUNK):
+        total += piece.to("cpu", torch.float64).sum(0)
+    mean = total / count
+    squares = torch.zeros_like(total)
+    for piece in values.split(CHUNK):
+        squares += (piece.to("cpu", torch.float64) - mean).square().sum(0)
+    return mean, (squares / count).sqrt()
+
+
+def _statistics(values: Tensor) -> dict[str, Any]:
+    found: dict[str, Tensor] = {}
+    if values.dtype in (torch.float32, torch.int64):
+        pieces = values.split(CHUNK)
+        found["low"] = torch.stack([piece.amin(0) for piece in pieces]).amin(0)
+        found["high"] = torch.stack([piece.amax(0) for piece in pieces]).amax(0)
+    if values.is_floating_point():
+        found["mean"], found["std"] = moments(values)
+    return {name: tensor.tolist() for name, tensor in found.items()}
+
+
+def _tensors(column: Mapping[str, Any], values: Tensor) -> dict[str, Tensor]:
+    exact = {"low": values.dtype, "high": values.dtype}
+    found = {name: torch.tensor(numbers, dtype=exact.get(name, torch.float64)) for name, numbers in column.items()}
+    if any(tensor.shape != values.shape[1:] or not bool(tensor.isfinite().all()) for tensor in found.values()):
+        raise ValueError("statistics that are not of this column")
+    return found
+
+
+def _depth(key: NestedKey) -> int:
+    return 0 if isinstance(key, str) else len(key) - 1
+
+
+def _name(key: NestedKey) -> str:
+    return key if isinstance(key, str) else "/".join(key)
