@@ -17,7 +17,7 @@ __all__ = ["main"]
 
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
-COMMANDS = ("train", "evaluate", "export", "convert", "inspect", "make-dataset", "adapters", "completion")
+COMMANDS = ("train", "evaluate", "export", "convert", "label", "inspect", "make-dataset", "adapters", "completion")
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -140,6 +140,10 @@ def _run(given: Sequence[str]) -> "Result":
             return policies.export(arguments)
         case options.Convert():
             return policies.convert(arguments)
+        case options.Label():
+            from iql_plugins.cli import label
+
+            return label.run(arguments)
         case options.Inspect():
             return listings.inspect(arguments)
         case options.MakeDataset():

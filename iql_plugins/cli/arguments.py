@@ -25,6 +25,7 @@ __all__ = [
     "Export",
     "HelpRequest",
     "Inspect",
+    "Label",
     "MakeDataset",
     "Shell",
     "Train",
@@ -219,6 +220,30 @@ class Convert:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Label:
+    """Writes value, advantage and weight of each transition of a dataset, for pipelines of behaviour cloning.
+
+    Columns: value V(s), qvalue min Q(s, a), advantage, their difference, and weight, in the units of the rewards that
+    the critics learn; episode, step, and row, the source's.
+    """
+
+    policy: Policy
+    """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
+    dataset: Annotated[str, tyro.conf.Positional]
+    """File, folder or name."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "labels.parquet"
+    """The .parquet file to write."""
+    memmap_dir: str | None = None
+    """New folder that the dataset is written to and read from, for data larger than memory."""
+    adapter: Annotated[str | None, _named(_adapters, name="from")] = None
+    """The adapter of a native file; by default it is found by the file's suffix."""
+    trust_pickle: Flag = False
+    """Load a native file or a dataset that holds pickles, which can run any code."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspect:
     """Inspects a dataset: counts, returns, shapes, and what is wrong with it."""
 
@@ -281,7 +306,7 @@ class _OfPlugin:
     """Stands for a plugin's command in the help."""
 
 
-Arguments = Train | Evaluate | Export | Convert | Inspect | MakeDataset | Adapters | Completion
+Arguments = Train | Evaluate | Export | Convert | Label | Inspect | MakeDataset | Adapters | Completion
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -335,6 +360,7 @@ _OTHERS = {
     "evaluate": Evaluate,
     "export": Export,
     "convert": Convert,
+    "label": Label,
     "inspect": Inspect,
     "make-dataset": MakeDataset,
     "adapters": Adapters,

@@ -69,6 +69,7 @@ class Dataset:
         both: steps that the source marks as terminal and as time-out.
         both_row: the first of them, as a row of the source.
         timeouts_recorded: whether the source keeps time-outs apart from terminals at all.
+        rows: ``[N]`` int64, the source's row of each transition; None where they are all of them, in its order.
     """
 
     tensors: TensorDictBase
@@ -79,6 +80,7 @@ class Dataset:
     both: int = 0
     both_row: int | None = None
     timeouts_recorded: bool = True
+    rows: Tensor | None = None
 
     @cached_property
     def sha256(self) -> str:

@@ -53,7 +53,7 @@ def initial_value(agent: Agent, dataset: TensorDictBase) -> Criterion:
         dataset: batch size ``[N]``, by the key layout, in the environment's units; episode after episode.
     """
     first = _first_states(dataset)
-    values = torch.cat([agent.loss.labels(batch).value for batch in _batches(agent, first)])
+    values = torch.cat([agent.loss.labels(batch).value for batch in batches(agent, first)])
     return Criterion.mean(_undone(agent, values, _lengths(agent, dataset)))
 
 
@@ -112,7 +112,7 @@ def td_error(agent: Agent, dataset: TensorDictBase) -> Criterion:
         dataset: see :func:`initial_value`.
     """
     errors = []
-    for batch in _batches(agent, dataset):
+    for batch in batches(agent, dataset):
         _, metadata = agent.loss.qvalue_loss(batch)
         errors.append(metadata["td_error"].sqrt().mean(0))
     scale = float(agent.normalizers.get_buffer("reward_scale"))
@@ -260,7 +260,7 @@ def _by_episode(values: Array, dataset: TensorDictBase) -> Array:
     return sums / lengths
 
 
-def _batches(agent: Agent, dataset: TensorDictBase) -> Iterator[TensorDictBase]:
+def batches(agent: Agent, dataset: TensorDictBase) -> Iterator[TensorDictBase]:
     """A dataset in the networks' units, so much at a time; networks are in evaluation mode meanwhile."""
     with calls.evaluation_mode(agent.loss), torch.no_grad():
         for start in range(0, len(dataset), CHUNK):
@@ -271,7 +271,7 @@ def _batches(agent: Agent, dataset: TensorDictBase) -> Iterator[TensorDictBase]:
 def _qvalues(agent: Agent, states: TensorDictBase, action: Tensor) -> Tensor:
     """``[N, B]`` Q(s, a) of each critic, for actions in the environment's units."""
     asked = TensorDict({"observation": states.get("observation"), "action": action}, [len(states)])
-    return torch.cat([agent.loss.qvalues(batch) for batch in _batches(agent, asked)], 1)
+    return torch.cat([agent.loss.qvalues(batch) for batch in batches(agent, asked)], 1)
 
 
 def _expected_qvalues(agent: Agent, states: TensorDictBase, taken: Array) -> Tensor:
