@@ -127,6 +127,8 @@ class Train:
     """Gradient steps between evaluations."""
     log_every: Automatic = "auto"
     """Gradient steps between rows of metrics.csv."""
+    hold_out: float = 0.0
+    """Share of the episodes to leave aside, the same ones in each run of a dataset; the policies are judged on them."""
     run_dir: str | None = None
     """New folder for the run; by default runs/DATASET-TIME."""
     resume: Annotated[str | None, tyro.conf.arg(help=_RESUME)] = None

@@ -1,12 +1,14 @@
 """Where the episodes of a dataset end, how long they are, and what they return."""
 
+import hashlib
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
 from iql_plugins.data.dataset import DONE, REWARD
 
-__all__ = ["episode_ends", "episode_lengths", "episode_numbers", "episode_returns"]
+__all__ = ["episode_ends", "episode_lengths", "episode_numbers", "episode_returns", "held_out"]
 
 
 def episode_ends(dataset: TensorDictBase) -> Tensor:
@@ -63,3 +65,32 @@ def episode_returns(dataset: TensorDictBase) -> Tensor:
     rewards = dataset.get(REWARD).reshape(-1).cpu().double()
     sums = torch.zeros(len(episode_ends(dataset)), dtype=torch.float64, device="cpu")
     return sums.index_add_(0, episode_numbers(dataset), rewards)
+
+
+def held_out(dataset: TensorDictBase, share: float, seed: int = 0) -> Tensor:
+    """Which transitions are of the episodes that a training leaves aside.
+
+    Of the same data these are the same ones for a share and a seed, everywhere and in every release.
+
+    Args:
+        dataset: see :func:`episode_ends`.
+        share: of the episodes, in (0, 1), rounded; at least one, and not all.
+        seed: of their choice.
+
+    Returns:
+        ``[N]`` bool, on the CPU.
+
+    Raises:
+        ValueError: for a dataset of a single episode.
+    """
+    numbers = episode_numbers(dataset)
+    count = int(numbers[-1]) + 1
+    if count < 2:
+        raise ValueError("holding out episodes needs at least two of them, the dataset is a single one")
+
+    def place(episode: int) -> bytes:
+        # A generator's draws may be other ones in its library's next release.
+        return hashlib.sha256(f"{seed} {episode}".encode()).digest()
+
+    aside = sorted(range(count), key=place)[: min(max(round(share * count), 1), count - 1)]
+    return torch.isin(numbers, torch.tensor(aside, device="cpu"))
