@@ -17,7 +17,18 @@ __all__ = ["main"]
 
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
-COMMANDS = ("train", "evaluate", "export", "convert", "label", "inspect", "make-dataset", "adapters", "completion")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "export",
+    "convert",
+    "label",
+    "select",
+    "inspect",
+    "make-dataset",
+    "adapters",
+    "completion",
+)
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
 
 Write = Callable[[Mapping[str, Any]], None]
@@ -144,6 +155,10 @@ def _run(given: Sequence[str]) -> "Result":
             from iql_plugins.cli import label
 
             return label.run(arguments)
+        case options.Select():
+            from iql_plugins.cli import select
+
+            return select.run(arguments)
         case options.Inspect():
             return listings.inspect(arguments)
         case options.MakeDataset():

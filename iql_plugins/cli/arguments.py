@@ -27,6 +27,7 @@ __all__ = [
     "Inspect",
     "Label",
     "MakeDataset",
+    "Select",
     "Shell",
     "Train",
     "completion_script",
@@ -246,6 +247,34 @@ class Label:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Select:
+    """Ranks policies by what can be said without an environment, and says which differences are beyond noise."""
+
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run directories, all seeds of which take part, common checkpoints, or adapters' native files."""
+    dataset: str | None = None
+    """File, folder or name of episodes; by default those that the runs held out."""
+    by: Literal["fqe", "doubly-robust", "wis", "value", "qvalue", "td-error", "agreement"] = "fqe"
+    """The criterion of the ranking."""
+    fqe_steps: int = 10_000
+    """Gradient steps of each fitted Q evaluation; 0 does without, and without all estimates that need one."""
+    fqe_seeds: int = 3
+    """Its seeds."""
+    discount: float | None = None
+    """The discount of estimates; by default that of the policies, if they have one in common."""
+    plot: str = "selection.png"
+    """The picture to write, a .png."""
+    device: str = "auto"
+    """Torch's name of the device of fitted Q evaluations; auto takes the GPU if there is one."""
+    adapter: Annotated[str | None, _named(_adapters, name="from")] = None
+    """The adapter of native files; by default it is found by their suffix."""
+    trust_pickle: Flag = False
+    """Load native files or a dataset that hold pickles, which can run any code."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Inspect:
     """Inspects a dataset: counts, returns, shapes, and what is wrong with it."""
 
@@ -308,7 +337,7 @@ class _OfPlugin:
     """Stands for a plugin's command in the help."""
 
 
-Arguments = Train | Evaluate | Export | Convert | Label | Inspect | MakeDataset | Adapters | Completion
+Arguments = Train | Evaluate | Export | Convert | Label | Select | Inspect | MakeDataset | Adapters | Completion
 
 
 def parse(arguments: Sequence[str]) -> Arguments:
@@ -363,6 +392,7 @@ _OTHERS = {
     "export": Export,
     "convert": Convert,
     "label": Label,
+    "select": Select,
     "inspect": Inspect,
     "make-dataset": MakeDataset,
     "adapters": Adapters,

@@ -1,7 +1,7 @@
 """The pictures of a run, and of a dataset."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from iql_plugins.data import Dataset
 from iql_plugins.data.arrays import Array
 from iql_plugins.data.dataset import REWARD, leaves
 from iql_plugins.data.episodes import episode_lengths, episode_returns
+from iql_plugins.ope import Criterion
 from iql_plugins.spaces import Box, Discrete, Spaces
 
-__all__ = ["dataset_page", "learning_curve"]
+__all__ = ["dataset_page", "learning_curve", "selection_page"]
 
 #: Rows of a dataset.
 MOST_DRAWN = 20_000
@@ -84,6 +85,30 @@ def dataset_page(source: Dataset, spaces: Spaces | None, path: Path) -> None:
     _histogram(axes[3], _rows(source, REWARD, rows), "reward", "transitions")
     _draw_actions(axes[4], _rows(source, "action", rows), spaces)
     _draw_coverage(axes[5], source, rows)
+    _write(figure, path)
+
+
+def selection_page(title: str, criteria: Mapping[str, Mapping[str, Criterion]], path: Path) -> None:
+    """Draws each policy's criteria with their 95% intervals, the best-ranked policy on top.
+
+    Args:
+        title: of the page.
+        criteria: by policy, in the order of the ranking, and by name.
+        path: of the PNG.
+    """
+    names = list(dict.fromkeys(name for found in criteria.values() for name in found))
+    size = (1.5 + 2.2 * len(names), 1.2 + 0.3 * len(criteria))
+    figure: Any = imported("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+        for place, found in enumerate(criteria.values()):
+            if name in found:
+                criterion = found[name]
+                axes.plot([criterion.low, criterion.high], [place, place], color="tab:blue")
+                axes.plot(criterion.value, place, "o", color="tab:blue")
+        axes.set_title(name)
+    axes.set_yticks(range(len(criteria)), list(criteria))
+    axes.invert_yaxis()
     _write(figure, path)
 
 

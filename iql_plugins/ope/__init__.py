@@ -16,6 +16,7 @@ True
 
 from iql_plugins.ope.criteria import (
     action_agreement,
+    discounted_returns,
     doubly_robust_value,
     fitted_value,
     importance_sampled_value,
@@ -23,8 +24,9 @@ from iql_plugins.ope.criteria import (
     initial_value,
     td_error,
 )
-from iql_plugins.ope.fqe import cloned_behaviour, fitted_q_evaluation
+from iql_plugins.ope.fqe import cloned_behaviour, evaluation_config, fitted_q_evaluation
 from iql_plugins.ope.intervals import Criterion, difference
+from iql_plugins.ope.labels import labels
 from iql_plugins.ope.policies import Policy
 
 __all__ = [
@@ -33,11 +35,14 @@ __all__ = [
     "action_agreement",
     "cloned_behaviour",
     "difference",
+    "discounted_returns",
     "doubly_robust_value",
+    "evaluation_config",
     "fitted_q_evaluation",
     "fitted_value",
     "importance_sampled_value",
     "initial_qvalue",
     "initial_value",
+    "labels",
     "td_error",
 ]

@@ -25,6 +25,8 @@ from iql_plugins.training.agent import Agent
 
 __all__ = [
     "action_agreement",
+    "batches",
+    "discounted_returns",
     "doubly_robust_value",
     "fitted_value",
     "importance_sampled_value",
@@ -35,6 +37,24 @@ __all__ = [
 
 #: Of continuous policies' actions, to average Q over.
 DRAWS = 16
+
+
+def discounted_returns(dataset: TensorDictBase, discount: float) -> Array:
+    r"""What the data's own behaviour returned in each episode, :math:`\sum_t \gamma^t r_t`.
+
+    Rewards 1, 2 and 4 at a discount of 0.5: 1 + 1 + 1 = 3. What comes after a time limit counts as 0.
+
+    Args:
+        dataset: see :func:`initial_value`.
+        discount: γ.
+
+    Returns:
+        ``[E]`` in return units.
+    """
+    rewards = _numbers(dataset.get(REWARD).reshape(-1)).astype(np.float64)
+    table = estimators.padded(rewards, _numbers(episode_lengths(dataset)))
+    returns: Array = table @ estimators.powers(discount, table.shape[1])
+    return returns
 
 
 def initial_value(agent: Agent, dataset: TensorDictBase) -> Criterion:

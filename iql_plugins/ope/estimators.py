@@ -16,6 +16,7 @@ __all__ = [
     "effective_episodes",
     "importance_weights",
     "padded",
+    "powers",
     "return_units",
     "weighted_importance_sampling",
 ]
@@ -122,7 +123,7 @@ def weighted_importance_sampling(episodes: ImportanceSampled, discount: float, w
     count = np.ones(len(shares)) if weights is None else weights
     with np.errstate(invalid="ignore"):
         means = count @ (shares * episodes.rewards) / (count @ shares)
-    return means @ _powers(discount, shares.shape[1])
+    return means @ powers(discount, shares.shape[1])
 
 
 def doubly_robust(
@@ -233,6 +234,7 @@ def return_units(values: Array, scale: float, shift: float, length: Array) -> Ar
     return (values - shift * length) / scale
 
 
-def _powers(discount: float, count: int) -> Array:
-    powers: Array = discount ** np.arange(count)
-    return powers
+def powers(discount: float, count: int) -> Array:
+    """``[count]`` γ to the power of each step."""
+    result: Array = discount ** np.arange(count)
+    return result

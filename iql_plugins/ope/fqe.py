@@ -2,18 +2,23 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
 
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.policy_evaluation import DiscretePolicyEvaluationLoss, PolicyEvaluationLoss
+from iql_plugins.ope.criteria import discounted_returns
 from iql_plugins.ope.policies import Policy, actions
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import Agent, seeded_loss
 from iql_plugins.training.multi_seed import fit_together
 
-__all__ = ["cloned_behaviour", "fitted_q_evaluation"]
+__all__ = ["cloned_behaviour", "evaluation_config", "fitted_q_evaluation"]
+
+#: That critics are asked to tell: Adam's rate is that of outputs of this size.
+LARGEST_RETURN = 3.0
 
 
 def fitted_q_evaluation(
@@ -84,6 +89,34 @@ def fitted_q_evaluation(
         evaluators.append(Agent(spaces, config, normalizers=normalizers, loss=loss, seed=seed))
     fit_together(evaluators, asked, config.n_steps, callback)
     return evaluators
+
+
+def evaluation_config(
+    dataset: TensorDictBase, *, n_steps: int, discount: float, hidden_sizes: Sequence[int] = (256, 256)
+) -> IQLConfig:
+    """Hyper-parameters of a fitted Q evaluation: the same ones for all policies that are to be compared.
+
+    Observations are standardised, and rewards are scaled so that no discounted return of the data is beyond 3. Targets
+    move by a twentieth at each step: values need some five times 1 / (1 - γ) of these times to be there, for which
+    10,000 steps are enough up to a discount of 0.99.
+
+    Args:
+        dataset: see :func:`fitted_q_evaluation`.
+        n_steps: gradient steps.
+        discount: γ.
+        hidden_sizes: widths of the hidden layers.
+    """
+    largest = float(np.abs(discounted_returns(dataset, discount)).max())
+    return IQLConfig(
+        n_steps=n_steps,
+        discount=discount,
+        hidden_sizes=tuple(hidden_sizes),
+        critic_learning_rate=1e-3,
+        actor_learning_rate=1e-3,
+        polyak=0.05,
+        normalize_observations=True,
+        reward_scale=LARGEST_RETURN / largest if largest else 1.0,
+    )
 
 
 def cloned_behaviour(evaluators: Sequence[Agent]) -> Policy:
