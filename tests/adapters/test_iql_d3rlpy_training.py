@@ -58,8 +58,10 @@ from iql_d3rlpy import (
     to_agent,
     to_replay_buffer,
 )
+from iql_plugins import load_dataset
 from iql_plugins.config import IQLConfig as Hyperparameters
 from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.ope import Policy, fitted_q_evaluation, fitted_value
 from iql_plugins.spaces import Box, Discrete, Spaces
 from iql_plugins.training.agent import Agent, build_loss
 
@@ -556,3 +558,27 @@ def test_small_images_are_no_trouble_for_an_encoder_of_ones_own(kind: str, place
     algorithm = config(kind, **factories).create(place)
     algorithm.fit(dataset(kind, shape), n_steps=1, n_steps_per_epoch=1, **QUIET)
     assert len(algorithm.predict(observations(shape))) == 7
+
+
+@pytest.mark.slow
+def test_fitted_q_evaluation_says_what_d3rlpys_own_says() -> None:
+    data = load_dataset(data_of_others("reagent_cartpole_mixed"))
+    buffer = to_replay_buffer(data)
+    d3rlpy.seed(0)
+    clone = d3rlpy.algos.DiscreteBCConfig(batch_size=64, learning_rate=1e-3).create()
+    clone.fit(buffer, n_steps=200, n_steps_per_epoch=200, **QUIET)
+    # A discount at which both are there after few steps.
+    theirs = d3rlpy.ope.DiscreteFQE(
+        clone, d3rlpy.ope.FQEConfig(gamma=0.9, learning_rate=1e-3, batch_size=128, target_update_interval=10)
+    )
+    theirs.fit(buffer, n_steps=1000, n_steps_per_epoch=1000, **QUIET)
+    settings = Hyperparameters(
+        n_steps=1000, discount=0.9, critic_learning_rate=1e-3, batch_size=128, polyak=0.1, hidden_sizes=(64, 64),
+        compile="no",
+    )  # fmt: skip
+    policy = Policy(clone.predict)
+    evaluators = fitted_q_evaluation(policy, data, Spaces(Box((4,)), Discrete(2)), settings)
+    ours = fitted_value(evaluators, data, policy)
+    done = data["next", "done"]
+    first = data["observation"][torch.cat([torch.ones(1, dtype=torch.bool), done[:-1, 0]])].numpy()
+    assert ours.low < theirs.predict_value(first, clone.predict(first)).mean() < ours.high

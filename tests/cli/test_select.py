@@ -107,7 +107,7 @@ def test_runs_are_judged_on_the_episodes_that_they_held_out(run: Run, tmp_path: 
                "--evaluation-episodes", "1", "--evaluate-every", "4"]  # fmt: skip
     for name, more in {"one": ["--seeds", "2"], "two": ["--seed", "5"]}.items():
         assert main(["train", *options, *more, "--hold-out", "0.1", "--run-dir", name]) == 0
-    status, document = run("select", "one", "two", "--fqe-steps", "2")
+    status, document = run("select", "one", "two", "--fqe-steps", "2", "--fqe-seeds", "1")
     assert status == 0
     assert {each["policy"] for each in document["candidates"]} == {"one/seed-0", "one/seed-1", "two"}
     assert (document["episodes"], document["transitions"]) == (10, 2000)
@@ -124,7 +124,7 @@ def test_runs_are_judged_on_the_episodes_that_they_held_out(run: Run, tmp_path: 
 
 def test_discounts_that_differ_are_told_apart(run: Run, episodes: Path, tmp_path: Path) -> None:
     files = [write_agent(tmp_path / f"{discount}.safetensors", 0.5, discount) for discount in (0.5, 0.9)]
-    given = ["select", *files, "--dataset", episodes, "--fqe-steps", "2"]
+    given = ["select", *files, "--dataset", episodes, "--fqe-steps", "2", "--fqe-seeds", "1"]
     assert "the policies' discounts are 0.5, 0.9" in run(*given)[1]
     status, document = run(*given, "--discount", "0.5")
     assert status == 0

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from agents import SPACES, make_agent, make_dataset
+from requirements import needs_compiler
 from tensordict import TensorDict
 
 from iql_plugins import ope
@@ -143,6 +144,26 @@ def test_several_seeds_are_an_ensemble_of_every_kind_of_space(kind: str) -> None
     assert math.isfinite(robust.value)
     assert robust.effective_episodes is not None
     assert 1.0 <= robust.effective_episodes <= 8.0
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_and_stacked_steps_are_those_of_one_seed_alone() -> None:
+    torch.manual_seed(0)
+    dataset = make_dataset(SPACES["discrete"])
+    agent = make_agent("discrete")
+    policy = Policy.of(agent, deterministic=False)
+
+    def weights(seeds: tuple[int, ...], compile: Any) -> dict[str, torch.Tensor]:
+        config = agent.config.replace(compile=compile)
+        evaluators = ope.fitted_q_evaluation(policy, dataset, agent.spaces, config, seeds=seeds)
+        assert all(evaluator.learner.compiled == (compile == "yes") for evaluator in evaluators)
+        return dict(evaluators[0].loss.state_dict())
+
+    alone = weights((0,), "no")
+    for other in (weights((0,), "yes"), weights((0, 1), "yes"), weights((0, 1), "no")):
+        for name, tensor in alone.items():
+            torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=1e-4)
 
 
 def test_a_memory_mapped_dataset_stays_on_disk(tmp_path: Any) -> None:
