@@ -192,7 +192,7 @@ def table(folder: str) -> str:
         best = max(row["mean_return"] for row in results.values())
         for name, lengths in {"(at random)": LENGTHS, "(the last policy)": ("all",)}.items():
             regrets = [best - row["mean_return"] for row in results.values() if row["length"] in lengths]
-            cells.setdefault(name, []).append(f"| {statistics.mean(regrets):.1f}")
+            cells.setdefault(name, []).append(f"| {statistics.fmean(regrets):.1f}" if regrets else "|")
     titles = [
         f"{task} ({len(results)}, {min(r := [row['mean_return'] for row in results.values()]):.0f} to {max(r):.0f})"
         for task, results in tasks.items()
