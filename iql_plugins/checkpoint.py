@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,7 @@ __all__ = [
     "new_folder",
     "packed",
     "read",
+    "replaced",
     "seal",
     "unflatten",
     "unpacked",
@@ -82,7 +83,14 @@ def seal(document: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[di
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file in one step, so that a reader (or a run that is killed) meets the old one or the new one.
+    """Writes a file in one step, see :func:`replaced`."""
+    with replaced(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replaced(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write: a reader (or a run that is killed) meets the old one or, once it is through, the new one.
 
     Raises:
         FileNotFoundError: if the folder does not exist.
@@ -93,7 +101,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         with naming(target), open(temporary, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 READMES = {
     "README.md": "assert iql.agent.learner.step_count == 100 and action.shape == (5, 1) and model.num_timesteps == 100",
+    "examples/choosing_a_policy.md": "assert len(evaluators) == 3",
     "adapters/iql_tensor/README.md": "assert loss_actor.isfinite() and action.shape == (1, 6)",
 }
 

@@ -18,7 +18,7 @@ __all__ = ["main"]
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
 COMMANDS = (
-    *("train", "evaluate", "export", "convert", "inspect", "report"),
+    *("train", "evaluate", "export", "convert", "label", "select", "inspect", "report"),
     *("make-dataset", "convert-dataset", "adapters", "completion"),
 )
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
@@ -143,6 +143,14 @@ def _run(given: Sequence[str]) -> "Result":
             return policies.export(arguments)
         case options.Convert():
             return policies.convert(arguments)
+        case options.Label():
+            from iql_plugins.cli import label
+
+            return label.run(arguments)
+        case options.Select():
+            from iql_plugins.cli import select
+
+            return select.run(arguments)
         case options.Inspect():
             return listings.inspect(arguments)
         case options.Report():

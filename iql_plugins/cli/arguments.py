@@ -26,8 +26,10 @@ __all__ = [
     "Export",
     "HelpRequest",
     "Inspect",
+    "Label",
     "MakeDataset",
     "Report",
+    "Select",
     "Shell",
     "Train",
     "completion_script",
@@ -128,6 +130,8 @@ class Train:
     """Gradient steps between evaluations."""
     log_every: Automatic = "auto"
     """Gradient steps between rows of metrics.csv."""
+    hold_out: float = 0.0
+    """Share of the episodes to leave aside, the same ones in each run of a dataset; the policies are judged on them."""
     run_dir: str | None = None
     """New folder for the run; by default runs/DATASET-TIME."""
     resume: Annotated[str | None, tyro.conf.arg(help=_RESUME)] = None
@@ -221,6 +225,58 @@ class Convert:
     """The adapter of a native IN; by default it is found by the file's suffix."""
     trust_pickle: Flag = False
     """Load a native file that holds pickles, which can run any code, as its framework does."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Label:
+    """Writes value, advantage and weight of each transition of a dataset, for pipelines of behaviour cloning.
+
+    Columns: value V(s), qvalue min Q(s, a), advantage, their difference, and weight, in the units of the rewards that
+    the critics learn; episode, step, and row, the source's.
+    """
+
+    policy: Policy
+    """A common checkpoint (.safetensors), a run directory, or an adapter's native file."""
+    dataset: Annotated[str, tyro.conf.Positional]
+    """File, folder or name."""
+    output: Annotated[str, tyro.conf.arg(aliases=["-o"])] = "labels.parquet"
+    """The .parquet file to write."""
+    memmap_dir: str | None = None
+    """New folder that the dataset is written to and read from, for data larger than memory."""
+    adapter: Annotated[str | None, _named(_adapters, name="from")] = None
+    """The adapter of a native file; by default it is found by the file's suffix."""
+    trust_pickle: Flag = False
+    """Load a native file or a dataset that holds pickles, which can run any code."""
+    json: Flag = False
+    """Print one JSON document on stdout, and nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Select:
+    """Ranks policies by what can be said without an environment, and says which differences are beyond noise."""
+
+    policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run directories, all seeds of which take part, common checkpoints, or adapters' native files."""
+    dataset: str | None = None
+    """File, folder or name of episodes; by default those that the runs held out."""
+    by: Literal["fqe", "doubly-robust", "wis", "value", "qvalue", "td-error", "agreement"] = "fqe"
+    """The criterion of the ranking."""
+    fqe_steps: int = 10_000
+    """Gradient steps of each fitted Q evaluation; 0 does without, and without all estimates that need one."""
+    fqe_seeds: int = 3
+    """Its seeds."""
+    discount: float | None = None
+    """The discount of estimates; by default that of the policies, if they have one in common."""
+    plot: str = "selection.png"
+    """The picture to write, a .png."""
+    device: str = "auto"
+    """Torch's name of the device of fitted Q evaluations; auto takes the GPU if there is one."""
+    adapter: Annotated[str | None, _named(_adapters, name="from")] = None
+    """The adapter of native files; by default it is found by their suffix."""
+    trust_pickle: Flag = False
+    """Load native files or a dataset that hold pickles, which can run any code."""
     json: Flag = False
     """Print one JSON document on stdout, and nothing else."""
 
@@ -320,7 +376,18 @@ class _OfPlugin:
 
 
 Arguments = (
-    Train | Evaluate | Export | Convert | Inspect | Report | MakeDataset | ConvertDataset | Adapters | Completion
+    Train
+    | Evaluate
+    | Export
+    | Convert
+    | Label
+    | Select
+    | Inspect
+    | Report
+    | MakeDataset
+    | ConvertDataset
+    | Adapters
+    | Completion
 )
 
 
@@ -375,6 +442,8 @@ _OTHERS = {
     "evaluate": Evaluate,
     "export": Export,
     "convert": Convert,
+    "label": Label,
+    "select": Select,
     "inspect": Inspect,
     "report": Report,
     "make-dataset": MakeDataset,

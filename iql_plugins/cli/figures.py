@@ -21,9 +21,10 @@ from iql_plugins.data import Dataset
 from iql_plugins.data.arrays import Array
 from iql_plugins.data.dataset import REWARD, leaves
 from iql_plugins.data.episodes import episode_lengths, episode_returns
+from iql_plugins.ope import Criterion
 from iql_plugins.spaces import Box, Discrete, Spaces
 
-__all__ = ["THEME", "Drawing", "Line", "dataset_page", "drawing", "key", "learning_curve"]
+__all__ = ["THEME", "Drawing", "Line", "dataset_page", "drawing", "key", "learning_curve", "selection_page"]
 
 #: Rows of a dataset.
 MOST_DRAWN = 20_000
@@ -239,6 +240,30 @@ def _drawn(figure: Any, size: tuple[int, int], name: str) -> Drawing:
     for color, (light, _) in THEME.items():
         content = content.replace(light, f"var(--{color})")
     return Drawing(*size, content)
+
+
+def selection_page(title: str, criteria: Mapping[str, Mapping[str, Criterion]], path: Path) -> None:
+    """Draws each policy's criteria with their 95% intervals, the best-ranked policy on top.
+
+    Args:
+        title: of the page.
+        criteria: by policy, in the order of the ranking, and by name.
+        path: of the PNG.
+    """
+    names = list(dict.fromkeys(name for found in criteria.values() for name in found))
+    size = (1.5 + 2.2 * len(names), 1.2 + 0.3 * len(criteria))
+    figure: Any = imported("matplotlib.figure").Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
+        for place, found in enumerate(criteria.values()):
+            if name in found:
+                criterion = found[name]
+                axes.plot([criterion.low, criterion.high], [place, place], color="tab:blue")
+                axes.plot(criterion.value, place, "o", color="tab:blue")
+        axes.set_title(name)
+    axes.set_yticks(range(len(criteria)), list(criteria))
+    axes.invert_yaxis()
+    _write(figure, path)
 
 
 def _spread(count: int, most: int) -> Tensor:

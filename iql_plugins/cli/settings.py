@@ -11,11 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from tensordict import TensorDictBase
+
 from iql_plugins import checkpoint
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset, DatasetError, read_dataset
-from iql_plugins.data.dataset import one_line, row_bytes
+from iql_plugins.data.dataset import REWARD, one_line, row_bytes
+from iql_plugins.data.episodes import held_out
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.limits import available_memory, read_json
 from iql_plugins.plugins import PluginError
@@ -98,9 +101,10 @@ class Settings:
         tensorboard: whether TensorBoard's events are written.
         earlier_ends: the steps at which the run ended before it was prolonged. It is trained to each of them first,
             with a schedule that ends there: what comes of it does not depend on when it was prolonged.
+        hold_out: share of the episodes that are not trained on; 0 for none.
 
     Raises:
-        ValueError: for a count below 1, or ends that do not increase.
+        ValueError: for a count below 1, a share outside [0, 1), or ends that do not increase.
     """
 
     adapter: str
@@ -123,6 +127,7 @@ class Settings:
     stack: int
     tensorboard: bool
     earlier_ends: tuple[int, ...] = ()
+    hold_out: float = 0.0
 
     def __post_init__(self) -> None:
         for name in COUNTS:
@@ -131,6 +136,8 @@ class Settings:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if self.threads > MAX_THREADS:
             raise ValueError(f"threads must be at most {MAX_THREADS}, got {self.threads}")
+        if not 0.0 <= self.hold_out < 1.0:
+            raise ValueError(f"hold_out must be in [0, 1), got {self.hold_out}")
         if list(self.ends) != sorted(set(self.ends)):
             raise ValueError(f"earlier_ends and n_steps must increase, got {list(self.ends)}")
 
@@ -226,6 +233,18 @@ class Settings:
             name = self.memmap_dir if mapped else self.dataset
             raise UserError(f"{name} is not the dataset that the run was made with: its content has changed")
         return source
+
+    def split(self, source: Dataset) -> tuple[Dataset, TensorDictBase | None]:
+        """What is trained on, and the held-out episodes; None for none.
+
+        Raises:
+            UserError: for a dataset of one episode.
+        """
+        if not self.hold_out:
+            return source, None
+        with mistakes(ValueError):
+            aside = held_out(source.tensors, self.hold_out).to(source.tensors.get(REWARD).device)
+        return replace(source, tensors=source.tensors[~aside], rows=None), source.tensors[aside]
 
     def agent(self, source: Dataset, unit: Unit) -> Agent:
         """An untrained agent.

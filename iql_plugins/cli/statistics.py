@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from iql_plugins.cli.errors import imported
+from iql_plugins.cli.errors import mistakes
 from iql_plugins.cli.reference_scores import normalized_score
+from iql_plugins.ope.intervals import Criterion
 
 __all__ = ["Curve", "Estimate", "estimate", "metric_curve", "return_curve"]
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
 #: Of a metric's curve: no picture shows more.
 MOST_POINTS = 50
 
@@ -47,34 +46,9 @@ def estimate(returns: Sequence[Sequence[float]]) -> Estimate:
     Args:
         returns: ``[seeds, episodes]``; a single seed's interval is over its episodes alone.
     """
-    values = np.asarray(returns, np.float64)
-    sizes = values.shape
-    samples = [np.arange(size) for size in sizes if size > 1]
-    mean = float(values.mean())
-    if not samples or float(np.ptp(values)) == 0.0:
-        spread = mean if samples else float("nan")
-        return Estimate(mean, spread, spread)
-    grid = values if len(samples) == 2 else values.reshape(-1)
-
-    def resampled_mean(*indices: Any, axis: int = -1) -> Any:
-        drawn = grid[indices[0]] if len(indices) == 1 else grid[indices[0][..., :, None], indices[1][..., None, :]]
-        return drawn.mean(axis=tuple(range(-len(indices), 0)))
-
-    interval = (
-        imported("scipy.stats")
-        .bootstrap(
-            samples,
-            resampled_mean,
-            n_resamples=RESAMPLES,
-            batch=100,
-            vectorized=True,
-            confidence_level=CONFIDENCE,
-            method="percentile",
-            rng=np.random.default_rng(0),
-        )
-        .confidence_interval
-    )
-    return Estimate(mean, float(interval.low), float(interval.high))
+    with mistakes(ImportError):
+        result = Criterion.mean(np.asarray(returns, np.float64))
+    return Estimate(result.value, result.low, result.high)
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,10 @@ def _settings(arguments: Train) -> tuple[Settings, Dataset]:
     _check_counts(arguments)
     if not 0 <= arguments.seed <= LARGEST_SEED - arguments.seeds:
         raise UserError(f"--seed must be at least 0, and the last one below 2**63, got {arguments.seed}")
+    if not 0.0 <= arguments.hold_out < 1.0:
+        raise UserError(f"--hold-out must be a share of the episodes, in [0, 1), got {arguments.hold_out}")
+    if arguments.hold_out and arguments.memmap_dir is not None:
+        raise UserError("--hold-out keeps what is trained on in memory: leave out --memmap-dir, or write two datasets")
     spaces = None if arguments.env is None else environment_spaces(arguments.env)
     source = load_source(
         arguments.dataset,
@@ -151,6 +155,7 @@ def _settings(arguments: Train) -> tuple[Settings, Dataset]:
         baseline=arguments.baseline,
         seeds=tuple(range(arguments.seed, arguments.seed + arguments.seeds)),
         stack=stack,
+        hold_out=arguments.hold_out,
         **_changeable(arguments, config, device, workers),
     )
     return settings, source
@@ -298,7 +303,7 @@ def _check(settings: Settings, source: Dataset) -> None:
     if settings.env is not None:
         environment_spaces(settings.env)
     device_name(settings.device)
-    agent = settings.agent(source, settings.units[0])
+    agent = settings.agent(settings.split(source)[0], settings.units[0])
     with mistakes(DatasetError):
         clip_all = settings.hyperparameters.clip_all_actions
         excess = check_numbers(source.tensors, settings.spaces, clip_all_actions=clip_all)
@@ -457,8 +462,17 @@ def _closing_lines(settings: Settings, document: dict[str, Any], outcomes: Seque
             f"{settings.env}: {settings.episodes} episodes, {len(settings.seeds)} seed(s); best: of the evaluations on "
             "the way, by other episodes"
         )
+    for outcome in outcomes:
+        if outcome.held_out:
+            told = ", ".join(f"{name} {_interval(value)}" for name, value in outcome.held_out.items())
+            lines.append(f"held-out episodes, {outcome.unit.title}: {told}")
     if settings.hyperparameters.compile == "yes":
         lines.append(f"compiled in {sum(outcome.warm_up_seconds for outcome in outcomes):.1f} s in all")
     lines.append(f"policy: {document['policy']}")
     lines.append(f"learning curve: {document['learning_curve']}")
     return lines
+
+
+def _interval(criterion: dict[str, Any]) -> str:
+    low, high = criterion["confidence_95"]
+    return f"{criterion['value']:.4g} ({low:.4g} to {high:.4g})"

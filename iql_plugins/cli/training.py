@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
@@ -26,6 +27,7 @@ from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset
 from iql_plugins.data.dataset import one_line
 from iql_plugins.hookspecs import Training
+from iql_plugins.ope import Criterion, Policy, action_agreement, initial_qvalue, td_error
 from iql_plugins.plugins import AdapterNotFoundError, PluginError, host
 from iql_plugins.spaces import Spaces
 from iql_plugins.training.agent import Agent
@@ -52,6 +54,10 @@ CHECKPOINT, POLICY, BEST, METRICS = (
 PENDING = "checkpoint_pending.safetensors"
 #: The best policy is chosen by other episodes than those it is measured by: the luckiest of many is not the best.
 SELECTION_SEED = 10_000
+#: Of the policy on held-out episodes, in units of a reward, in [0, 1], and in return units.
+HELD_OUT = ("held_out_td_error", "held_out_agreement", "held_out_value")
+#: What chooses the best policy where there is no environment to play it in.
+CHOOSING = "held_out_value"
 #: Beside those after each evaluation, so that little is lost when a run is killed.
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
 SECONDS_BETWEEN_REPORTS = 0.2
@@ -96,6 +102,7 @@ class Outcome:
         steps: gradient steps that this process took, like ``seconds`` since the last end of a run that was prolonged.
         changes: of the settings while the run was interrupted: the step from which on they hold, and by name the value
             before and the one from there on.
+        held_out: the criteria of the last policy on held-out episodes, with intervals; empty without them.
     """
 
     unit: Unit
@@ -108,6 +115,7 @@ class Outcome:
     warm_up_seconds: float
     steps: int
     changes: list[dict[str, Any]]
+    held_out: dict[str, dict[str, Any]]
 
 
 def evaluation_seeds(episodes: int, first: int = 0) -> range:
@@ -158,9 +166,9 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
     _settle(folders)
     with _torch_state(settings), _quiet_agents():
-        source = settings.load(trust_pickle=trust_pickle)
+        source, held_out = settings.split(settings.load(trust_pickle=trust_pickle))
         while True:
-            trainers = [_Trainer(settings, unit, run, report, training, source) for unit in units]
+            trainers = [_Trainer(settings, unit, run, report, training, source, held_out) for unit in units]
             # Earlier releases did not save a stack as one: killed in between, its trainings have not all come as far.
             for step in sorted({trainer.first_step for trainer in trainers}):
                 _fit([trainer for trainer in trainers if trainer.first_step == step], training, source)
@@ -279,7 +287,9 @@ class _Trainer:
         report: Callable[[Progress], None],
         training: Training,
         source: Dataset,
+        held_out: TensorDictBase | None,
     ) -> None:
+        self.held_out = held_out
         self.unit, self.report, self.training = unit, report, training
         self.folder = settings.folder(run, unit)
         self.settings = settings.at(0)
@@ -300,7 +310,9 @@ class _Trainer:
             agent = self.settings.agent(source, unit)
         self.algorithm = training.from_agent(agent)
         self.first_step = agent.learner.step_count
-        self.table = _MetricsFile(self.folder / METRICS, self.first_step)
+        self.table = _MetricsFile(
+            self.folder / METRICS, self.first_step, (*(() if held_out is None else HELD_OUT), "mean_return")
+        )
         if self.first_step:
             self.state.restore_random_state(agent.device)
             self.metrics = self.table.last
@@ -342,6 +354,7 @@ class _Trainer:
             agent.learner.warm_up_seconds,
             self.steps,
             self.state.changes,
+            {name: criterion.as_dict() for name, criterion in self._criteria(agent).items()},
         )
 
     def _best(self) -> Agent:
@@ -379,12 +392,15 @@ class _Trainer:
     def _log(self, step: int, evaluates: bool) -> None:
         settings, metrics = self.settings, self.agent.learner.metrics()
         row = dict(metrics)
-        if evaluates and settings.env is not None:
-            returns = self._returns(self.agent, settings.evaluation_episodes, SELECTION_SEED)
-            row["mean_return"] = float(np.mean(returns))
-            self.state.evaluations.append((step, returns))
-            if self.state.best_step is None or row["mean_return"] > self.state.best_return:
-                self.state.best_step, self.state.best_return = step, row["mean_return"]
+        if evaluates:
+            row |= {name: criterion.value for name, criterion in self._criteria(self.agent).items()}
+            score = row.get(CHOOSING)
+            if settings.env is not None:
+                returns = self._returns(self.agent, settings.evaluation_episodes, SELECTION_SEED)
+                score = row["mean_return"] = float(np.mean(returns))
+                self.state.evaluations.append((step, returns))
+            if score is not None and (self.state.best_step is None or score > self.state.best_score):
+                self.state.best_step, self.state.best_score = step, score
         self.metrics = metrics
         self.table.append(step, row)
         for name, value in row.items():
@@ -395,6 +411,18 @@ class _Trainer:
             return []
         seeds = evaluation_seeds(episodes, first_seed)
         return [episode.total for episode in rollouts(agent.act, self.settings.env, seeds)]
+
+    def _criteria(self, agent: Agent) -> dict[str, Criterion]:
+        """Those of :data:`HELD_OUT`, which take a pass over the held-out episodes; none without them."""
+        data = self.held_out
+        if data is None:
+            return {}
+        found = (
+            td_error(agent, data),
+            action_agreement(Policy.of(agent), data, agent.spaces),
+            initial_qvalue(agent, data),
+        )
+        return dict(zip(HELD_OUT, found, strict=True))
 
     def save(self, name: str) -> None:
         """Writes a checkpoint of the agent, and of the run."""
@@ -421,7 +449,7 @@ class _State:
 
     evaluations: list[tuple[int, list[float]]] = field(default_factory=list)
     best_step: int | None = None
-    best_return: float = -math.inf
+    best_score: float = -math.inf
     random_state: dict[str, str] = field(default_factory=dict)
     #: See :class:`Outcome`.
     changes: list[dict[str, Any]] = field(default_factory=list)
@@ -433,6 +461,7 @@ class _State:
         return {
             "evaluations": [[step, returns] for step, returns in self.evaluations],
             "best_step": self.best_step,
+            "best_score": self.best_score if math.isfinite(self.best_score) else None,
             "changes": self.changes,
             "random_state": {
                 name: base64.b64encode(state.numpy().tobytes()).decode() for name, state in states.items()
@@ -445,7 +474,10 @@ class _State:
         means = {step: float(np.mean(returns)) for step, returns in evaluations}
         best = document["best_step"]
         changes = list(document.get("changes", ()))
-        return cls(evaluations, best, means.get(best, -math.inf), dict(document["random_state"]), changes)
+        # Earlier releases chose by these returns alone.
+        score = document.get("best_score")
+        score = means.get(best, -math.inf) if score is None else float(score)
+        return cls(evaluations, best, score, dict(document["random_state"]), changes)
 
     def restore_random_state(self, device: torch.device) -> None:
         states = {name: _bytes(text) for name, text in self.random_state.items()}
@@ -502,12 +534,18 @@ def _settings_of(document: Mapping[str, Any], settings: Settings) -> Settings:
 class _MetricsFile:
     """``metrics.csv``: a row at a time, without times, so that a run that was resumed has the same bytes."""
 
-    def __init__(self, path: Path, step: int) -> None:
-        """Keeps the rows up to ``step``, which a checkpoint holds; later ones are trained again."""
+    def __init__(self, path: Path, step: int, evaluated: Sequence[str]) -> None:
+        """Keeps the rows up to ``step``, which a checkpoint holds; later ones are trained again.
+
+        Args:
+            path: of the file.
+            step: gradient steps that a checkpoint holds.
+            evaluated: the last columns, which rows between evaluations leave empty.
+        """
         rows = [row for row in metrics_rows(path) if row["step"] <= step] if step else []
         last = rows[-1] if rows else {}
-        self.last = {name: value for name, value in last.items() if name not in ("step", "mean_return")}
-        self._path = path
+        self.last = {name: value for name, value in last.items() if name not in ("step", *evaluated)}
+        self._path, self._evaluated = path, evaluated
         self._columns: list[str] = []
         if rows:
             with path.open(newline="") as file:
@@ -528,7 +566,7 @@ class _MetricsFile:
     def append(self, step: int, row: Mapping[str, float]) -> None:
         with checkpoint.naming(self._path):
             if not self._columns:
-                self._columns = ["step", *(name for name in row if name != "mean_return"), "mean_return"]
+                self._columns = ["step", *(name for name in row if name not in self._evaluated), *self._evaluated]
                 self._write(self._columns)
             self._write([step, *(row.get(name, "") for name in self._columns[1:])])
             self._file.flush()

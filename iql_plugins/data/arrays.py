@@ -236,6 +236,7 @@ class Transitions:
             both=len(both),
             both_row=int(both[0]) if len(both) else None,
             spaces=self.spaces,
+            rows=torch.from_numpy(kept) if len(kept) < rows else None,
         )
 
     def _valid(self, rows: int) -> Array:

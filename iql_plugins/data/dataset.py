@@ -76,6 +76,7 @@ class Dataset:
         both_row: the first of them, as a row of the source.
         timeouts_recorded: whether the source keeps time-outs apart from terminals at all.
         provenance: how it was made, as JSON values, where the source says so. It is a stranger's word.
+        rows: ``[N]`` int64, the source's row of each transition; None where they are all of them, in its order.
     """
 
     tensors: TensorDictBase
@@ -87,6 +88,7 @@ class Dataset:
     both_row: int | None = None
     timeouts_recorded: bool = True
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    rows: Tensor | None = None
 
     @cached_property
     def sha256(self) -> str:

@@ -1,5 +1,7 @@
 """Where the episodes of a dataset end, how long they are, and what they return."""
 
+import hashlib
+
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from iql_plugins.data.dataset import DONE, REWARD
 from iql_plugins.data.summary import CHUNK
 
-__all__ = ["episode_ends", "episode_lengths", "episode_numbers", "episode_returns"]
+__all__ = ["episode_ends", "episode_lengths", "episode_numbers", "episode_returns", "held_out"]
 
 
 def episode_ends(dataset: TensorDictBase) -> Tensor:
@@ -69,3 +71,32 @@ def episode_returns(dataset: TensorDictBase) -> Tensor:
         rows = torch.arange(start, start + len(piece), device="cpu")
         sums.index_add_(0, torch.searchsorted(ends, rows), piece)
     return sums
+
+
+def held_out(dataset: TensorDictBase, share: float, seed: int = 0) -> Tensor:
+    """Which transitions are of the episodes that a training leaves aside.
+
+    Of the same data these are the same ones for a share and a seed, everywhere and in every release.
+
+    Args:
+        dataset: see :func:`episode_ends`.
+        share: of the episodes, in (0, 1), rounded; at least one, and not all.
+        seed: of their choice.
+
+    Returns:
+        ``[N]`` bool, on the CPU.
+
+    Raises:
+        ValueError: for a dataset of a single episode.
+    """
+    numbers = episode_numbers(dataset)
+    count = int(numbers[-1]) + 1
+    if count < 2:
+        raise ValueError("holding out episodes needs at least two of them, the dataset is a single one")
+
+    def place(episode: int) -> bytes:
+        # A generator's draws may be other ones in its library's next release.
+        return hashlib.sha256(f"{seed} {episode}".encode()).digest()
+
+    aside = sorted(range(count), key=place)[: min(max(round(share * count), 1), count - 1)]
+    return torch.isin(numbers, torch.tensor(aside, device="cpu"))

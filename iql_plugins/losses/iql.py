@@ -3,7 +3,7 @@ r"""The losses of Implicit Q-Learning over networks, for continuous and for disc
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -23,7 +23,23 @@ from iql_plugins.losses.torchrl_contract import ScalarOutputMode, in_keys_of
 from iql_plugins.networks.distributions import at_least_float32
 from iql_plugins.ranges import target_share
 
-__all__ = ["DiscreteIQLLoss", "IQLLoss"]
+__all__ = ["DiscreteIQLLoss", "IQLLoss", "Labels"]
+
+
+class Labels(NamedTuple):
+    """What a transition is worth to the policy's loss.
+
+    Attributes:
+        value: ``[*B]`` V(s), in the units of the rewards that the critics learn.
+        qvalue: ``[*B]`` min Q(s, a) of the target critics.
+        advantage: ``[*B]`` their difference.
+        weight: ``[*B]`` of the action's log-likelihood; 1 for an extraction that weighs none.
+    """
+
+    value: Tensor
+    qvalue: Tensor
+    advantage: Tensor
+    weight: Tensor
 
 
 class IQLLoss(NetworkQuantities):
@@ -246,6 +262,19 @@ class IQLLoss(NetworkQuantities):
         keys = [*in_keys_of(self.qvalue_network), self._tensor_keys.action]
         batch = self._reader.read(self._source(tensordict, {}), keys)
         return self._q(batch, batch.shape)
+
+    @torch.no_grad()
+    def labels(self, tensordict: TensorDictBase) -> Labels:
+        """What the policy's loss makes of each transition, in eval or training mode as the loss is, without gradient.
+
+        Args:
+            tensordict: observations and actions by the key layout; nothing is written into it.
+        """
+        keys = [*in_keys_of(self.qvalue_network), *in_keys_of(self.value_network), self._tensor_keys.action]
+        of = self._quantities(tensordict, {}, keys)
+        value, advantage = of.value, of.advantage
+        weight = of.weight if policy_extraction(self.policy_extraction).weighs else torch.ones_like(value)
+        return Labels(value, functional.minimum_over_critics(of.target_q), advantage, weight)
 
     @torch.no_grad()
     def health(self, tensordict: TensorDictBase | None = None, **tensors: Tensor) -> functional.Health:

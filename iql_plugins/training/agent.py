@@ -13,6 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import InteractionType, set_interaction_type
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
+from torch.distributions import AffineTransform, Distribution, TransformedDistribution
 from torch.optim import Optimizer
 
 from iql_plugins import checkpoint
@@ -33,7 +34,7 @@ from iql_plugins.spaces import Box, Discrete, Space, Spaces
 from iql_plugins.training.gradients import compiler_available
 from iql_plugins.training.learner import Groups, Learner, adam, resolve_compile
 
-__all__ = ["Agent", "Observation", "assemble_loss", "build_loss"]
+__all__ = ["Agent", "Observation", "assemble_loss", "build_loss", "seeded_loss"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -41,7 +42,12 @@ _LOGGER = logging.getLogger(__name__)
 Observation = Tensor | np.ndarray[Any, Any] | int | Mapping[str, "Tensor | np.ndarray[Any, Any] | int"]
 
 
-def build_loss(spaces: Spaces, config: IQLConfig) -> IQLLoss:
+#: The classes of a loss for continuous and for discrete actions.
+Losses = tuple[type[IQLLoss], type[DiscreteIQLLoss]]
+_IQL: Losses = (IQLLoss, DiscreteIQLLoss)
+
+
+def build_loss(spaces: Spaces, config: IQLConfig, losses: Losses = _IQL) -> IQLLoss:
     """The loss over the paper's networks for an environment; weights from torch's random state.
 
     Vectors go straight into the perceptrons of :mod:`iql_plugins.networks`; each network has an encoder of its own
@@ -50,6 +56,7 @@ def build_loss(spaces: Spaces, config: IQLConfig) -> IQLLoss:
     Args:
         spaces: of the environment.
         config: the hyper-parameters.
+        losses: the classes to take one of.
 
     Raises:
         ValueError: for spaces that the default networks do not take.
@@ -65,7 +72,7 @@ def build_loss(spaces: Spaces, config: IQLConfig) -> IQLLoss:
     actor, [qvalue], value = networks_for(
         spaces.action, options, dropout=config.actor_dropout, squashed=config.squashed
     )
-    return assemble_loss(config, actor, qvalue, value, discrete=spaces.discrete)
+    return assemble_loss(config, actor, qvalue, value, discrete=spaces.discrete, losses=losses)
 
 
 def assemble_loss(
@@ -76,6 +83,7 @@ def assemble_loss(
     *,
     discrete: bool,
     separate_losses: bool = False,
+    losses: Losses = _IQL,
 ) -> IQLLoss:
     """The loss of a configuration over networks of your own.
 
@@ -87,16 +95,18 @@ def assemble_loss(
         discrete: whether actions are discrete, and written as integers.
         separate_losses: whether parameters that networks share are trained by one loss only, see
             :class:`~iql_plugins.IQLLoss`.
+        losses: as in :func:`build_loss`.
     """
     shared: dict[str, Any] = {
         "separate_losses": separate_losses,
         "num_qvalue_nets": config.n_critics,
         **config.of("loss"),
     }
+    continuous_loss, discrete_loss = losses
     loss = (
-        DiscreteIQLLoss(actor, qvalue, value, action_space="categorical", **shared)
+        discrete_loss(actor, qvalue, value, action_space="categorical", **shared)
         if discrete
-        else IQLLoss(actor, qvalue, value, **shared)
+        else continuous_loss(actor, qvalue, value, **shared)
     )
     return loss.make_value_estimator(ValueEstimators.TD0, gamma=config.discount)
 
@@ -139,7 +149,7 @@ class Agent:
     ) -> None:
         if loss is None:
             with WeightLimit.of_memory():
-                loss = _seeded_loss(spaces, config, seed).to(torch.device(device))
+                loss = seeded_loss(spaces, config, seed).to(torch.device(device))
         for name, value in _hyperparameters(loss).items():
             if not _equal(value, getattr(config, name)):
                 raise ValueError(
@@ -267,6 +277,29 @@ class Agent:
         array = action.cpu().numpy()
         return array if array.ndim else array.item()
 
+    @torch.no_grad()
+    def distribution(self, observation: Any) -> Distribution:
+        """The policy's distribution over actions: continuous ones in the environment's units, discrete ones from 0 on.
+
+        Args:
+            observation: a batch, as :meth:`act` takes it.
+
+        Returns:
+            Of batch shape ``[B]``; of continuous actions densities are those per unit of the environment's.
+
+        Raises:
+            ValueError, KeyError: as :meth:`act`.
+        """
+        inputs, _, _ = self._inputs(observation)
+        actor = self.loss.actor_network
+        with calls.evaluation_mode(actor):
+            policy: Distribution = calls.distribution(actor, inputs, next(iter(inputs.values())).shape[:1])
+        if self.spaces.discrete:
+            return policy
+        low, high = self.normalizers.get_buffer("action_low"), self.normalizers.get_buffer("action_high")
+        half = (high - low) / 2
+        return TransformedDistribution(policy, [AffineTransform(low + half, half, event_dim=1)], validate_args=False)
+
     def _inputs(self, observation: Any) -> tuple[dict[NestedKey, Tensor], bool, bool]:
         """Normalised observations with a batch dimension; whether they had one; whether they were NumPy's."""
         spaces = self.spaces.observations
@@ -393,7 +426,7 @@ class Agent:
             if loss is None:
                 limit = WeightLimit.of_file(sum(tensor.nbytes for tensor in tensors.values()))
                 with limit, uninitialized():
-                    loss = _seeded_loss(spaces, config, seed=0)
+                    loss = seeded_loss(spaces, config, seed=0)
                 loss.to(device, _dtype(_of_networks(parts["loss"])))
             _check_dtypes(name, _of_networks(parts["loss"]), loss)
             learner = Learner.from_config(loss, config, seed=0, make_optimizers=make_optimizers)
@@ -490,13 +523,14 @@ def _equal(value: Any, other: Any) -> bool:
     return math.isclose(value, other, rel_tol=1e-6) if numbers else value == other
 
 
-def _seeded_loss(spaces: Spaces, config: IQLConfig, seed: int | None) -> IQLLoss:
+def seeded_loss(spaces: Spaces, config: IQLConfig, seed: int | None, losses: Losses = _IQL) -> IQLLoss:
+    """:func:`build_loss`, on the CPU and with weights from a seed; None draws from torch's random state."""
     if seed is None:
-        return build_loss(spaces, config)
+        return build_loss(spaces, config, losses)
     # The caller's random state is his own. Weights are drawn on the CPU, the same ones for every device.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
-        return build_loss(spaces, config)
+        return build_loss(spaces, config, losses)
 
 
 def _structure(network: nn.Module) -> tuple[object, ...]:

@@ -21,13 +21,14 @@ import torch
 from processes import alive, assert_all_end
 from requirements import data_of_others, needs_compiler, needs_proc
 
-from iql_plugins import checkpoint
+from iql_plugins import checkpoint, load_dataset, ope
 from iql_plugins.cli import main, train, training, workers
 from iql_plugins.cli.errors import UserError
 from iql_plugins.cli.output import Result
 from iql_plugins.cli.settings import CHANGEABLE, Settings, Unit, available_cores
 from iql_plugins.cli.training import SELECTION_SEED, adapter_training, metrics_rows
 from iql_plugins.config import IQLConfig
+from iql_plugins.data.episodes import episode_ends, held_out
 from iql_plugins.spaces import Box, Discrete, Spaces
 from iql_plugins.training.agent import Agent
 
@@ -256,6 +257,68 @@ def test_without_an_environment_there_are_losses_and_no_evaluations(run: Run, tm
     assert (tmp_path / "run" / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "run" / "policy_best.safetensors").exists()
     assert run("evaluate", "run")[0] == 2
+
+
+def test_held_out_episodes_are_left_aside_and_judge_the_policies(run: Run, tmp_path: Path) -> None:
+    status, out, _ = run("train", *SMALL, "--hold-out", "0.1", "--normalize-observations", "--run-dir", "run")
+    assert status == 0
+    assert "held-out episodes, IQL, seed 0: held_out_td_error" in out
+    source = load_dataset("pendulum-v1-sac")
+    aside = held_out(source, 0.1)
+    assert int(aside.sum()) == 2000
+    assert int((episode_ends(source)[None] == aside.nonzero()).sum()) == 10
+    assert not torch.equal(aside, held_out(source, 0.1, seed=1))
+    agent = Agent.load("run/policy.safetensors")
+    trained_on = source[~aside]["observation"].double()
+    torch.testing.assert_close(agent.normalizers.get_buffer("mean_0").double(), trained_on.mean(0), atol=1e-6, rtol=0.0)
+    rows = metrics_rows(tmp_path / "run" / "metrics.csv")
+    assert ["held_out_value" in row for row in rows] == [False, True, False, True]
+    [unit] = json.loads((tmp_path / "run" / "results.json").read_text())["by_seed"]
+    for name, criterion in {
+        "held_out_td_error": ope.td_error(agent, source[aside]),
+        "held_out_agreement": ope.action_agreement(ope.Policy.of(agent), source[aside], agent.spaces),
+        "held_out_value": ope.initial_qvalue(agent, source[aside]),
+    }.items():
+        assert unit["held_out"][name]["value"] == pytest.approx(criterion.value, rel=1e-5)
+        assert rows[-1][name] == pytest.approx(criterion.value, rel=1e-5)
+
+
+def test_a_run_with_held_out_episodes_goes_on_bit_for_bit(
+    run: Run, stop_at: Callable[[int], None], tmp_path: Path
+) -> None:
+    given = [*SMALL, "--hold-out", "0.1"]
+    assert run("train", *given, "--run-dir", "whole")[0] == 0
+    stop_at(30)
+    assert run("train", *given, "--run-dir", "stopped")[0] == 130
+    assert run("train", "--resume", "stopped", *AGAIN)[0] == 0
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_without_an_environment_held_out_episodes_choose_the_best_policy(run: Run, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data.npz")
+    options = [*TINY, "--baseline", "none", "--dataset", dataset, "--hold-out", "0.2"]
+    assert run("train", *options, "--run-dir", "run")[0] == 0
+    rows = [row for row in metrics_rows(tmp_path / "run" / "metrics.csv") if "held_out_value" in row]
+    best = max(rows, key=lambda row: row["held_out_value"])
+    assert Agent.load("run/policy_best.safetensors").learner.step_count == best["step"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--hold-out", "1.0"], "--hold-out must be a share of the episodes, in [0, 1), got 1.0"),
+        (["--hold-out", "0.1", "--memmap-dir", "mapped"], "leave out --memmap-dir"),
+        (["--hold-out", "0.1", "--dataset", "one.npz"], "at least two"),
+    ],
+)
+def test_episodes_that_cannot_be_held_out_are_a_mistake(
+    options: list[str], expected: str, run: Run, tmp_path: Path
+) -> None:
+    write_dataset(tmp_path / "one.npz", terminals=np.zeros(40))
+    status, _, err = run("train", *TINY, "--baseline", "none", *options, "--run-dir", "run")
+    assert status == 2
+    assert expected in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_discrete_actions_train_to_the_end(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,329 @@
+r"""What can be said of a policy without its environment; each with an interval over episodes, in return units.
+
+Values of states are discounted returns from an episode's first state on. Which of these tell good policies from bad
+ones depends on the data: see ``examples/choosing_a_policy.md``.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+
+from iql_plugins.data.dataset import REWARD, TERMINATED
+from iql_plugins.data.episodes import episode_ends, episode_lengths
+from iql_plugins.data.normalizers import CHUNK
+from iql_plugins.networks import calls
+from iql_plugins.ope import estimators
+from iql_plugins.ope.estimators import Array, ImportanceSampled
+from iql_plugins.ope.intervals import Criterion
+from iql_plugins.ope.policies import Policy, actions, log_probabilities, observations
+from iql_plugins.spaces import Box
+from iql_plugins.training.agent import Agent
+
+__all__ = [
+    "action_agreement",
+    "batches",
+    "discounted_returns",
+    "doubly_robust_value",
+    "fitted_value",
+    "importance_sampled_value",
+    "initial_qvalue",
+    "initial_value",
+    "td_error",
+]
+
+#: Of continuous policies' actions, to average Q over: already a single one would leave the estimate unbiased.
+DRAWS = 4
+
+
+def discounted_returns(dataset: TensorDictBase, discount: float) -> Array:
+    r"""What the data's own behaviour returned in each episode, :math:`\sum_t \gamma^t r_t`.
+
+    Rewards 1, 2 and 4 at a discount of 0.5: 1 + 1 + 1 = 3. What comes after a time limit counts as 0.
+
+    Args:
+        dataset: see :func:`initial_value`.
+        discount: γ.
+
+    Returns:
+        ``[E]`` in return units.
+    """
+    rewards = _numbers(dataset.get(REWARD).reshape(-1)).astype(np.float64)
+    table = estimators.padded(rewards, _numbers(episode_lengths(dataset)))
+    returns: Array = table @ estimators.powers(discount, table.shape[1])
+    return returns
+
+
+def initial_value(agent: Agent, dataset: TensorDictBase) -> Criterion:
+    r"""The value of initial states under the agent's own V.
+
+    .. math:: \frac1E \sum_i V(s_{i0})
+
+    V is what the data's better actions return, not what the policy does: Paine et al. 2020 (arXiv:2007.09055) found
+    such values too high, the more the worse the critics. Rewards that were scaled and shifted are undone, see
+    :func:`~iql_plugins.ope.estimators.return_units`.
+
+    With V(s) of 3 and 5 in two first states, and rewards that were doubled: (3 / 2 + 5 / 2) / 2 = 2.
+
+    Args:
+        agent: of any adapter.
+        dataset: batch size ``[N]``, by the key layout, in the environment's units; episode after episode.
+    """
+    first = _first_states(dataset)
+    values = torch.cat([agent.loss.labels(batch).value for batch in batches(agent, first)])
+    return Criterion.mean(_undone(agent, values, _lengths(agent, dataset)))
+
+
+def initial_qvalue(agent: Agent, dataset: TensorDictBase, policy: Policy | None = None) -> Criterion:
+    r"""The value of initial states under the agent's own critics, of the policy's actions.
+
+    .. math:: \frac1E \sum_i \min_j Q_j(s_{i0}, \pi(s_{i0}))
+
+    As :func:`initial_value`, of which it has the units and the limits; min Q of 4 and 6, with rewards that were
+    doubled: (4 / 2 + 6 / 2) / 2 = 2.5.
+
+    Args:
+        agent: of any adapter.
+        dataset: see :func:`initial_value`.
+        policy: whose actions; None takes the agent's.
+    """
+    first = _first_states(dataset)
+    values = _policy_qvalues(agent, first, policy or Policy.of(agent))
+    return Criterion.mean(_undone(agent, values.amin(0), _lengths(agent, dataset)))
+
+
+def fitted_value(evaluators: Sequence[Agent], dataset: TensorDictBase, policy: Policy) -> Criterion:
+    r"""The value of initial states under critics that were fitted to the policy, the mean over their seeds.
+
+    .. math:: \frac1{SE} \sum_{k,i} Q^\pi_k(s_{i0}, \pi(s_{i0}))
+
+    Le et al. 2019 (arXiv:1903.08738). The interval is over seeds and episodes: it knows what chance does, and not what
+    the critics do not know of actions that the data do not have.
+
+    Two seeds that say 1 and 3 of the first state, 2 and 4 of the second: 2.5.
+
+    Args:
+        evaluators: of :func:`~iql_plugins.ope.fqe.fitted_q_evaluation`.
+        dataset: see :func:`initial_value`.
+        policy: the one that they were fitted to.
+    """
+    first = _first_states(dataset)
+    taken = actions(policy, first, evaluators[0].spaces.action)
+    rows = [_undone(agent, _expected_qvalues(agent, first, taken).mean(0), np.zeros(1)) for agent in evaluators]
+    return Criterion.mean(np.stack(rows))
+
+
+def td_error(agent: Agent, dataset: TensorDictBase) -> Criterion:
+    r"""How far the agent's critics are from their own targets, on transitions that they may not have seen.
+
+    .. math:: \frac1E \sum_i \frac1{T_i} \sum_t \big|Q(s_t, a_t) - y_t\big|, \quad
+        y_t = r_t + \gamma (1 - \text{terminated}_t) V(s_{t+1})
+
+    The mean over critics, in the units of a reward. Zhang and Jiang 2021 (arXiv:2110.14000): a small one can be had by
+    critics that are wrong together, of policies that do nothing.
+
+    Errors of 1 and 3 in one episode, and 4 in another: (2 + 4) / 2 = 3.
+
+    Args:
+        agent: of any adapter.
+        dataset: see :func:`initial_value`.
+    """
+    errors = []
+    for batch in batches(agent, dataset):
+        _, metadata = agent.loss.qvalue_loss(batch)
+        errors.append(metadata["td_error"].sqrt().mean(0))
+    scale = float(agent.normalizers.get_buffer("reward_scale"))
+    return Criterion.mean(_by_episode(_numbers(torch.cat(errors)) / scale, dataset))
+
+
+def action_agreement(policy: Policy, dataset: TensorDictBase, spaces: Any) -> Criterion:
+    r"""How close the policy's actions are to the dataset's, :func:`~iql_plugins.ope.estimators.agreement`.
+
+    .. math:: \frac1E \sum_i \frac1{T_i} \sum_t \text{agreement}\big(a_t, \pi(s_t)\big)
+
+    In [0, 1]. What is unlike the data is what no criterion here can judge well; it says nothing of returns.
+
+    Three of four actions of one episode, and one of two of another: (0.75 + 0.5) / 2 = 0.625.
+
+    Args:
+        policy: any.
+        dataset: see :func:`initial_value`.
+        spaces: of the environment, with bounds of actions.
+    """
+    taken, space = actions(policy, dataset, spaces.action), spaces.action
+    given = dataset.get("action").cpu().numpy()
+    if isinstance(space, Box):
+        low, high = np.array(space.low), np.array(space.high)
+        alike = estimators.agreement(given.clip(low, high), taken.clip(low, high), high - low)
+    else:
+        alike = estimators.agreement(given.reshape(-1) - space.start, taken, None)
+    return Criterion.mean(_by_episode(alike, dataset))
+
+
+def importance_sampled_value(
+    policy: Policy, behaviour: Policy | Array, dataset: TensorDictBase, spaces: Any, discount: float
+) -> Criterion:
+    """Per-decision weighted importance sampling, :func:`~iql_plugins.ope.estimators.weighted_importance_sampling`.
+
+    Of the policy's distribution, not of its likeliest actions: the two differ where it is not sure. Look at
+    ``effective_episodes``: for long episodes it is near 1 unless the policy is close to the behaviour.
+
+    Args:
+        policy: with a distribution.
+        behaviour: that of the data: a policy with a distribution, as it is known or cloned
+            (:func:`~iql_plugins.ope.fqe.cloned_behaviour`); or ``[N]`` log-probabilities that were recorded.
+        dataset: see :func:`initial_value`.
+        spaces: of the environment.
+        discount: γ.
+
+    Raises:
+        ValueError: for a policy without a distribution.
+    """
+    episodes = _importance_sampled(policy, behaviour, dataset, spaces)
+
+    def statistic(drawn: Array) -> Any:
+        return estimators.weighted_importance_sampling(episodes, discount, _counts(drawn))
+
+    effective = estimators.effective_episodes(episodes.log_ratios)
+    return Criterion.of(statistic, [len(episodes.rewards)], effective)
+
+
+def doubly_robust_value(
+    policy: Policy, behaviour: Policy | Array, evaluators: Sequence[Agent], dataset: TensorDictBase, discount: float
+) -> Criterion:
+    """Weighted doubly robust, :func:`~iql_plugins.ope.estimators.doubly_robust`, over the mean of fitted critics.
+
+    The value V(s) is what the policy's distribution expects of Q(s, ·): all discrete actions, or 4 draws of continuous
+    ones.
+
+    Args:
+        policy: see :func:`importance_sampled_value`.
+        behaviour: likewise.
+        evaluators: of :func:`~iql_plugins.ope.fqe.fitted_q_evaluation`.
+        dataset: see :func:`initial_value`.
+        discount: γ, that of the evaluators.
+
+    Raises:
+        ValueError: for a policy without a distribution.
+    """
+    spaces = evaluators[0].spaces
+    episodes = _importance_sampled(policy, behaviour, dataset, spaces)
+    lengths = _numbers(episode_lengths(dataset))
+
+    def mean(values: Sequence[Tensor]) -> Array:
+        by_seed = [_undone(agent, value.mean(0), np.zeros(1)) for agent, value in zip(evaluators, values, strict=True)]
+        total: Array = np.mean(by_seed, axis=0)
+        return total
+
+    of_data = mean([_qvalues(agent, dataset, dataset.get("action")) for agent in evaluators])
+    values, following = (
+        mean([_distribution_qvalues(agent, dataset, policy, following=behind) for agent in evaluators])
+        for behind in (False, True)
+    )
+    following = following * ~_numbers(dataset.get(TERMINATED).reshape(-1))
+    q, v, after = (estimators.padded(part, lengths) for part in (of_data, values, following))
+
+    def statistic(drawn: Array) -> Any:
+        return estimators.doubly_robust(episodes, q, v, after, discount, _counts(drawn))
+
+    effective = estimators.effective_episodes(episodes.log_ratios)
+    return Criterion.of(statistic, [len(lengths)], effective)
+
+
+def _importance_sampled(
+    policy: Policy, behaviour: Policy | Array, dataset: TensorDictBase, spaces: Any
+) -> ImportanceSampled:
+    lengths = _numbers(episode_lengths(dataset))
+    known = behaviour if isinstance(behaviour, np.ndarray) else log_probabilities(behaviour, dataset, spaces.action)
+    if known.shape != (len(dataset),) or not np.isfinite(known).all():
+        raise ValueError(
+            f"the behaviour's log-probabilities of its own actions must be {len(dataset)} finite numbers, "
+            f"got shape {known.shape}"
+        )
+    ratios = log_probabilities(policy, dataset, spaces.action) - known
+    rewards = _numbers(dataset.get(REWARD).reshape(-1))
+    return ImportanceSampled(estimators.padded(ratios, lengths), estimators.padded(rewards, lengths))
+
+
+def _counts(drawn: Array) -> Array:
+    """``[*D, E]`` how often each of E episodes was drawn."""
+    size = drawn.shape[-1]
+    rows = drawn.reshape(-1, size) + size * np.arange(drawn.size // size)[:, None]
+    return np.bincount(rows.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
+
+
+def _first_states(dataset: TensorDictBase) -> TensorDictBase:
+    """The first transition of each episode."""
+    ends = episode_ends(dataset)
+    return dataset[ends - episode_lengths(dataset) + 1]
+
+
+def _lengths(agent: Agent, dataset: TensorDictBase) -> Array:
+    ends = episode_ends(dataset)
+    terminated = _numbers(dataset.get(TERMINATED).reshape(-1).cpu()[ends])
+    return estimators.discounted_length(_numbers(episode_lengths(dataset)), terminated, agent.config.discount)
+
+
+def _undone(agent: Agent, values: Tensor, lengths: Array) -> Array:
+    """Values as the critics learn them in return units."""
+    scale, shift = (float(agent.normalizers.get_buffer(f"reward_{name}")) for name in ("scale", "shift"))
+    return estimators.return_units(_numbers(values).astype(np.float64), scale, shift, lengths)
+
+
+def _by_episode(values: Array, dataset: TensorDictBase) -> Array:
+    """``[E]`` means of one value a transition."""
+    lengths = _numbers(episode_lengths(dataset))
+    sums: Array = np.add.reduceat(values.astype(np.float64), np.cumsum(lengths) - lengths)
+    return sums / lengths
+
+
+def batches(agent: Agent, dataset: TensorDictBase) -> Iterator[TensorDictBase]:
+    """A dataset in the networks' units, so much at a time; networks are in evaluation mode meanwhile."""
+    with calls.evaluation_mode(agent.loss), torch.no_grad():
+        for start in range(0, len(dataset), CHUNK):
+            piece = dataset[start : start + CHUNK].select(*agent.loss.accepted_keys, strict=False)
+            yield agent.normalizers(piece.to(agent.device))
+
+
+def _qvalues(agent: Agent, states: TensorDictBase, action: Tensor) -> Tensor:
+    """``[N, B]`` Q(s, a) of each critic, for actions in the environment's units."""
+    asked = TensorDict({"observation": states.get("observation"), "action": action}, [len(states)])
+    return torch.cat([agent.loss.qvalues(batch) for batch in batches(agent, asked)], 1)
+
+
+def _expected_qvalues(agent: Agent, states: TensorDictBase, taken: Array) -> Tensor:
+    """``[N, B]`` Q(s, π(s)), for what :func:`~iql_plugins.ope.policies.actions` returns."""
+    space = agent.spaces.action
+    chances = torch.as_tensor(taken, dtype=torch.get_default_dtype(), device=agent.device)
+    if isinstance(space, Box):
+        return _qvalues(agent, states, chances)
+    one = torch.ones(len(states), 1, dtype=torch.int64, device=chances.device)
+    by_action = [_qvalues(agent, states, (space.start + index) * one) for index in range(space.n)]
+    return (torch.stack(by_action, -1) * chances).sum(-1)
+
+
+def _policy_qvalues(agent: Agent, states: TensorDictBase, policy: Policy) -> Tensor:
+    return _expected_qvalues(agent, states, actions(policy, states, agent.spaces.action))
+
+
+def _distribution_qvalues(agent: Agent, dataset: TensorDictBase, policy: Policy, *, following: bool) -> Tensor:
+    """``[N, B]`` what a policy's distribution expects of Q in the states of a dataset, or in the next ones."""
+    seen = dataset.get(("next", "observation") if following else "observation")
+    states = TensorDict({"observation": seen}, [len(dataset)])
+    assert policy.distribution is not None
+    distributions: list[Any] = [policy.distribution(piece) for _, piece in observations(dataset, following=following)]
+    if agent.spaces.discrete:
+        taken = np.concatenate([_numbers(each.probs) for each in distributions])
+        return _expected_qvalues(agent, states, taken)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        draws = [torch.cat([each.sample() for each in distributions]) for _ in range(DRAWS)]
+    return torch.stack([_qvalues(agent, states, draw) for draw in draws]).mean(0)
+
+
+def _numbers(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().cpu().numpy()
+    return array
