@@ -11,11 +11,15 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.optim import Optimizer
+from torch.optim import optimizer as optimizer_module
 
 __all__ = [
+    "add_to_all",
     "assert_on_device",
     "compile_graph",
     "copy_all",
+    "fused_kernel",
     "has_triton",
     "host_compilers",
     "in_transform",
@@ -86,6 +90,31 @@ def lerp_all(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float
     else:
         for target, source in zip(targets, sources, strict=True):
             target.lerp_(source, weight)
+
+
+def fused_kernel(optimizer: Optimizer) -> Callable[..., None] | None:
+    """The kernel of torch's fused Adam; None where there is none, or ``step()`` has more to do than to call it.
+
+    Hooks are run by ``step()``; torch's schedules put a ``step`` of their own into the optimiser, gradient scalers a
+    factor.
+    """
+    names = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    own = vars(optimizer)
+    unknown: Any = True  # what cannot be looked up may be there
+    hooks = [own.get(name, unknown) for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")]
+    hooks += [getattr(optimizer_module, name, unknown) for name in names]
+    if any(hooks) or any(name in own for name in ("step", "grad_scale", "found_inf")):
+        return None
+    return getattr(torch, "_fused_adam_", None)
+
+
+def add_to_all(tensors: Sequence[Tensor], number: float) -> None:
+    """Adds a number to each, all in one kernel."""
+    if hasattr(torch, "_foreach_add_"):
+        torch._foreach_add_(list(tensors), number)
+    else:
+        for tensor in tensors:
+            tensor.add_(number)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

@@ -19,6 +19,7 @@ from iql_plugins.networks import calls
 from iql_plugins.training.cuda_graph import CapturedStep
 from iql_plugins.training.gradients import OUTPUTS, LossGradients, compiler_available
 from iql_plugins.training.health import HealthWarning, Looks, health_warnings
+from iql_plugins.training.optimizers import take_step
 from iql_plugins.training.rates import Rate, Rates
 
 __all__ = ["DivergenceError", "Groups", "Learner", "adam", "cosine_decay", "resolve_compile", "schedule_factor"]
@@ -333,7 +334,7 @@ class Learner:
             for network in self._rates.trained:
                 nn.utils.clip_grad_norm_(self._rates.group(network)["params"], self.max_grad_norm)
         for optimizer in self.optimizers:
-            optimizer.step()
+            take_step(optimizer)
             if self._drops_gradients:
                 optimizer.zero_grad()
         self.target_updater.step()

@@ -19,6 +19,7 @@ from iql_plugins import _compat
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.gradients import Graph, compiled, slots, traced
 from iql_plugins.training.learner import STEPS_BETWEEN_CHECKS, schedule_factor
+from iql_plugins.training.optimizers import take_step
 
 __all__ = ["fit_together"]
 
@@ -142,7 +143,7 @@ class _Population:
                 _set_rate(group, rate)
                 for learner in self.learners:
                     learner.show_learning_rate("actor", rate)
-        self._optimizer.step()
+        take_step(self._optimizer)
         if not self._bound:
             self._bind_optimizers()
         if self._targets:
