@@ -14,7 +14,7 @@ from torch import Tensor
 
 from iql_plugins.data.dataset import REWARD, TERMINATED
 from iql_plugins.data.episodes import episode_ends, episode_lengths
-from iql_plugins.data.normalizers import CHUNK
+from iql_plugins.data.summary import CHUNK
 from iql_plugins.networks import calls
 from iql_plugins.ope import estimators
 from iql_plugins.ope.estimators import Array, ImportanceSampled

@@ -9,7 +9,7 @@ import torch
 from tensordict import TensorDictBase
 from torch.distributions import Distribution
 
-from iql_plugins.data.normalizers import CHUNK
+from iql_plugins.data.summary import CHUNK
 from iql_plugins.ope.estimators import Array
 from iql_plugins.spaces import Box, Space
 from iql_plugins.training.agent import Agent

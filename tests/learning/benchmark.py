@@ -2,14 +2,18 @@
 
 From the repository's root, after the README's installation; goes on where it was stopped::
 
-    python tests/learning/benchmark.py run --tasks cartpole-mixed --methods BC "IQL (tensor)" --seeds 5
+    python tests/learning/benchmark.py run --tasks halfcheetah-medium --methods BC "IQL (tensor)" --seeds 5
     python tests/learning/benchmark.py table     # needs pip install rliable
 
-All methods get the same rows, normalised beforehand (observations standardised, actions in [-1, 1], rewards over the
-range of the returns), the same networks (two hidden layers of 256), batches of 256, rates of 3e-4 without a schedule,
-and the same gradient steps. What counts is the last policy, over 20 episodes that start the same for every method.
-``results/benchmark/TASK.json`` has the returns, the curve and the versions of each row. Datasets are made by
-``iql-plugins make-dataset`` in the folder that ``--made`` names, or are those of others in ``--data``.
+A million steps on HalfCheetah, three seeds, hours each::
+
+    python tests/learning/benchmark.py run --tasks halfcheetah-medium-1m --methods "IQL (tensor)" --seeds 3
+
+All methods get the same rows, normalised beforehand (observations standardised, actions in [-1, 1], rewards by the
+task's scale), the same networks, batches of 256, rates of 3e-4 without a schedule, and the same gradient steps; those
+that vary one of these say so by their name. What counts is the last policy, over 20 episodes that start the same for
+every method. ``results/benchmark/TASK.json`` has the returns, the curve and the versions of each row. Datasets are made
+by ``iql-plugins make-dataset`` in the folder that ``--made`` names, or are those of others in ``--data``.
 """
 
 import contextlib
@@ -18,7 +22,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,8 +39,8 @@ from iql_plugins.cli import main as command_line
 from iql_plugins.cli.rollouts import environment_spaces, rollouts
 from iql_plugins.cli.settings import versions
 from iql_plugins.cli.training import adapter_training
-from iql_plugins.config import IQLConfig
-from iql_plugins.data.episodes import episode_lengths, episode_returns
+from iql_plugins.config import IQLConfig, preset
+from iql_plugins.data.episodes import episode_lengths
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import Agent
@@ -57,38 +61,69 @@ class Task:
 
     Attributes:
         dataset: a recipe of ``make-dataset``, or a file of others.
+        scale: the returns of the scores 0 and 100.
         env: gymnasium's id; None takes the dataset's.
         n_steps: gradient steps of every method.
-        config: hyper-parameters of IQL that are not the paper's for locomotion.
+        hidden: units of each of two hidden layers.
+        preset: of IQL's hyper-parameters, and of its relatives'.
+        config: what differs from the preset.
         discrete: whether actions are.
+        cut_at_success: whether each row at the goal is an episode of its own, so that no episode is a good one.
     """
 
     dataset: str
+    scale: tuple[float, float]
     env: str | None = None
     n_steps: int = 30_000
-    config: dict[str, Any] = field(default_factory=dict)
+    hidden: int = 256
+    preset: str = "locomotion"
+    config: Mapping[str, Any] = field(default_factory=dict)
     discrete: bool = False
+    cut_at_success: bool = False
 
 
-_MAZE = {"expectile": 0.9, "temperature": 10.0}
+# Scores: D4RL's random and expert policies for MuJoCo; the mean over 20 starts of random actions, and of what made the
+# data without its noise, for mazes; random actions and the best possible for the others.
+_UMAZE, _MEDIUM, _OGBENCH = (10.0, 235.7), (2.2, 451.5), (-1000.0, -161.4)
+_HOPPER, _HALFCHEETAH = (-20.3, 3234.3), (-280.2, 12135.0)
+_PENDULUM, _CARTPOLE_V0, _CARTPOLE = (-1148.3, -150.0), (24.1, 200.0), (24.1, 500.0)
+_maze = partial(Task, hidden=128, preset="maze2d")
+# Its rewards are -1 and 0 already, which the preset's shift makes of antmaze's.
+_ogbench = partial(
+    Task, scale=_OGBENCH, hidden=128, preset="antmaze", config={"reward_shift": 0.0}, cut_at_success=True
+)
+_mujoco = partial(Task, hidden=128)
+_pendulum = partial(Task, scale=_PENDULUM, n_steps=10_000, hidden=128, config={"expectile": 0.9})
+_cartpole = partial(Task, hidden=128, discrete=True)
 TASKS = {
-    "pointmaze-umaze": Task("pointmaze-umaze", config=_MAZE),
-    "pointmaze-medium": Task("pointmaze-medium", config=_MAZE),
-    "ogbench-pointmaze-navigate": Task("ogbench-pointmaze-navigate", config=_MAZE),
-    "ogbench-pointmaze-stitch": Task("ogbench-pointmaze-stitch", config=_MAZE),
-    "hopper-medium": Task("hopper-medium"),
-    "hopper-replay": Task("hopper-replay"),
-    "halfcheetah-medium": Task("halfcheetah-medium"),
-    "cartpole-mixed": Task("cartpole-mixed", n_steps=10_000, discrete=True),
-    "pendulum-mixed": Task("pendulum-mixed", n_steps=10_000, config={"expectile": 0.9}),
-    "reagent-pendulum": Task("reagent_pendulum_mixed.npz", "Pendulum-v1", 10_000, {"expectile": 0.9}),
-    "reagent-cartpole": Task("reagent_cartpole_mixed.npz", "CartPole-v0", 5_000, discrete=True),
-}
+    "pointmaze-umaze": _maze("pointmaze-umaze", _UMAZE),
+    "pointmaze-medium": _maze("pointmaze-medium", _MEDIUM),
+    "ogbench-pointmaze-navigate": _ogbench("ogbench-pointmaze-navigate"),
+    "ogbench-pointmaze-stitch": _ogbench("ogbench-pointmaze-stitch"),
+    "hopper-medium": _mujoco("hopper-medium", _HOPPER),
+    "hopper-replay": _mujoco("hopper-replay", _HOPPER),
+    "halfcheetah-medium": _mujoco("halfcheetah-medium", _HALFCHEETAH),
+    "halfcheetah-medium-300k": Task("halfcheetah-medium", _HALFCHEETAH, n_steps=300_000),
+    "halfcheetah-medium-1m": Task("halfcheetah-medium", _HALFCHEETAH, n_steps=1_000_000),
+    "pendulum-mixed": _pendulum("pendulum-mixed"),
+    "reagent-pendulum": _pendulum("reagent_pendulum_mixed.npz", env="Pendulum-v1"),
+    "reagent-cartpole": _cartpole("reagent_cartpole_mixed.npz", _CARTPOLE_V0, "CartPole-v0", 5_000),
+    "cartpole-mixed": _cartpole("cartpole-mixed", _CARTPOLE, n_steps=10_000),
+}  # fmt: skip
+#: Of the tables; the rest have a command and no row.
+SHOWN = (
+    "pointmaze-umaze",
+    "ogbench-pointmaze-navigate",
+    "hopper-replay",
+    "halfcheetah-medium",
+    "reagent-pendulum",
+    "reagent-cartpole",
+)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What all methods get.
+    """What a method gets.
 
     Attributes:
         data: normalised transitions by the key layout, observations as vectors.
@@ -105,22 +140,35 @@ class Problem:
     act: Callable[[Act], Callable[[Any], Any]]
 
 
-def problem_of(task: Task, data: str, made: str) -> Problem:
-    """Reads a task's dataset, which is made if it is one that can be, and normalises it."""
+def file_of(task: Task, data: str, made: str) -> Path:
+    """A task's dataset, which is made if it is one that can be, and not there yet."""
     if task.dataset.endswith(".npz"):
-        file = Path(data) / task.dataset
-    else:
-        file = Path(made) / f"{task.dataset}-0.npz"
-        if not file.exists() and command_line(["make-dataset", task.dataset, "--out", made]) != 0:
-            raise SystemExit(1)
+        return Path(data) / task.dataset
+    file = Path(made) / f"{task.dataset}-0.npz"
+    if not file.exists() and command_line(["make-dataset", task.dataset, "--out", made]) != 0:
+        raise SystemExit(1)
+    return file
+
+
+def config_of(task: Task, changes: Mapping[str, Any]) -> IQLConfig:
+    """IQL's hyper-parameters on a task: its preset's, but for what all methods have in common."""
+    common: dict[str, Any] = {
+        "n_steps": task.n_steps,
+        "hidden_sizes": (task.hidden, task.hidden),
+        "actor_schedule": "constant",
+        "normalize_observations": True,
+        "initialization": "torch",
+    }
+    return preset(task.preset, **{**task.config, **common, **changes})
+
+
+def problem_of(task: Task, file: Path, changes: Mapping[str, Any]) -> Problem:
+    """Reads a dataset, and normalises it as the hyper-parameters have it."""
     source = read_dataset(file)
     env = task.env or source.env
     assert env is not None
     spaces = environment_spaces(env)
-    config = IQLConfig(
-        n_steps=task.n_steps, actor_schedule="constant", compile="no", reward_scale="return_range",
-        normalize_observations=True,
-    ).replace(**task.config)  # fmt: skip
+    config = config_of(task, changes)
     normalizers = Normalizers.fit(source.tensors, spaces, config)
     rows = normalizers(source.tensors)
     keys = list(spaces.observations)
@@ -158,18 +206,14 @@ def problem_of(task: Task, data: str, made: str) -> Problem:
 
     normalized = Spaces(Box((observations.shape[1],)), unit)
     # The data are normalised: IQL's own normalisers have nothing to do.
-    config = config.replace(reward_scale=1.0, normalize_observations=False)
+    config = config.replace(reward_scale=1.0, reward_shift=0.0, normalize_observations=False)
     return Problem(flat, normalized, config, env, of_environment)
 
 
-def _agent(problem: Problem, seed: int, **changes: Any) -> Agent:
-    return Agent(problem.spaces, problem.config.replace(**changes), seed=seed)
-
-
-def through(adapter: str, problem: Problem, seed: int, **changes: Any) -> Trainer:
+def through(adapter: str, problem: Problem, seed: int) -> Trainer:
     """This package, as the command line trains through an adapter."""
     training = adapter_training(adapter)
-    algorithm = training.from_agent(_agent(problem, seed, **changes))
+    algorithm = training.from_agent(Agent(problem.spaces, problem.config, seed=seed))
     return (
         lambda count: training.fit(algorithm, problem.data, count, lambda step: None),
         lambda observations: training.to_agent(algorithm).act(observations),
@@ -177,12 +221,17 @@ def through(adapter: str, problem: Problem, seed: int, **changes: Any) -> Traine
 
 
 def best_cloned(problem: Problem, seed: int) -> Trainer:
-    """Behaviour cloning of the tenth of the episodes with the highest returns."""
-    returns, lengths = episode_returns(problem.data), episode_lengths(problem.data)
+    """Behaviour cloning of the tenth of the episodes with the highest discounted returns.
+
+    Discounted, because episodes of a maze end at its goal: those that come there sooner are the better ones.
+    """
+    lengths = episode_lengths(problem.data)
+    discounts = torch.cat([problem.config.discount ** torch.arange(int(length)) for length in lengths])
+    rewards = problem.data["next", "reward"].reshape(-1) * discounts
+    returns = torch.stack([episode.double().sum() for episode in rewards.split(lengths.tolist())])
     kept = returns >= returns.quantile(0.9)
-    data = problem.data[kept.repeat_interleave(lengths)]
-    agent = _agent(problem, seed, temperature=0.0)
-    return partial(agent.fit, data), agent.act
+    agent = Agent(problem.spaces, problem.config, seed=seed)
+    return partial(agent.fit, problem.data[kept.repeat_interleave(lengths)]), agent.act
 
 
 def of_d3rlpy(problem: Problem, seed: int) -> Trainer:
@@ -195,9 +244,11 @@ def of_d3rlpy(problem: Problem, seed: int) -> Trainer:
         import d3rlpy
     d3rlpy.seed(seed)
     config = problem.config
+    encoder = d3rlpy.models.VectorEncoderFactory(list(config.hidden_sizes))
     algorithm = d3rlpy.algos.IQLConfig(
         batch_size=config.batch_size, gamma=config.discount, tau=config.polyak, expectile=config.expectile,
         weight_temp=config.temperature, max_weight=config.max_weight,
+        actor_encoder_factory=encoder, critic_encoder_factory=encoder, value_encoder_factory=encoder,
     ).create(device="cpu:0")  # fmt: skip
     return d3rlpy_fit(algorithm, iql_d3rlpy.to_replay_buffer(problem.data)), algorithm.predict
 
@@ -208,9 +259,10 @@ def plain(problem: Problem, seed: int) -> Trainer:
 
     torch.manual_seed(seed)
     np.random.seed(seed)
+    config = problem.config
     data = {name.replace(".", "_"): tensor for name, tensor in problem.data.flatten_keys(".").items()}
     algorithm, steps = plain_iql.trained(
-        data, problem.config.batch_size, 256, problem.config.expectile, problem.config.temperature
+        data, config.batch_size, config.hidden_sizes[0], config.expectile, config.temperature
     )
 
     @torch.no_grad()
@@ -221,27 +273,76 @@ def plain(problem: Problem, seed: int) -> Trainer:
     return steps, act
 
 
-METHODS: dict[str, Callable[[Problem, int], Trainer]] = {
-    "BC": partial(through, "tensor", temperature=0.0),
-    "10% BC": best_cloned,
-    "IQL (tensor)": partial(through, "tensor"),
-    "IQL (SB3)": partial(through, "sb3"),
-    "IQL (d3rlpy)": partial(through, "d3rlpy"),
-    "d3rlpy's IQL": of_d3rlpy,
-    "plain IQL": plain,
-}
-#: Without a discrete version.
-CONTINUOUS = {"d3rlpy's IQL", "plain IQL"}
+_THROUGH_TENSOR = partial(through, "tensor")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What trains a policy.
+
+    Attributes:
+        start: of a problem and a seed.
+        changes: of hyper-parameters.
+        discrete: whether it has a version for discrete actions.
+        tasks: where it is trained; None for everywhere.
+        ranks_episodes: whether it asks which episodes are the best.
+    """
+
+    start: Callable[[Problem, int], Trainer] = _THROUGH_TENSOR
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    discrete: bool = True
+    tasks: tuple[str, ...] | None = None
+    ranks_episodes: bool = False
+
+    def trains_on(self, name: str) -> bool:
+        """Whether the method has a row for a task: not where it changes nothing."""
+        task = TASKS[name]
+        return (
+            (self.discrete or not task.discrete)
+            and (self.tasks is None or name in self.tasks)
+            and not (self.ranks_episodes and task.cut_at_success)
+            and not (self.changes and config_of(task, self.changes) == config_of(task, {}))
+        )
+
+
 #: The same loss: one task shows it.
-ADAPTERS = {"IQL (SB3)", "IQL (d3rlpy)"}
+_ADAPTERS_ON = ("pendulum-mixed",)
+PEERS = {
+    "BC": Method(changes={"temperature": 0.0}),
+    "10% BC": Method(best_cloned, {"temperature": 0.0}, ranks_episodes=True),
+    "IQL (tensor)": Method(),
+    "IQL (SB3)": Method(partial(through, "sb3"), tasks=_ADAPTERS_ON),
+    "IQL (d3rlpy)": Method(partial(through, "d3rlpy"), tasks=_ADAPTERS_ON),
+    "d3rlpy's IQL": Method(of_d3rlpy, discrete=False),
+    "plain IQL": Method(plain, discrete=False),
+}
+#: Each changes one thing of IQL (tensor).
+VARIATIONS = {
+    "raw observations": Method(changes={"normalize_observations": False}),
+    "raw rewards": Method(changes={"reward_scale": 1.0}),
+    "cosine schedule": Method(changes={"actor_schedule": "cosine"}),
+    "orthogonal": Method(changes={"initialization": "orthogonal"}),
+    "LayerNorm in critics and V": Method(changes={"critic_layer_norm": True}),
+    "LayerNorm in the actor": Method(changes={"actor_layer_norm": True}),
+    "auto temperature": Method(changes={"temperature": "auto"}),
+    "auto temperature, 0.5": Method(changes={"temperature": "auto_0.5"}),
+    "noise threshold 1": Method(changes={"objective_options": {"noise_threshold": 1.0}}),
+    "noise threshold 2": Method(changes={"objective_options": {"noise_threshold": 2.0}}),
+    "quantile": Method(changes={"value_objective": "quantile"}),
+    "XQL": Method(changes={"value_objective": "gumbel"}),
+    "SQL": Method(changes={"value_objective": "sparse"}),
+    "EQL": Method(changes={"value_objective": "exponential"}),
+    "DDPG+BC": Method(changes={"policy_extraction": "ddpg_bc"}),
+}
+METHODS = {**PEERS, **VARIATIONS}
 
 
-def learn(name: str, method: str, seed: int, data: str, made: str) -> dict[str, Any]:
+def learn(name: str, method: str, seed: int, file: Path) -> dict[str, Any]:
     """Trains and evaluates a row."""
     torch.set_num_threads(1)
     task = TASKS[name]
-    problem = problem_of(task, data, made)
-    fit, act = METHODS[method](problem, seed)
+    problem = problem_of(task, file, METHODS[method].changes)
+    fit, act = METHODS[method].start(problem, seed)
     policy = problem.act(act)
     starts = range(FIRST_SEED, FIRST_SEED + EPISODES)
     curve: list[list[float]] = []
@@ -258,8 +359,8 @@ def learn(name: str, method: str, seed: int, data: str, made: str) -> dict[str, 
 class Run:
     """Trains the rows that are not there yet."""
 
-    tasks: tuple[str, ...] = tuple(TASKS)
-    methods: tuple[str, ...] = tuple(METHODS)
+    tasks: tuple[str, ...] = SHOWN
+    methods: tuple[str, ...] = tuple(PEERS)
     seeds: int = 5
     data: str = "../shared/data"
     """Folder of the datasets of others."""
@@ -271,7 +372,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Table:
-    """Prints the table of what is there in Markdown, with interquartile means and their intervals."""
+    """Prints the tables of what is there in Markdown, with interquartile means and their intervals; draws a picture."""
+
+    seeds: int = 5
+    """Those of a method that is compared."""
+    picture: Path | None = None
+    """Of learning curves and the performance profile; a .svg or .png."""
 
 
 def results_of(task: str) -> dict[str, dict[str, Any]]:
@@ -286,20 +392,16 @@ def rows_of(arguments: Run) -> Iterator[tuple[str, str, int]]:
         for task in arguments.tasks:
             done = results_of(task)
             for method in arguments.methods:
-                skipped = (TASKS[task].discrete and method in CONTINUOUS) or (
-                    method in ADAPTERS and task != "pendulum-mixed"
-                )
-                if not skipped and str(seed) not in done.get(method, {}):
+                if METHODS[method].trains_on(task) and str(seed) not in done.get(method, {}):
                     yield task, method, seed
 
 
 def run(arguments: Run) -> None:
     """Writes each row as soon as it is there."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for task in arguments.tasks:
-        problem_of(TASKS[task], arguments.data, arguments.made)
+    files = {task: file_of(TASKS[task], arguments.data, arguments.made) for task in arguments.tasks}
     with ProcessPoolExecutor(arguments.workers) as pool:
-        rows = {pool.submit(learn, *row, arguments.data, arguments.made): row for row in rows_of(arguments)}
+        rows = {pool.submit(learn, *row, files[row[0]]): row for row in rows_of(arguments)}
         for finished in as_completed(rows):
             task, method, seed = rows[finished]
             results = results_of(task)
@@ -310,37 +412,118 @@ def run(arguments: Run) -> None:
             sys.stdout.flush()
 
 
-def interquartile(returns: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """The mean of the middle half of all episodes, and its 95% bootstrap interval over seeds.
-
-    Args:
-        returns: of the episodes of each seed.
-    """
-    from rliable import library, metrics
-
-    scores = {"method": np.array([[statistics.mean(row)] for row in returns])}
-    # One task at a time: the seeds are its strata.
-    point, interval = library.get_interval_estimates(
-        scores, lambda each: np.array([metrics.aggregate_iqm(each)]), reps=2000
-    )
-    return float(point["method"][0]), float(interval["method"][0][0]), float(interval["method"][1][0])
+def scores_of(task: str, method: str, seeds: int) -> list[float] | None:
+    """Mean score of each seed's episodes, from 0 to 100 as the task has it; None unless all seeds are there."""
+    low, high = TASKS[task].scale
+    rows = results_of(task).get(method, {})
+    if any(str(seed) not in rows for seed in range(seeds)):
+        return None
+    return [100.0 * (statistics.mean(rows[str(seed)]["returns"]) - low) / (high - low) for seed in range(seeds)]
 
 
-def table() -> None:
-    """A row a task, a column a method."""
-    lines = [f"| task | {' | '.join(METHODS)} |", f"| --- |{' --- |' * len(METHODS)}"]
-    for task in TASKS:
-        cells = []
-        for method in METHODS:
-            by_seed = results_of(task).get(method, {})
-            if not by_seed:
-                cells.append("")
-                continue
-            mean, low, high = interquartile([row["returns"] for row in by_seed.values()])
-            cells.append(f"{mean:.0f} ({low:.0f} to {high:.0f}; {len(by_seed)})")
-        if any(cells):
-            lines.append(f"| {task} | {' | '.join(cells)} |")
+def matrix(method: str, tasks: Sequence[str], seeds: int) -> Array | None:
+    """``[seeds, tasks]`` scores; None unless all are there."""
+    columns = [scores_of(task, method, seeds) for task in tasks]
+    return None if None in columns else np.array(columns).T
+
+
+def intervals(scores: Mapping[str, Any], measure: Callable[..., float]) -> dict[str, tuple[float, float, float]]:
+    """A measure of scores with its stratified bootstrap interval: tasks are the strata, seeds are drawn."""
+    from rliable import library
+
+    points, bounds = library.get_interval_estimates(dict(scores), lambda *each: np.array([measure(*each)]), reps=2000)
+    return {name: (float(points[name][0]), float(bounds[name][0][0]), float(bounds[name][1][0])) for name in scores}
+
+
+def interquartile_table(seeds: int) -> Iterator[str]:
+    """A row a task, a column a method: interquartile means over seeds; and over the tasks that all continuous have."""
+    from rliable import metrics
+
+    columns = [name for name in METHODS if any(results_of(task).get(name) for task in SHOWN)]
+    yield f"| task (steps; data) | {' | '.join(columns)} |"
+    yield f"| --- |{' --- |' * len(columns)}"
+    for task in SHOWN:
+        given = {name: scores_of(task, name, seeds) for name in columns}
+        cells = intervals(
+            {name: np.array([scores]).T for name, scores in given.items() if scores}, metrics.aggregate_iqm
+        )
+        if cells:
+            texts = (_cell(*cells[name]) if name in cells else "" for name in columns)
+            yield f"| {task} ({TASKS[task].n_steps:,}) | {' | '.join(texts)} |"
+    continuous = [task for task in SHOWN if not TASKS[task].discrete and not TASKS[task].cut_at_success]
+    matrices = {name: matrix(name, continuous, seeds) for name in columns}
+    cells = intervals({name: each for name, each in matrices.items() if each is not None}, metrics.aggregate_iqm)
+    texts = (_cell(*cells[name]) if name in cells else "" for name in columns)
+    yield f"| all but {', '.join(task for task in SHOWN if task not in continuous)} | {' | '.join(texts)} |"
+
+
+def _cell(point: float, low: float, high: float) -> str:
+    return f"{point:.0f} ({low:.0f} to {high:.0f})"
+
+
+def improvement_table(seeds: int) -> Iterator[str]:
+    """The probability that a seed of IQL (tensor) beats one of another method on a task that both have."""
+    from rliable import metrics
+
+    ours = "IQL (tensor)"
+    yield f"| {ours} against | tasks | probability of improvement |"
+    yield "| --- | --- | --- |"
+    for name in METHODS:
+        both = [
+            task for task in SHOWN if name != ours and scores_of(task, name, seeds) and scores_of(task, ours, seeds)
+        ]
+        if both:
+            pair = (matrix(ours, both, seeds), matrix(name, both, seeds))
+            point, low, high = intervals({name: pair}, metrics.probability_of_improvement)[name]
+            yield f"| {name} | {len(both)} | {point:.2f} ({low:.2f} to {high:.2f}) |"
+
+
+def draw(file: Path, seeds: int) -> None:
+    """Learning curves of every task, and the share of runs above each score."""
+    from matplotlib.figure import Figure
+    from rliable import library
+
+    shown = [task for task in SHOWN if any(scores_of(task, name, seeds) for name in PEERS)]
+    figure = Figure(figsize=(12, 3.2 * ((len(shown) + 3) // 3)), layout="constrained")
+    axes = list(figure.subplots((len(shown) + 3) // 3, 3).flat)
+    colours = dict(zip(PEERS, ("C7", "C5", "C0", "C9", "C6", "C1", "C2"), strict=True))
+    for task, axis in zip(shown, axes, strict=False):
+        axis.set_title(task)
+        axis.set_xlabel("gradient steps")
+        axis.set_ylabel("return of 20 episodes")
+        for name, colour in colours.items():
+            curves = [row["curve"] for row in results_of(task).get(name, {}).values()]
+            if curves:
+                steps = [step for step, _ in curves[0]]
+                values = np.array([[value for _, value in curve] for curve in curves])
+                axis.plot(steps, values.mean(0), color=colour, label=name)
+                axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+    continuous = [task for task in shown if not TASKS[task].discrete and not TASKS[task].cut_at_success]
+    matrices = {name: matrix(name, continuous, seeds) for name in PEERS}
+    whole = {name: each for name, each in matrices.items() if each is not None}
+    thresholds = np.linspace(0.0, 110.0, 56)
+    profiles, bounds = library.create_performance_profile(whole, thresholds, reps=2000)
+    axis = axes[len(shown)]
+    axis.set_title(f"performance profile of {len(continuous)} tasks")
+    axis.set_xlabel("score")
+    axis.set_ylabel("share of runs above it")
+    for name, profile in profiles.items():
+        axis.plot(thresholds, profile, color=colours[name], label=name)
+        axis.fill_between(thresholds, *bounds[name], color=colours[name], alpha=0.15, linewidth=0)
+    handles = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
+    for axis in axes[len(shown) + 1 :]:
+        axis.set_axis_off()
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
+    figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
+
+
+def table(arguments: Table) -> None:
+    """Writes Markdown to the standard output."""
+    np.random.seed(0)  # rliable's bootstrap draws from NumPy's global state
+    lines = [*interquartile_table(arguments.seeds), "", *improvement_table(arguments.seeds)]
     sys.stdout.write("\n".join(lines) + "\n")
+    if arguments.picture is not None:
+        draw(arguments.picture, arguments.seeds)
 
 
 def main() -> None:
@@ -355,7 +538,7 @@ def main() -> None:
     if isinstance(command, Run):
         run(command)
     else:
-        table()
+        table(command)
 
 
 if __name__ == "__main__":
