@@ -185,7 +185,12 @@ def traced(
     # Tracing computes: on copies, and with the random state put back, it changes no running statistics and no draw.
     copies = [tensor.detach().clone() for tensor in state.values()]
     devices = [copies[0].device] if copies[0].is_cuda else []
-    table = {torch.ops.aten.addmm.default: _addmm, torch.ops.aten.baddbmm.default: _baddbmm}
+    aten = torch.ops.aten
+    table: dict[Any, Callable[..., Any]] = {
+        aten.addmm.default: _addmm,
+        aten.baddbmm.default: _baddbmm,
+        aten.bernoulli_.float: _bernoulli_,
+    }
     with torch.random.fork_rng(devices):
         tracer = make_fx(losses_and_gradients, decomposition_table=table if copies[0].device.type == "cpu" else None)
         graph: GraphModule = tracer(*copies, *(tensor.detach() for tensor in batch.values()))
@@ -241,6 +246,12 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 
 def _baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     return alpha * torch.bmm(left, right) + beta * bias
+
+
+def _bernoulli_(mask: Tensor, p: float = 0.5, *, generator: None = None) -> Tensor:
+    # What dropout draws on a CPU. Inductor (torch 2.13) fills a mask in place by a call of its own, which it may put
+    # behind the kernels that read the mask: they read NaN.
+    return mask.copy_(torch.rand_like(mask) < p)
 
 
 def _trained(state: Mapping[str, Tensor]) -> list[str]:
