@@ -15,10 +15,20 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["WeightLimit", "available_memory", "load_torch", "parse_json", "read_json"]
+__all__ = [
+    "DEEPEST_PROVENANCE",
+    "MOST_PROVENANCE",
+    "WeightLimit",
+    "available_memory",
+    "load_torch",
+    "parse_json",
+    "read_json",
+]
 
 #: Documents of ours and of those whose files are read nest less than ten deep.
 DEEPEST = 100
+#: Bytes of what a file says of how it was made, and how deep that may be nested: other documents hold it.
+MOST_PROVENANCE, DEEPEST_PROVENANCE = 2**20, 20
 #: What a character of JSON takes at most once it is parsed: an empty list of two characters and a comma.
 _PARSED_BYTES = 24
 

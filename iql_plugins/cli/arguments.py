@@ -201,8 +201,8 @@ class Export:
     """The file or new folder to write; by default beside the policy, with the format's suffix."""
     env: str | None = None
     """Environment of the evaluation in the hub's card; by default the one that the policy was trained for."""
-    episodes: int = 50
-    """Episodes of the evaluation in the hub's card."""
+    episodes: int | None = None
+    """Episodes of the evaluation in the hub's card; by default 50."""
     adapter: Annotated[str | None, _named(_adapters, name="from")] = None
     """The adapter of a native file; by default it is found by the file's suffix."""
     trust_pickle: Flag = False

@@ -14,6 +14,7 @@ from iql_plugins.cli.workers import locked
 from iql_plugins.data import Dataset, DatasetError, Options, summary
 from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, chunks, leaves, require_single_steps, row_bytes
 from iql_plugins.data.episodes import episode_returns
+from iql_plugins.data.readers.parquet import described
 from iql_plugins.plugins import PluginError, host
 
 __all__ = ["run"]
@@ -27,7 +28,11 @@ def run(arguments: ConvertDataset) -> Result:
     Raises:
         UserError: for a source that cannot be read, something in the place of ``out``, a disk that is full.
     """
-    out = Path(arguments.out)
+    out, source = Path(arguments.out), Path(arguments.source)
+    if not out.name:
+        raise UserError(f"OUT must be a new folder or a .parquet file, got {arguments.out!r}")
+    if source.is_dir() and out.absolute().is_relative_to(source.absolute()):
+        raise UserError(f"OUT must not be inside of SOURCE, {source}")
     work = out.with_name(f".{out.name}.partial")
     shards = work / "dataset"
     parquet = imported("pyarrow.parquet", "parquet") if out.suffix == PARQUET else None
@@ -36,14 +41,16 @@ def run(arguments: ConvertDataset) -> Result:
         if work.is_dir() and not shards.exists():
             shutil.rmtree(work)
         raise UserError(f"{out} is there already: give another OUT, or move it")
+    begun = work.exists()
     with mistakes(OSError, DatasetError, ImportError, PluginError):
         work.mkdir(parents=True, exist_ok=True)
         with locked(work, use="converting a dataset in"):
             try:
                 document = _converted(arguments, shards, out, parquet)
             except (DatasetError, ImportError, PluginError):
-                # Of data that cannot be read, or written, nothing is worth keeping.
-                shutil.rmtree(work)
+                # Of data that cannot be read, or written, nothing is worth keeping. An earlier call's may be of others.
+                if not begun:
+                    shutil.rmtree(work)
                 raise
         shutil.rmtree(work)
     line = f"wrote {out}: {document['transitions']:,} transitions, SHA-256 {document['sha256']}"
@@ -56,7 +63,15 @@ def _converted(arguments: ConvertDataset, shards: Path, out: Path, parquet: Any)
     if parquet is None:
         spaces = None if dataset.spaces is None else dataset.spaces.to_json()
         returns = episode_returns(dataset.tensors)
-        summary.write(shards, dataset.tensors, sha256=dataset.sha256, returns=returns, env=dataset.env, spaces=spaces)
+        summary.write(
+            shards,
+            dataset.tensors,
+            sha256=dataset.sha256,
+            returns=returns,
+            env=dataset.env,
+            spaces=spaces,
+            provenance=dataset.provenance,
+        )
         if out.exists():
             out.rmdir()
         made = shards
@@ -104,18 +119,21 @@ def _write_parquet(parquet: Any, dataset: Dataset, file: Path) -> None:
         arrays = {name: _arrow(tensor[rows]) for name, tensor in columns.items()}
         terminated, done = tensors.get(TERMINATED)[rows], tensors.get(DONE)[rows]
         arrays |= {"terminals": _arrow(terminated), "timeouts": _arrow(done & ~terminated)}
-        table = imported("pyarrow", "parquet").table(arrays)
+        table = imported("pyarrow", "parquet").table(arrays, metadata=described(dataset))
         writer = parquet.ParquetWriter(file, table.schema) if writer is None else writer
         writer.write_table(table)
     if writer is not None:
         writer.close()
+    # What is still to be written would be written behind its name.
+    with file.open("rb") as written:
+        os.fsync(written.fileno())
 
 
 def _arrow(values: Any) -> Any:
-    """Numbers of rows ``[n, ...]`` as Arrow has them; a single one in each row is a number."""
+    """Numbers of rows ``[n, ...]`` as Arrow has them; those of ``[n, 1]`` are numbers, and no lists of one."""
     pyarrow = imported("pyarrow", "parquet")
     array: Any = pyarrow.array(values.numpy().reshape(-1))
-    shape = values.shape[1:] if values[0].numel() > 1 else ()
+    shape = () if values.shape[1:] == (1,) else values.shape[1:]
     for length in reversed(shape):
         array = pyarrow.FixedSizeListArray.from_arrays(array, length)
     return array

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -129,7 +130,7 @@ def _provenance(run: Mapping[str, Any]) -> dict[str, Any]:
     known = {"name": path.name, "sha256": settings["dataset_sha256"], "transitions": settings["transitions"]}
     try:
         made = npz.provenance(path) if path.suffix == ".npz" else {}
-    except (OSError, TypeError, ValueError):
+    except (OSError, LookupError, TypeError, ValueError, BadZipFile):
         made = {}
     # Sorted, as checkpoints have it.
     return dict(sorted((known | (made if made.get("sha256") == known["sha256"] else {})).items()))

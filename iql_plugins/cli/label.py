@@ -40,6 +40,7 @@ def run(arguments: Label) -> Result:
         "reward_scale": float(agent.normalizers.get_buffer("reward_scale")),
         "reward_shift": float(agent.normalizers.get_buffer("reward_shift")),
         **agent.config.of("loss", "target"),
+        "inverse_temperature": float(agent.loss.inverse_temperature),
     }
     floats = [(name, pyarrow.float32()) for name in ("value", "qvalue", "advantage", "weight")]
     fields = [*floats, *((name, pyarrow.int64()) for name in ("episode", "step", "row"))]

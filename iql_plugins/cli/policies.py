@@ -23,6 +23,9 @@ __all__ = ["convert", "evaluate", "export"]
 
 COMMON_SUFFIX = ".safetensors"
 
+#: Of the evaluation in a card, as of `iql-plugins evaluate`.
+HUB_EPISODES = 50
+
 
 def load_agent(path: str, adapter: str | None, trust_pickle: bool) -> Agent:
     """The agent in a file.
@@ -91,8 +94,9 @@ def export(arguments: Export) -> Result:
     """A policy as a file of its own, or as a folder for the Hugging Face hub."""
     if arguments.format == "hub":
         return _export_to_hub(arguments)
-    if arguments.env is not None:
-        raise UserError(f"--env is of the hub's card; the format {arguments.format} has none")
+    for name in ("env", "episodes"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is of the hub's card; the format {arguments.format} has none")
     agent = load_agent(arguments.policy, arguments.adapter, arguments.trust_pickle)
     source = Path(arguments.policy)
     default = (source / POLICY if source.is_dir() else source).with_suffix(SUFFIXES[arguments.format])
@@ -118,11 +122,12 @@ def _export_to_hub(arguments: Export) -> Result:
     folder = Path(folder)
     if not vacant(folder):
         raise UserError(f"{folder} must be a new or an empty folder")
-    if arguments.episodes < 1:
-        raise UserError(f"--episodes must be at least 1, got {arguments.episodes}")
+    episodes = HUB_EPISODES if arguments.episodes is None else arguments.episodes
+    if episodes < 1:
+        raise UserError(f"--episodes must be at least 1, got {episodes}")
     agent = load_agent(arguments.policy, arguments.adapter, arguments.trust_pickle)
     env = _environment(agent, arguments)
-    evaluation = None if env is None else evaluated(agent, env, arguments.episodes)
+    evaluation = None if env is None else evaluated(agent, env, episodes)
     with mistakes(OSError), new_folder(folder) as written:
         write_folder(written, agent, env, evaluation)
         with mistakes(CheckpointError):

@@ -229,7 +229,9 @@ def _datasets(entries: Sequence[_Entry]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for sha256 in dict.fromkeys(entry.run.settings.dataset_sha256 for entry in entries):
         users = [entry for entry in entries if entry.run.settings.dataset_sha256 == sha256]
-        described = next((entry.run.data for entry in users if entry.run.data), {})
+        known = [entry.run.data for entry in users if entry.run.data]
+        # One was perhaps trained on a copy that does not say how it was made.
+        described = next((data for data in known if data["provenance"]), known[0] if known else {})
         provenance = _flat(described.get("provenance", {}))
         found.append(
             {

@@ -14,6 +14,7 @@ from iql_plugins import ope
 from iql_plugins.cli.arguments import Select
 from iql_plugins.cli.errors import UserError
 from iql_plugins.cli.figures import selection_page
+from iql_plugins.cli.hub import CARD
 from iql_plugins.cli.output import Result, new_file, note, table
 from iql_plugins.cli.policies import load_agent
 from iql_plugins.cli.settings import CONFIG, Settings, load_source
@@ -69,9 +70,10 @@ def run(arguments: Select) -> Result:
         except ValueError as error:
             raise UserError(f"{name} and {source} do not fit together: {error}") from error
     discount = _discount(agents, arguments.discount)
+    others = [name for name, agent in agents.items() if agent.config.discount != discount]
+    if others and arguments.by in OWN_DISCOUNT:
+        raise UserError(f"--by {arguments.by} is not there for {', '.join(others)}, whose discount is not {discount}")
     candidates = judged(agents, dataset, discount, steps=arguments.fqe_steps, seeds=arguments.fqe_seeds, device=device)
-    if absent := [each.name for each in candidates if arguments.by not in each.criteria]:
-        raise UserError(f"--by {arguments.by} is not there for {', '.join(absent)}, whose discount is not {discount}")
     ranked = ranking(candidates, arguments.by)
     pairs = [_compared(first, second, arguments.by) for first, second in combinations(ranked, 2)]
     short = _short([each.name for each in ranked])
@@ -94,7 +96,7 @@ def run(arguments: Select) -> Result:
         "other_criteria": _other_criteria(candidates, arguments.by),
         "plot": str(plot),
     }
-    return Result(document, [_table(ranked, data, arguments.by, short), *_lines(document, short)])
+    return Result(document, [*_tables(ranked, data, arguments.by, short), *_lines(document, short)])
 
 
 def judged(
@@ -112,7 +114,7 @@ def judged(
     """
     candidates = []
     behaviour: Policy | None = None
-    hidden_sizes = max((agent.config.hidden_sizes for agent in agents.values()), key=sum)
+    hidden_sizes = max((agent.config.sizes_of("critic") for agent in agents.values()), key=sum)
     for number, (name, agent) in enumerate(agents.items(), start=1):
         policy = Policy.of(agent)
         criteria: dict[str, Criterion] = {}
@@ -155,7 +157,7 @@ def _short(names: Sequence[str]) -> dict[str, str]:
 
 
 def _compared(better: Candidate, worse: Candidate, name: str) -> dict[str, Any]:
-    """How two neighbours of a ranking differ; an interval without 0 is beyond noise."""
+    """How two policies of a ranking differ; an interval without 0 is beyond noise."""
     by = ope.difference(better.criteria[name], worse.criteria[name])
     beyond = by.high < 0.0 if name in DESCENDING else by.low > 0.0
     return {
@@ -177,10 +179,15 @@ def _other_criteria(candidates: Sequence[Candidate], by: str) -> dict[str, Any]:
     return document
 
 
+def _is_run(folder: Path) -> bool:
+    """Whether it is one of ``train``: of a folder for the hub the ``config.json`` has no seeds."""
+    return (folder / CONFIG).is_file() and not (folder / CARD).exists()
+
+
 def _policies(given: str) -> dict[str, str]:
     """Files of policies by what they are called: one, or that of each seed of a run."""
     run = Path(given)
-    if not (run / CONFIG).is_file():
+    if not _is_run(run):
         return {given: given}
     settings, _ = Settings.read(run)
     folders = [settings.folder(run, unit) for unit in settings.units if unit.method == "iql"]
@@ -192,7 +199,7 @@ def _episodes(arguments: Select, agent: Agent) -> tuple[TensorDictBase, str]:
     if arguments.dataset is not None:
         options = {"trust_pickle": arguments.trust_pickle, "discrete": agent.spaces.discrete}
         return load_source(arguments.dataset, **options).tensors, arguments.dataset
-    runs = {given: Settings.read(Path(given))[0] for given in arguments.policies if (Path(given) / CONFIG).is_file()}
+    runs = {given: Settings.read(Path(given))[0] for given in arguments.policies if _is_run(Path(given))}
     if len(runs) < len(set(arguments.policies)) or not all(settings.hold_out for settings in runs.values()):
         raise UserError("give --dataset: not all of these are runs that held out episodes (train --hold-out)")
     held = {(settings.dataset_sha256, settings.hold_out) for settings in runs.values()}
@@ -215,15 +222,17 @@ def _discount(agents: Mapping[str, Agent], given: float | None) -> float:
     return own[0]
 
 
-def _table(ranked: Sequence[Candidate], data: Criterion, by: str, short: Mapping[str, str]) -> Any:
-    others = [name for name in dict.fromkeys(name for each in ranked for name in each.criteria) if name != by]
-    rows = []
-    for each in ranked:
-        values = [f"{each.criteria[name].value:.4g}" if name in each.criteria else "" for name in others]
-        rows.append([short[each.name], _cell(each.criteria[by]), *values])
+def _tables(ranked: Sequence[Candidate], data: Criterion, by: str, short: Mapping[str, str]) -> list[Any]:
+    """The ranking with its intervals, and the other criteria: side by side they do not fit on a screen."""
+    rows = [[short[each.name], _cell(each.criteria[by])] for each in ranked]
     if by not in ("td-error", "agreement"):
-        rows.append(["(the data's returns)", _cell(data), *[""] * len(others)])
-    return table(["policy", by, *others], rows)
+        rows.append(["(the data's returns)", _cell(data)])
+    others = [name for name in dict.fromkeys(name for each in ranked for name in each.criteria) if name != by]
+    values = [
+        [short[each.name], *(f"{each.criteria[name].value:.4g}" if name in each.criteria else "" for name in others)]
+        for each in ranked
+    ]
+    return [table(["policy", by], rows), table(["policy", *others], values)]
 
 
 def _cell(criterion: Criterion) -> str:

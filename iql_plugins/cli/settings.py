@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from tensordict import TensorDictBase
+from tensordict import MemoryMappedTensor, TensorDictBase
 
 from iql_plugins import checkpoint
 from iql_plugins.cli.errors import UserError, mistakes
@@ -238,10 +238,15 @@ class Settings:
         """What is trained on, and the held-out episodes; None for none.
 
         Raises:
-            UserError: for a dataset of one episode.
+            UserError: for a dataset of one episode, or one on disk, most of which would be copied into memory.
         """
         if not self.hold_out:
             return source, None
+        if isinstance(source.tensors.get(REWARD), MemoryMappedTensor):
+            raise UserError(
+                f"--hold-out copies what is trained on into memory, and {self.dataset} is memory-mapped: convert the "
+                "episodes that are to be held out into a dataset of their own"
+            )
         with mistakes(ValueError):
             aside = held_out(source.tensors, self.hold_out).to(source.tensors.get(REWARD).device)
         return replace(source, tensors=source.tensors[~aside], rows=None), source.tensors[aside]
@@ -329,6 +334,8 @@ def _configuration(path: Path) -> Iterator[dict[str, Any]]:
         raise UserError(f"there is no {path}: a run directory has it from its first second on")
     try:
         document = read_json(path)
+        if "format" not in document:
+            raise UserError(f"{path} is no configuration of a run, which `iql-plugins train` writes")
         if document["format"] != FORMAT:
             raise UserError(f"{path} has format {document['format']!r}, known is {FORMAT}: another release wrote it")
         yield document

@@ -40,7 +40,7 @@ from iql_plugins.cli.statistics import Estimate, estimate
 from iql_plugins.cli.training import POLICY, Outcome, adapter_training, resumed
 from iql_plugins.cli.workers import LOCK, locked, train_all
 from iql_plugins.config import IQLConfig
-from iql_plugins.data import Dataset, DatasetError
+from iql_plugins.data import Dataset, DatasetError, summary
 from iql_plugins.data.episodes import episode_returns
 from iql_plugins.data.inspection import Statistics
 from iql_plugins.data.intake import check_numbers
@@ -292,8 +292,11 @@ def _every(wanted: int | str, n_steps: int, *, parts: int, most: int) -> int:
 
 def _described(source: Dataset) -> dict[str, Any]:
     """What a report says of the data of a run, beside their names and digest."""
-    returns = episode_returns(source.tensors)
-    document = {"episodes": len(returns), "returns": asdict(Statistics.of(returns))}
+    if (known := summary.of(source.tensors)) is not None:
+        document = {"episodes": known.episodes, "returns": asdict(Statistics(*known.returns))}
+    else:
+        returns = episode_returns(source.tensors)
+        document = {"episodes": len(returns), "returns": asdict(Statistics.of(returns))}
     return document | {"provenance": dict(source.provenance)} if source.provenance else document
 
 

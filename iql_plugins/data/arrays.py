@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -581,6 +582,9 @@ def _filled(blocks: Blocks, rows: int, name: str, options: Options, folder: Path
     return dataset
 
 
+_SECONDS_BETWEEN_NOTES = 1.0
+
+
 class _Progress:
     """How far a folder is filled, which stands beside it.
 
@@ -593,6 +597,7 @@ class _Progress:
     def __init__(self, folder: Path, rows: int, source: str) -> None:
         self._folder, self._file = folder, folder.parent / "progress.json"
         self._kind = {"rows": rows, "source": source}
+        self._noted = time.monotonic()
 
     def start(self) -> int:
         """The row to go on from; what was made of something else is thrown away."""
@@ -605,11 +610,14 @@ class _Progress:
         return 0
 
     def reached(self, row: int) -> None:
-        """Notes that all before a row is on the disk."""
+        """Notes that all before a row is on the disk; once a second, because a block may be a short episode."""
+        if time.monotonic() - self._noted < _SECONDS_BETWEEN_NOTES:
+            return
         for file in self._folder.rglob("*.memmap"):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         write_bytes(self._file, json.dumps(self._kind | {"filled": row}).encode())
+        self._noted = time.monotonic()
 
 
 def _allocated(block: Block, rows: int, name: str, options: Options, folder: Path | None) -> TensorDict:

@@ -114,7 +114,7 @@ class Normalizers(nn.Module):
                     moments[key] = _usable(*found, values.device)
         scale = config.reward_scale
         if isinstance(scale, str):
-            low, high = known.returns if known is not None else map(float, episode_returns(dataset).aminmax())
+            low, high = known.returns[1:] if known is not None else map(float, episode_returns(dataset).aminmax())
             spread = high - low
             if not spread > 0.0:
                 returns = episode_returns(dataset)

@@ -20,9 +20,14 @@ __all__ = ["CHUNK", "Summary", "moments", "of", "write"]
 FILE, VERSION = "summary.json", 1
 #: Rows of a dataset that are looked at together, so that a memory-mapped one stays mapped.
 CHUNK = 65_536
-#: Modification time of the files that a summary is of, in seconds (1980, as in archives that can be made again).
-#: Whatever writes to them afterwards gives them another one.
+#: Modification time of the files that a summary is of, in seconds: 1980, as in archives that can be made again, and a
+#: number of the content, by which copies by size and time tell two conversions apart. Whatever writes to them
+#: afterwards gives them another one.
 _SEAL = 315_532_800
+
+
+def _seal(sha256: str) -> int:
+    return _SEAL + int(sha256[:7], 16)
 
 
 @dataclass(frozen=True)
@@ -32,18 +37,22 @@ class Summary:
     Attributes:
         rows: transitions.
         sha256: as :attr:`iql_plugins.data.Dataset.sha256`; None for a part of the keys.
-        returns: the smallest and the largest of the episodes.
+        returns: mean, smallest and largest of the episodes.
+        episodes: how many there are.
         columns: by key, ``low``, ``high``, ``mean`` and ``std`` over the rows; of integers the first two.
         env: the environment's id, where the source had it.
         spaces: its spaces as JSON values, likewise.
+        provenance: how it was made, as JSON values, likewise.
     """
 
     rows: int
     sha256: str | None
-    returns: tuple[float, float]
+    returns: tuple[float, float, float]
+    episodes: int
     columns: Mapping[NestedKey, Mapping[str, Tensor]]
     env: str | None
     spaces: Mapping[str, Any] | None
+    provenance: Mapping[str, Any]
 
 
 def write(
@@ -54,6 +63,7 @@ def write(
     returns: Tensor,
     env: str | None,
     spaces: Mapping[str, Any] | None,
+    provenance: Mapping[str, Any],
 ) -> None:
     """Writes the summary of a memory-mapped dataset beside its files, and seals these.
 
@@ -64,23 +74,26 @@ def write(
         returns: of its episodes.
         env: the environment's id, if it is known.
         spaces: its spaces as JSON values, likewise.
+        provenance: how it was made, as JSON values, likewise.
     """
     columns = {_name(key): _statistics(tensor) for key, tensor in dataset.items(True, True)}
     document = {
         "version": VERSION,
         "rows": len(dataset),
         "sha256": sha256,
-        "returns": [float(returns.min()), float(returns.max())],
+        "returns": [float(returns.double().mean()), float(returns.min()), float(returns.max())],
+        "episodes": len(returns),
         "columns": columns,
         "env": env,
         "spaces": spaces,
+        "provenance": dict(provenance),
     }
     checkpoint.write_bytes(folder / FILE, (json.dumps(document, sort_keys=True, allow_nan=False) + "\n").encode())
     for file in folder.rglob("*.memmap"):
         # What is still to be written would be written later, and change the time.
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
-        os.utime(file, (_SEAL, _SEAL))
+        os.utime(file, (_seal(sha256), _seal(sha256)))
 
 
 def of(dataset: TensorDictBase) -> Summary | None:
@@ -97,20 +110,23 @@ def of(dataset: TensorDictBase) -> Summary | None:
         return None
     try:
         document = read_json(folder / FILE)
-        rows, columns = document["rows"], document["columns"]
+        rows, columns, seal = document["rows"], document["columns"], _seal(document["sha256"])
         for key, tensor in entries.items():
             status = os.stat(str(files[key]))
+            own = Path(str(files[key])) == folder.joinpath(*_name(key).split("/")).with_suffix(".memmap")
             whole = len(tensor) == rows and tensor.is_contiguous() and status.st_size == tensor.nbytes
-            if document["version"] != VERSION or not whole or status.st_mtime_ns != _SEAL * 10**9:
+            if document["version"] != VERSION or not own or not whole or status.st_mtime_ns != seal * 10**9:
                 return None
-        low, high = map(float, document["returns"])
+        mean, low, high = map(float, document["returns"])
         return Summary(
             rows,
             str(document["sha256"]) if columns.keys() == {_name(key) for key in entries} else None,
-            (low, high),
+            (mean, low, high),
+            int(document["episodes"]),
             {key: _tensors(columns[_name(key)], tensor) for key, tensor in entries.items()},
             document["env"] if isinstance(document["env"], str) else None,
             document["spaces"] if isinstance(document["spaces"], dict) else None,
+            dict(document["provenance"]),
         )
     # It is no summary of ours, and of no use.
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError, RuntimeError):

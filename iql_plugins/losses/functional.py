@@ -806,7 +806,7 @@ class Health(NamedTuple):
             expectile above 1/2, the more the higher it is.
         mean_value: ``[]``, in return units.
         mean_qvalue: ``[]``, of min Q̂(s, a), in return units.
-        temperature: ``[]``, β of the objectives that have one.
+        temperature: ``[]``, β; objectives that do without leave it as it is.
         critic_disagreement: ``[]``, σ of :func:`critic_disagreement`, in return units.
         signal_to_noise: ``[]``, the standard deviation of the advantages over σ; 0 where critics do not differ, as one
             alone does not. Where it is about 1 advantages are the critics' errors.

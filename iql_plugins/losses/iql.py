@@ -264,15 +264,18 @@ class IQLLoss(NetworkQuantities):
         return self._q(batch, batch.shape)
 
     @torch.no_grad()
-    def labels(self, tensordict: TensorDictBase) -> Labels:
+    def labels(self, tensordict: TensorDictBase, noise: float | None = None) -> Labels:
         """What the policy's loss makes of each transition, in eval or training mode as the loss is, without gradient.
 
         Args:
             tensordict: observations and actions by the key layout; nothing is written into it.
+            noise: the critics' disagreement that ``noise_threshold`` multiplies; None takes that of these transitions.
         """
         keys = [*in_keys_of(self.qvalue_network), *in_keys_of(self.value_network), self._tensor_keys.action]
         of = self._quantities(tensordict, {}, keys)
         value, advantage = of.value, of.advantage
+        if noise is not None:
+            of.computed["noise"] = advantage.new_tensor(noise)
         weight = of.weight if policy_extraction(self.policy_extraction).weighs else torch.ones_like(value)
         return Labels(value, functional.minimum_over_critics(of.target_q), advantage, weight)
 
@@ -306,7 +309,8 @@ class IQLLoss(NetworkQuantities):
         if target is None or not self.training or not torch.is_grad_enabled():
             return
         assert self.automatic_temperature is not None
-        exponent, mask = self.inverse_temperature * of.signal, of.mask
+        # Of all advantages: with a threshold that takes all of them for noise, no temperature is too high.
+        exponent, mask = self.inverse_temperature * of.undropped.advantage.detach(), of.mask
         counted = exponent if mask is None else exponent.masked_fill(~mask, -math.inf)
         # Before max_weight clips them: only then does the size always fall as the temperature grows. Relative to the
         # largest one: neither they nor their squares are too large or too small for numbers.

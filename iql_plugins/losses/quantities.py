@@ -311,8 +311,12 @@ class BatchQuantities:
         threshold = self._loss.objective_options.get("noise_threshold", 0.0)
         if threshold == 0.0:
             return advantage
-        noise = functional.critic_disagreement(self.target_q, mask=self.mask)
-        return functional.beyond_noise(advantage, noise, threshold)
+        return functional.beyond_noise(advantage, self.noise, threshold)
+
+    @_once
+    def noise(self) -> Tensor:
+        """``[]`` how far the target critics are apart, of the whole batch."""
+        return functional.critic_disagreement(self.target_q, mask=self.mask)
 
     @_once
     def q(self) -> Tensor:
@@ -349,14 +353,18 @@ class BatchQuantities:
     @_once
     def weight(self) -> Tensor:
         """``[*B]`` of the action, without gradient."""
-        return objectives.value_objective(self._loss.value_objective).weight(self._without_dropout()).detach()
+        return objectives.value_objective(self._loss.value_objective).weight(self.undropped).detach()
 
-    def _without_dropout(self) -> "BatchQuantities":
+    @property
+    def undropped(self) -> "BatchQuantities":
         """The same with V as targets have it, see :class:`~iql_plugins.networks.builders.ValueDropout`."""
-        if not self._loss._value_drops:
-            return self
+        return self._undropped if self._loss._value_drops else self
+
+    @_once
+    def _undropped(self) -> "BatchQuantities":
         of = BatchQuantities(self._loss, self.batch)
-        of.computed = {name: value for name, value in self.computed.items() if name not in ("value", "advantage")}
+        dropped = ("value", "advantage", "signal")
+        of.computed = {name: value for name, value in self.computed.items() if name not in dropped}
         with torch.no_grad():
             of.advantage  # noqa: B018 - kept
         return of

@@ -23,13 +23,13 @@ class AutomaticTemperature(nn.Module):
         \pm \log 10^6\big)
 
     The effective sample size (:func:`~iql_plugins.losses.functional.effective_sample_size`) of exp(β A), before
-    ``max_weight`` clips it, falls as β grows, whatever the unit of the advantages is: there is one β for a target. It
-    bounds how far the weighted data are from the data, as the KL of REPS (Peters, Mülling and Altun 2010) and of MPO
-    (Abdolmaleki et al. 2018, arXiv:1812.02256; ``acme/tf/losses/mpo.py`` of github.com/google-deepmind/acme) does, by
-    the Rényi divergence of order 2: log(1 / target). As there, and as the entropy coefficient of SAC (Haarnoja et al.
-    2018, arXiv:1812.05905; ``ent_coef="auto"`` of Stable-Baselines3, ``sac.py``, lines 183 to 252), it is a small step
-    on a logarithm at each step of the training, and no solution for each batch. Samplers temper by the same size (Jasra
-    et al. 2011).
+    ``max_weight`` clips it and ``noise_threshold`` takes small advantages for none, falls as β grows, whatever the unit
+    of the advantages is: there is one β for a target. It bounds how far the weighted data are from the data, as the KL
+    of REPS (Peters, Mülling and Altun 2010) and of MPO (Abdolmaleki et al. 2018, arXiv:1812.02256;
+    ``acme/tf/losses/mpo.py`` of github.com/google-deepmind/acme) does, by the Rényi divergence of order 2:
+    log(1 / target). As there, and as the entropy coefficient of SAC (Haarnoja et al. 2018, arXiv:1812.05905;
+    ``ent_coef="auto"`` of Stable-Baselines3, ``sac.py``, lines 183 to 252), it is a small step on a logarithm at each
+    step of the training, and no solution for each batch. Samplers temper by the same size (Jasra et al. 2011).
 
     β begins at 1, in the middle of its range on a logarithmic scale: for a target of 0.7 it reaches 0.01 in 700 steps,
     and 100 in 1,500.

@@ -22,6 +22,7 @@ from iql_plugins.ope.intervals import Criterion
 from iql_plugins.ope.policies import Policy, actions, log_probabilities, observations
 from iql_plugins.spaces import Box
 from iql_plugins.training.agent import Agent
+from iql_plugins.training.learner import drawing_from
 
 __all__ = [
     "action_agreement",
@@ -55,6 +56,24 @@ def discounted_returns(dataset: TensorDictBase, discount: float) -> Array:
     table = estimators.padded(rewards, _numbers(episode_lengths(dataset)))
     returns: Array = table @ estimators.powers(discount, table.shape[1])
     return returns
+
+
+def largest_return(dataset: TensorDictBase, discount: float) -> float:
+    r"""The largest :math:`|\sum_{k \ge t} \gamma^{k - t} r_k|` of any transition t of the data.
+
+    A reward of 8 behind two of 0, at a discount of 0.5: 8, where the episode's own return is 2.
+
+    Args:
+        dataset: see :func:`initial_value`.
+        discount: γ.
+    """
+    rewards = _numbers(dataset.get(REWARD).reshape(-1)).astype(np.float64)
+    table = estimators.padded(rewards, _numbers(episode_lengths(dataset)))
+    following, largest = np.zeros(len(table)), 0.0
+    for column in table.T[::-1]:
+        following = column + discount * following
+        largest = max(largest, float(np.abs(following).max()))
+    return largest
 
 
 def initial_value(agent: Agent, dataset: TensorDictBase) -> Criterion:
@@ -318,8 +337,7 @@ def _distribution_qvalues(agent: Agent, dataset: TensorDictBase, policy: Policy,
     if agent.spaces.discrete:
         taken = np.concatenate([_numbers(each.probs) for each in distributions])
         return _expected_qvalues(agent, states, taken)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with drawing_from(0, 0, torch.device(policy.device)):
         draws = [torch.cat([each.sample() for each in distributions]) for _ in range(DRAWS)]
     return torch.stack([_qvalues(agent, states, draw) for draw in draws]).mean(0)
 

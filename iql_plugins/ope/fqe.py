@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from tensordict import TensorDictBase
 
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.policy_evaluation import DiscretePolicyEvaluationLoss, PolicyEvaluationLoss
-from iql_plugins.ope.criteria import discounted_returns
+from iql_plugins.ope.criteria import largest_return
 from iql_plugins.ope.policies import Policy, actions
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import Agent, seeded_loss
@@ -46,8 +45,9 @@ def fitted_q_evaluation(
         policy: any; continuous actions are those that it takes, discrete ones may be probabilities.
         dataset: transitions by the key layout, batch size ``[N]``, in the environment's units.
         spaces: of the environment.
-        config: steps, batches, networks, rates, discount and normalisers count. There is one critic for each seed, the
-            actor is behaviour cloning at a constant rate, and rewards are not shifted, so that values can be undone.
+        config: steps, batches, networks, rates, discount, normalisers and the critics' loss function count; the square
+            above is that of ``"l2"``. There is one critic for each seed, nothing drops hidden units, the actor is
+            behaviour cloning at a constant rate, and rewards are not shifted, so that values can be undone.
         seeds: of weights and batches; several are an ensemble.
         device: where it is computed.
         callback: called with the number of steps after each.
@@ -67,6 +67,7 @@ def fitted_q_evaluation(
         temperature=0.0,
         reward_shift=0.0,
         actor_dropout=0.0,
+        value_dropout=0.0,
         actor_schedule="constant",
         expectile=own.expectile,
         value_objective=own.value_objective,
@@ -96,7 +97,8 @@ def evaluation_config(
 ) -> IQLConfig:
     """Hyper-parameters of a fitted Q evaluation: the same ones for all policies that are to be compared.
 
-    Observations are standardised, and rewards are scaled so that no discounted return of the data is beyond 3. Targets
+    Observations are standardised, and rewards are scaled so that no discounted return of the data, from whichever
+    transition on, is beyond 3. Targets
     move by a twentieth at each step: values need some five times 1 / (1 - γ) of these times to be there, for which
     10,000 steps are enough up to a discount of 0.99.
 
@@ -106,7 +108,7 @@ def evaluation_config(
         discount: γ.
         hidden_sizes: widths of the hidden layers.
     """
-    largest = float(np.abs(discounted_returns(dataset, discount)).max())
+    largest = largest_return(dataset, discount)
     return IQLConfig(
         n_steps=n_steps,
         discount=discount,

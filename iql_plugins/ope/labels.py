@@ -1,5 +1,6 @@
 """What an agent makes of each transition of a dataset, for who trains something else on it."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -26,6 +27,9 @@ def labels(agent: Agent, dataset: TensorDictBase) -> Iterator[dict[str, Array]]:
     is in the environment's units, but for what a shift adds; see
     :func:`~iql_plugins.ope.estimators.return_units`.
 
+    What a ``noise_threshold`` multiplies is the critics' disagreement over the whole dataset, where a training takes
+    that of each batch. A policy extraction that weighs no actions has weights of 1.
+
     With V of 1, critics that say 2 and 3, and a temperature of 3: an advantage of 1 and a weight of exp(3) = 20.1.
 
     Args:
@@ -40,13 +44,21 @@ def labels(agent: Agent, dataset: TensorDictBase) -> Iterator[dict[str, Array]]:
         ValueError: if the dataset does not fit the agent; before the first rows.
     """
     agent.check(dataset)
+    noise = _disagreement(agent, dataset) if agent.loss.objective_options.get("noise_threshold") else None
     lengths = episode_lengths(dataset).numpy()
     first = np.cumsum(lengths) - lengths
     start = 0
     for batch in batches(agent, dataset):
-        found = agent.loss.labels(batch)._asdict()
+        found = agent.loss.labels(batch, noise)._asdict()
         columns: dict[str, Array] = {name: tensor.float().cpu().numpy() for name, tensor in found.items()}
         rows = np.arange(start, start + len(batch))
         episode = np.searchsorted(first, rows, side="right") - 1
         yield columns | {"episode": episode, "step": rows - first[episode]}
         start += len(batch)
+
+
+def _disagreement(agent: Agent, dataset: TensorDictBase) -> float:
+    squares = sum(
+        len(batch) * float(agent.loss.health(batch).critic_disagreement) ** 2 for batch in batches(agent, dataset)
+    )
+    return math.sqrt(squares / len(dataset))

@@ -32,10 +32,12 @@ class Policy:
             ``[B, act]``; discrete: integers ``[B]``, or the probabilities of all n, float ``[B, n]``.
         distribution: from observations to a ``torch.distributions.Distribution`` over the environment's actions, of
             discrete ones from 0 on (``Categorical``); None where it is not known. Importance sampling asks for it.
+        device: where the distribution's tensors are.
     """
 
     act: Callable[[Any], Any]
     distribution: Callable[[Any], Distribution] | None = None
+    device: torch.device | str = "cpu"
 
     @classmethod
     def of(cls, agent: Agent, *, deterministic: bool = True) -> "Policy":
@@ -52,8 +54,8 @@ class Policy:
             return chances
 
         if not deterministic and agent.spaces.discrete:
-            return cls(probabilities, agent.distribution)
-        return cls(lambda observation: agent.act(observation, deterministic), agent.distribution)
+            return cls(probabilities, agent.distribution, agent.device)
+        return cls(lambda observation: agent.act(observation, deterministic), agent.distribution, agent.device)
 
 
 def observations(dataset: TensorDictBase, *, following: bool = False) -> Iterator[tuple[slice, Any]]:
@@ -129,7 +131,8 @@ def log_probabilities(policy: Policy, dataset: TensorDictBase, space: Space) -> 
         action = dataset[rows].get("action")
         action = action if isinstance(space, Box) else action.reshape(-1) - space.start
         with torch.no_grad():
-            found.append(policy.distribution(seen).log_prob(action).double().cpu().numpy())
+            density = policy.distribution(seen).log_prob(action.to(policy.device))
+            found.append(density.double().cpu().numpy())
     result = np.concatenate(found)
     if result.shape != (len(dataset),) or np.isnan(result).any():
         raise ValueError(f"log-probabilities must be {len(dataset)} numbers, got shape {result.shape}, NaN or not")

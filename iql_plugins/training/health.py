@@ -70,6 +70,10 @@ class Weighted(Protocol):
     def value_objective(self) -> str:
         """How V is learned, which says what an action weighs."""
 
+    @property
+    def objective_options(self) -> Mapping[str, float]:
+        """Hyper-parameters that the two alone have."""
+
 
 def health_warnings(
     looks: Sequence[Look], of: Weighted, value_range: tuple[float, float] | None = None
@@ -107,7 +111,7 @@ def health_warnings(
     unsettled = None if found else _unsettled_values(looks, of.value_objective)
     found += [] if unsettled is None else [unsettled]
     if reads_temperature(of.value_objective, of.policy_extraction) and of.temperature != 0.0:
-        found += _of_weights(looks, of.temperature)
+        found += _of_weights(looks, of.temperature, of.objective_options.get("noise_threshold", 0.0))
     return found
 
 
@@ -180,7 +184,7 @@ def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | 
     )
 
 
-def _of_weights(looks: Sequence[Look], temperature: float | str) -> Iterator[HealthWarning]:
+def _of_weights(looks: Sequence[Look], temperature: float | str, threshold: float) -> Iterator[HealthWarning]:
     """What has no end of five looks is NaN, and beyond no limit."""
     effective, effective_error = _end(looks, "effective_sample_size")
     clipped, clipped_error = _end(looks, "share_at_max_weight")
@@ -198,7 +202,8 @@ def _of_weights(looks: Sequence[Look], temperature: float | str) -> Iterator[Hea
         noisy = lower
         if signal > 0.0 and signal + STANDARD_ERRORS * signal_error < LEAST_SIGNAL:
             found += f", and advantages spread only {signal:.2g} times as far as the critics disagree"
-            noisy = lower.replace("because", "or noise_threshold 2 among the `objective_options`, because")
+            larger = f"noise_threshold {2.0 * (threshold or 1.0):g} among the `objective_options`"
+            noisy = lower.replace("because", f"or {larger}, because")
             reason += ", and these are the critics' errors as much as good actions"
         yield HealthWarning("few-effective-samples", found, f"{noisy} {reason}")
     if clipped - STANDARD_ERRORS * clipped_error > MOST_AT_MAX_WEIGHT:

@@ -22,7 +22,16 @@ from iql_plugins.training.health import HealthWarning, Looks, health_warnings
 from iql_plugins.training.optimizers import take_step
 from iql_plugins.training.rates import Rate, Rates
 
-__all__ = ["DivergenceError", "Groups", "Learner", "adam", "cosine_decay", "resolve_compile", "schedule_factor"]
+__all__ = [
+    "DivergenceError",
+    "Groups",
+    "Learner",
+    "adam",
+    "cosine_decay",
+    "drawing_from",
+    "resolve_compile",
+    "schedule_factor",
+]
 
 NETWORKS = ("actor", "critic", "value")
 #: Compilation takes some five seconds (ten on a slow machine), and saves one to two milliseconds a step.
@@ -312,7 +321,7 @@ class Learner:
             self._rates.show(network)
         device = next(self.loss.parameters()).device
         captured = self._captured if self.synchronize is None else None
-        with _drawing_from(self.seed, self.step_count, device):
+        with drawing_from(self.seed, self.step_count, device):
             if captured is None or captured.device != device:
                 losses = self._compute(batch)
             else:
@@ -498,8 +507,14 @@ def _trained(loss: IQLLoss) -> dict[str, list[nn.Parameter]]:
 
 
 @contextmanager
-def _drawing_from(seed: int, step: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of a step meanwhile, the caller's after it. Nothing is read on the host."""
+def drawing_from(seed: int, step: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of a step meanwhile, the caller's after it. Nothing is read on the host.
+
+    Args:
+        seed: of the learner.
+        step: whose draws they are.
+        device: on which they are drawn.
+    """
     generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
     # Of a CPU's seed 32 bits count: the odd factor spreads the seeds over them.

@@ -18,7 +18,7 @@ from tensordict import MemoryMappedTensor, TensorDict
 
 from iql_plugins import checkpoint, read_dataset
 from iql_plugins.cli import main
-from iql_plugins.data import dataset, summary
+from iql_plugins.data import arrays, dataset, summary
 
 Convert = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -92,6 +92,39 @@ def test_parquet_has_all_that_the_shards_have(convert: Convert, tmp_path: Path) 
     assert read_dataset(tmp_path / "data.parquet").sha256 == expected.sha256
 
 
+def test_parquet_says_what_its_columns_cannot(convert: Convert, tmp_path: Path) -> None:
+    source = read_dataset("pendulum-v1-sac")
+    assert convert("pendulum-v1-sac", tmp_path / "pendulum.parquet")[0] == 0
+    found = read_dataset(tmp_path / "pendulum.parquet")
+    assert (found.env, found.spaces, found.sha256) == (source.env, source.spaces, source.sha256)
+    # Numbers that look like those of discrete actions, images of a single pixel; how they were made.
+    images = np.zeros((300, 1, 1, 1), "u1")
+    data = columns() | {"actions": np.ones((300, 1), "f4"), "observations": images, "next_observations": images}
+    data["metadata"] = np.array(json.dumps({"recipe": "ones"}))
+    np.savez(tmp_path / "data.npz", **data)
+    expected = read_dataset(tmp_path / "data.npz", discrete=False)
+    TensorDict(dict(expected.tensors.items()), [300]).memmap(str(tmp_path / "data"))
+    for name, of in (("data", {}), ("data.npz", {"recipe": "ones"})):
+        for suffix in (".parquet", ""):
+            out = tmp_path / f"{name}-converted{suffix}"
+            assert convert(tmp_path / name, out)[0] == 0
+            assert read_dataset(out).provenance == of
+    found = read_dataset(tmp_path / "data-converted.parquet")
+    assert found.tensors["action"].dtype == torch.float32
+    assert found.sha256 == expected.sha256
+
+
+def test_a_slip_does_not_cost_what_was_begun(convert: Convert, tmp_path: Path) -> None:
+    begun = tmp_path / ".out.partial" / "dataset"
+    begun.mkdir(parents=True)
+    assert convert(tmp_path / "typo.npz", tmp_path / "out")[0] == 2
+    assert begun.is_dir()
+    for out, expected in ((Path("."), "a new folder"), (tmp_path / "in" / "side", "inside of SOURCE")):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        status, document = convert(tmp_path / "in", out)
+        assert (status, expected in document["error"]) == (2, True)
+
+
 def test_what_is_in_the_way_stays_there(convert: Convert, tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "file").touch()
@@ -122,6 +155,7 @@ def test_a_conversion_that_is_killed_at_any_moment_is_gone_on_with(
     """At each file that is written, before it has its name and after, and before and after anything is moved."""
     np.savez(tmp_path / "data.npz", **columns())
     monkeypatch.setattr(dataset, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(arrays, "_SECONDS_BETWEEN_NOTES", 0.0)
     assert convert(tmp_path / "data.npz", tmp_path / "whole" / out)[0] == 0
     expected = content(tmp_path / "whole" / out)
     moments = [0, 0]
@@ -161,6 +195,7 @@ def test_a_conversion_that_is_killed_at_any_moment_is_gone_on_with(
 def test_what_was_written_is_not_read_again(convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez(tmp_path / "data.npz", **columns())
     monkeypatch.setattr(dataset, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(arrays, "_SECONDS_BETWEEN_NOTES", 0.0)
     out, progress = tmp_path / "shards", tmp_path / ".shards.partial" / "progress.json"
     rows: list[int] = []
     real = checkpoint.write_bytes
@@ -195,7 +230,7 @@ import os, signal, sys
 from pathlib import Path
 from iql_plugins.cli import main
 from iql_plugins.data import arrays, dataset
-dataset.CHUNK_BYTES = 3000
+dataset.CHUNK_BYTES, arrays._SECONDS_BETWEEN_NOTES = 3000, 0.0
 real = arrays.write_bytes
 def write_bytes(path, content):
     real(path, content)
@@ -338,6 +373,17 @@ def test_shards_that_were_changed_are_looked_at_again(convert: Convert, tmp_path
     assert summary.of(read_dataset(tmp_path / "copied").tensors) is None
     shutil.copytree(folder, tmp_path / "kept")
     assert summary.of(read_dataset(tmp_path / "kept").tensors) is not None
+
+    tensors["next", "terminated"] = tensors["next", "done"]
+    assert summary.of(tensors) is None
+    tensors = read_dataset(folder).tensors
+    # Copies by size and time leave files of another conversion as they are, beside the new summary.
+    changed = read_dataset("pendulum-v1-sac").tensors
+    changed["next", "reward"] *= 2.0
+    changed.memmap(str(tmp_path / "twice"))
+    assert convert(tmp_path / "twice", tmp_path / "other")[0] == 0
+    shutil.copy(tmp_path / "other" / summary.FILE, tmp_path / "kept" / summary.FILE)
+    assert summary.of(read_dataset(tmp_path / "kept").tensors) is None
 
     summary_file = folder / summary.FILE
     text = summary_file.read_text()

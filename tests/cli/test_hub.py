@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from iql_plugins.cli import hub as cards
 from iql_plugins.cli import main
 from iql_plugins.cli.rollouts import with_module
 from iql_plugins.config import IQLConfig
@@ -140,6 +141,7 @@ def test_a_folder_for_the_hub_is_written_whole_or_not_at_all(
         (["--format", "hub", "--env", "CartPole-v1"], "the policy's observation space"),
         (["--format", "hub", "--env", "Pendulum-v1", "--episodes", "0"], "--episodes must be at least 1"),
         (["--format", "torch", "--env", "Pendulum-v1"], "--env is of the hub's card"),
+        (["--format", "torch", "--episodes", "3"], "--episodes is of the hub's card"),
     ):
         status, document = run("export", path, *arguments)
         assert status == 2
@@ -156,3 +158,9 @@ def test_a_folder_for_the_hub_is_written_whole_or_not_at_all(
 def test_environments_of_other_packages_are_named_with_their_module() -> None:
     assert with_module("PointMaze_UMaze-v3") == "gymnasium_robotics:PointMaze_UMaze-v3"
     assert with_module("Pendulum-v1") == "Pendulum-v1"
+
+
+def test_a_dataset_that_is_no_longer_what_it_was_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "data.npz").write_bytes(b"PK")
+    settings = {"dataset": str(tmp_path / "data.npz"), "dataset_sha256": "abc", "transitions": 7}
+    assert cards._provenance({"settings": settings}) == {"name": "data.npz", "sha256": "abc", "transitions": 7}

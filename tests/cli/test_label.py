@@ -82,7 +82,15 @@ def plain_log_likelihood(agent: Agent, network: nn.Module, log_std: Tensor | Non
 
 
 @pytest.mark.parametrize("kind", ["continuous", "discrete"])
-@pytest.mark.parametrize("options", [{}, {"value_objective": "sparse"}, {"temperature": 10.0, "max_weight": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"value_objective": "sparse"},
+        {"temperature": 10.0, "max_weight": 2.0},
+        {"objective_options": {"noise_threshold": 0.5}},
+    ],
+)
 def test_weighted_behaviour_cloning_from_labels_is_the_actors_training(
     kind: str, options: dict[str, Any], label: Label, tmp_path: Path
 ) -> None:
@@ -113,11 +121,12 @@ def test_weighted_behaviour_cloning_from_labels_is_the_actors_training(
         torch.testing.assert_close(log_std.grad, head.log_std.grad, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
 def test_rows_are_those_of_the_source_in_its_order(
-    label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    threshold: float, label: Label, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = write(tmp_path / "data.npz")
-    agent = trained(dataset, "continuous")
+    agent = trained(dataset, "continuous", objective_options={"noise_threshold": threshold})
     document, whole = label(agent, dataset)
     assert document["rows"] == ROWS
     for name, expected in {
@@ -127,7 +136,8 @@ def test_rows_are_those_of_the_source_in_its_order(
     }.items():
         np.testing.assert_array_equal(whole[name], expected)
     np.testing.assert_allclose(whole["advantage"], whole["qvalue"] - whole["value"], atol=1e-6)
-    np.testing.assert_allclose(whole["weight"], np.minimum(np.exp(3.0 * whole["advantage"]), 100.0), rtol=1e-5)
+    plain = np.minimum(np.exp(3.0 * whole["advantage"]), 100.0)
+    assert np.allclose(whole["weight"], plain, rtol=1e-5) == (threshold == 0.0)
     assert document["means"]["weight"] == pytest.approx(whole["weight"].mean(), rel=1e-5)
     # A row's labels are that row's, however many are computed together.
     from iql_plugins.ope import criteria

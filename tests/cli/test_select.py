@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from iql_plugins import ope
 from iql_plugins.cli import main, select
 from iql_plugins.cli.arguments import Select, parse
 from iql_plugins.config import IQLConfig
@@ -35,9 +36,10 @@ def run(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.M
     return call
 
 
-def write_agent(path: Path, action: float, discount: float = 0.5) -> Path:
+def write_agent(path: Path, action: float, discount: float = 0.5, critics: tuple[int, ...] = (32,)) -> Path:
     """An agent that always takes the same action, whatever its critics say."""
-    agent = Agent(SPACES, IQLConfig(n_steps=1, hidden_sizes=(32,), compile="no", discount=discount), seed=0)
+    config = IQLConfig(n_steps=1, hidden_sizes=(32,), critic_hidden_sizes=critics, compile="no", discount=discount)
+    agent = Agent(SPACES, config, seed=0)
     body = agent.loss.actor_network.module[0].module.body.layers
     with torch.no_grad():
         body[-1].weight.zero_()
@@ -122,7 +124,9 @@ def test_runs_are_judged_on_the_episodes_that_they_held_out(run: Run, tmp_path: 
     assert "give --dataset" in run("select", "one", "four")[1]
 
 
-def test_discounts_that_differ_are_told_apart(run: Run, episodes: Path, tmp_path: Path) -> None:
+def test_discounts_that_differ_are_told_apart(
+    run: Run, episodes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = [write_agent(tmp_path / f"{discount}.safetensors", 0.5, discount) for discount in (0.5, 0.9)]
     given = ["select", *files, "--dataset", episodes, "--fqe-steps", "2", "--fqe-seeds", "1"]
     assert "the policies' discounts are 0.5, 0.9" in run(*given)[1]
@@ -132,7 +136,41 @@ def test_discounts_that_differ_are_told_apart(run: Run, episodes: Path, tmp_path
         True,
         False,
     ]
+    # Before what takes hours.
+    monkeypatch.setattr(select, "judged", None)
     assert "whose discount is not 0.5" in run(*given, "--discount", "0.5", "--by", "value")[1]
+
+
+def test_evaluations_are_as_wide_as_the_widest_critics(
+    run: Run, episodes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[tuple[int, ...]] = []
+    make = ope.evaluation_config
+    monkeypatch.setattr(
+        ope,
+        "evaluation_config",
+        lambda *given, hidden_sizes, **rest: widths.append(hidden_sizes) or make(*given, **rest),
+    )
+    files = [write_agent(tmp_path / "a.safetensors", 0.5), write_agent(tmp_path / "b.safetensors", 0.5, critics=(64,))]
+    assert run("select", *files, "--dataset", episodes, "--fqe-steps", "1", "--fqe-seeds", "1")[0] == 0
+    assert widths == [(64,), (64,)]
+
+
+def test_a_folder_for_the_hub_is_a_policy(run: Run, episodes: Path, tmp_path: Path) -> None:
+    write_agent(tmp_path / "agent.safetensors", 0.5)
+    assert main(["export", "agent.safetensors", "--format", "hub", "-o", "hub"]) == 0
+    status, document = run(
+        "select", "hub", "agent.safetensors", "--dataset", episodes, "--fqe-steps", "0", "--by", "value"
+    )
+    assert status == 0
+    assert {each["policy"] for each in document["candidates"]} == {"hub", "agent.safetensors"}
+
+
+def test_episodes_on_disk_are_not_held_out_by_a_copy_in_memory(run: Run, episodes: Path) -> None:
+    assert main(["convert-dataset", str(episodes), "shards"]) == 0
+    status, error = run("train", "--dataset", "shards", "--hold-out", "0.2", "--n-steps", "1", "--run-dir", "run")
+    assert status == 2
+    assert "memory-mapped" in error
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,8 @@ def test_few_samples_of_noisy_advantages_recommend_what_does_not_chase_noise(sig
     assert "`temperature` below 3, or auto" in warning.suggestion
     assert (f"{signal:.2g} times as far as the critics disagree" in warning.message) == told
     assert ("noise_threshold 2 among the `objective_options`" in warning.suggestion) == told
+    (warning,) = warnings(rows, objective_options={"noise_threshold": 3.0})
+    assert ("noise_threshold 6 among the `objective_options`" in warning.suggestion) == told
 
 
 @pytest.mark.parametrize("code", ["few-effective-samples", "clipped-weights", "equal-weights"])

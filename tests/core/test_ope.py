@@ -370,3 +370,35 @@ def test_importance_sampling_without_a_distribution_is_refused() -> None:
     agent = make_agent("continuous")
     with pytest.raises(ValueError, match="finite numbers"):
         ope.importance_sampled_value(Policy.of(agent), np.full(len(dataset), -np.inf), dataset, agent.spaces, 0.9)
+
+
+def test_actions_are_asked_about_where_the_policys_distribution_is() -> None:
+    asked: list[torch.Tensor] = []
+
+    class Recorder:
+        def log_prob(self, action: torch.Tensor) -> torch.Tensor:
+            asked.append(action)
+            return torch.zeros(len(action))
+
+    dataset = make_dataset(SPACES["continuous"])
+    policy = Policy(lambda observation: observation, lambda observation: Recorder(), "meta")  # type: ignore[arg-type]
+    assert not ope.policies.log_probabilities(policy, dataset, SPACES["continuous"].action).any()
+    assert asked[0].device.type == "meta"
+
+
+def test_rewards_are_scaled_by_the_largest_return_from_any_transition_on() -> None:
+    reward = torch.zeros(300, 1)
+    reward[-1] = 8.0
+    state = torch.zeros(300, 2)
+    last = reward > 0.0
+    dataset = transitions(state, torch.zeros(300, 1), reward, state, last, last)
+    config = ope.evaluation_config(dataset, n_steps=1, discount=0.9)
+    assert config.reward_scale == pytest.approx(3.0 / 8.0)
+
+
+def test_what_draws_random_numbers_in_networks_is_left_out() -> None:
+    dataset = make_dataset(SPACES["continuous"])
+    config = IQLConfig(n_steps=1, compile="no", hidden_sizes=(8,), actor_dropout=0.5, value_dropout=0.5)
+    policy = Policy(lambda observation: np.zeros((len(observation), 2), np.float32))
+    evaluators = ope.fitted_q_evaluation(policy, dataset, SPACES["continuous"], config, seeds=(0, 1))
+    assert [agent.learner.step_count for agent in evaluators] == [1, 1]

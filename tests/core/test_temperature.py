@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import gradients, keywords, make_batch, make_loss, total
+from conftest import OBSERVATION, gradients, keywords, make_batch, make_loss, total
 from torch import Tensor
 
 from iql_plugins import IQLLoss
@@ -16,6 +16,7 @@ from iql_plugins.losses import functional
 from iql_plugins.losses.batch import Batch
 from iql_plugins.losses.quantities import BatchQuantities
 from iql_plugins.losses.temperature import LIMIT, STEP, AutomaticTemperature
+from iql_plugins.networks import value_function
 from iql_plugins.training import gradients as compiled_gradients
 from iql_plugins.training.learner import Learner
 
@@ -63,6 +64,23 @@ def test_it_moves_once_where_the_policys_loss_is_computed_to_train(
     torch.testing.assert_close(loss.health(batch).temperature, expected.exp())
 
 
+@pytest.mark.parametrize("call", [lambda loss, batch: loss(batch), lambda loss, batch: loss.actor_loss(batch)])
+def test_it_moves_by_advantages_without_dropout_and_before_any_count_as_noise(
+    kind: str, call: Callable[..., Any]
+) -> None:
+    value = value_function(OBSERVATION, dropout=0.5, hidden_sizes=(32,))
+    loss = make_loss(kind, value_network=value, temperature="auto_0.4", objective_options={"noise_threshold": 1e9})
+    batch = make_batch(kind)
+    with torch.no_grad():
+        # V drops nothing where no gradient is asked for.
+        of = loss._quantities(batch, {}, loss.in_keys)
+        weights = of.advantage.exp()
+    assert loss.health(batch).effective_sample_size == 1.0
+    call(loss, batch.copy())
+    size = weights.mean().square() / weights.square().mean()
+    torch.testing.assert_close(log_temperature(loss), STEP * (size - 0.4))
+
+
 def test_a_sample_size_above_the_target_raises_it_and_one_below_lowers_it() -> None:
     temperature = AutomaticTemperature()
     for size, expected in ((0.9, 0.002), (0.2, -0.003), (math.nan, -0.003), (0.0, -0.003)):
@@ -81,7 +99,7 @@ def test_the_sample_size_comes_to_its_target_whatever_the_unit(scale: float, tar
     """Also where half of the weights are clipped at the start, and clipped ones would have a size above the target."""
     loss, advantages = make_loss("continuous", temperature=f"auto_{target}"), scale * torch.randn(256)
     of = BatchQuantities(loss, Batch({}, (256,)))
-    of.shape, of.computed = (256,), {"signal": advantages}
+    of.shape, of.computed = (256,), {"advantage": advantages}
     for _ in range(3000):
         loss._move_temperature(of)
     weight = (log_temperature(loss).exp() * advantages).double().exp()

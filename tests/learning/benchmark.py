@@ -352,7 +352,9 @@ def learn(name: str, method: str, seed: int, file: Path) -> dict[str, Any]:
         fit(task.n_steps // EVALUATIONS)
         returns = [episode.total for episode in rollouts(policy, problem.env, starts)]
         curve.append([evaluation * (task.n_steps // EVALUATIONS), statistics.mean(returns)])
-    return {"returns": returns, "curve": curve, "seconds": round(time.perf_counter() - begin), "versions": versions()}
+    seconds = round(time.perf_counter() - begin)
+    config = config_of(task, METHODS[method].changes).to_json()
+    return {"returns": returns, "curve": curve, "seconds": seconds, "config": config, "versions": versions()}
 
 
 @dataclass(frozen=True)
@@ -387,12 +389,14 @@ def results_of(task: str) -> dict[str, dict[str, Any]]:
 
 
 def rows_of(arguments: Run) -> Iterator[tuple[str, str, int]]:
-    """Seed by seed, so that every task has something soon."""
+    """Seed by seed, so that every task has something soon. A row of other hyper-parameters is none."""
     for seed in range(arguments.seeds):
         for task in arguments.tasks:
             done = results_of(task)
             for method in arguments.methods:
-                if METHODS[method].trains_on(task) and str(seed) not in done.get(method, {}):
+                config = config_of(TASKS[task], METHODS[method].changes).to_json()
+                there = done.get(method, {}).get(str(seed), {}).get("config") == config
+                if METHODS[method].trains_on(task) and not there:
                     yield task, method, seed
 
 

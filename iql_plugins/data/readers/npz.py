@@ -22,15 +22,13 @@ from iql_plugins.data.arrays import Array, Transitions
 from iql_plugins.data.columns import readable, require_any
 from iql_plugins.data.dataset import Dataset, DatasetError, Options, file_of, one_line, reading
 from iql_plugins.hookspecs import hookimpl
-from iql_plugins.limits import parse_json
+from iql_plugins.limits import DEEPEST_PROVENANCE, MOST_PROVENANCE, parse_json
 from iql_plugins.spaces import Spaces
 
 __all__ = ["PROVENANCE", "load", "provenance"]
 
 #: The member that says how `iql-plugins make-dataset` made the others: a JSON object, as text.
 PROVENANCE = "metadata"
-#: Bytes, and how deep it may be nested: other documents hold it.
-_MOST_PROVENANCE, _DEEPEST_PROVENANCE = 2**20, 20
 
 #: NumPy's own limit of a header, and its length and magic before it; a longer one is not even unpacked.
 _HEADER_BYTES = 12 + 10_000
@@ -110,12 +108,12 @@ def provenance(path: Path) -> dict[str, Any]:
     """
     with ZipFile(path) as archive:
         info = archive.NameToInfo.get(f"{PROVENANCE}.npy")
-        if info is None or info.file_size > _MOST_PROVENANCE:
+        if info is None or info.file_size > MOST_PROVENANCE:
             return {}
         member = _Member(archive, info, f"{path}: {PROVENANCE!r}", None)
         if member.dtype.kind != "U" or member.shape != ():
             return {}
-        return dict(parse_json(str(member._array), _DEEPEST_PROVENANCE))
+        return dict(parse_json(str(member._array), DEEPEST_PROVENANCE))
 
 
 class _Member:

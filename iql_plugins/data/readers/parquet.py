@@ -1,9 +1,11 @@
 """Parquet: a file, or a folder of parts."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,13 @@ from iql_plugins.data.dataset import Dataset, DatasetError, Options, file_of, on
 from iql_plugins.data.parquet_pages import unpacked
 from iql_plugins.data.readers import foreign
 from iql_plugins.hookspecs import hookimpl
-from iql_plugins.limits import available_memory
+from iql_plugins.limits import DEEPEST_PROVENANCE, MOST_PROVENANCE, available_memory, parse_json
+from iql_plugins.spaces import Spaces
 
-__all__: list[str] = []
+__all__ = ["described"]
+
+#: The entry of a file's metadata that is ours.
+_METADATA = "iql_plugins"
 
 
 @hookimpl
@@ -84,7 +90,40 @@ def _load(path: Path, parts: Sequence[Path], options: Options) -> Dataset:
         whole = {
             key: Concatenated([_Part(column, group) for group in groups], name, key) for key, column in stored.items()
         }
-        return Transitions.from_columns(name, whole, columns.keys() - read.keys()).load(options)
+        known = _known(metadata[0])
+        if options.discrete is None and isinstance(known.get("discrete"), bool):
+            options = replace(options, discrete=known["discrete"])
+        dataset = Transitions.from_columns(name, whole, columns.keys() - read.keys()).load(options)
+        # A stranger's document: whatever it has in their place.
+        with suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            dataset = replace(dataset, provenance=dict(known.get("provenance") or {}))
+            spaces = None if known["spaces"] is None else Spaces.from_json(known["spaces"])
+            if spaces is not None:
+                spaces.check(dataset.tensors)
+            env = known["env"] if isinstance(known["env"], str) else None
+            dataset = replace(dataset, env=env, spaces=spaces)
+        return dataset
+
+
+def described(dataset: Dataset) -> dict[str, str]:
+    """What a file's metadata say of a dataset beside its columns."""
+    document = {
+        "discrete": not dataset.tensors.get("action").is_floating_point(),
+        "env": dataset.env,
+        "spaces": None if dataset.spaces is None else dataset.spaces.to_json(),
+        "provenance": dict(dataset.provenance),
+    }
+    return {_METADATA: json.dumps(document, sort_keys=True)}
+
+
+def _known(footer: Any) -> dict[str, Any]:
+    """What :func:`described` wrote, if anything."""
+    text = (footer.metadata or {}).get(_METADATA.encode(), b"")
+    if len(text) > MOST_PROVENANCE:
+        return {}
+    with suppress(ValueError, TypeError):
+        return dict(parse_json(text.decode(), DEEPEST_PROVENANCE + 2))
+    return {}
 
 
 @dataclass(frozen=True)

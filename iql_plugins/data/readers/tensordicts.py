@@ -95,7 +95,8 @@ def load(dataset: TensorDictBase, options: Options, name: str) -> Dataset:
         known = None if options.memmap_dir is not None else summary.of(dataset)
         if known is not None and options.discrete in (None, not dataset.get("action").is_floating_point()):
             check_dataset(dataset, name)
-            return Dataset(dataset, name, env=known.env, spaces=_spaces(known, dataset))
+            spaces = _spaces(known, dataset)
+            return Dataset(dataset, name, env=known.env, spaces=spaces, provenance=known.provenance)
         require_space(_ROW_BYTES * dataset.numel(), name, replace(options, memmap_dir=None))
         _require_read(dataset, name)
         flat = _selected(dataset, name)
