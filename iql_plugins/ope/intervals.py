@@ -1,6 +1,7 @@
 """How sure of an estimate one can be: the bootstrap over episodes, and over seeds."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,7 +39,7 @@ def bootstrap_interval(sizes: Sequence[int], statistic: Callable[..., Any]) -> t
         ImportError: without scipy; says how to install it.
     """
     try:
-        from scipy.stats import bootstrap
+        from scipy.stats import DegenerateDataWarning, bootstrap
     except ImportError as error:
         raise ImportError("intervals need scipy: pip install 'iql-plugins[cli]'") from error
     if min(sizes) < 2:
@@ -46,16 +47,19 @@ def bootstrap_interval(sizes: Sequence[int], statistic: Callable[..., Any]) -> t
     point = float(statistic(*map(np.arange, sizes)))
     if not math.isfinite(point):
         return math.nan, math.nan
-    result = bootstrap(
-        [np.arange(size) for size in sizes],
-        lambda *drawn, axis=-1: statistic(*drawn),
-        n_resamples=RESAMPLES,
-        batch=_BATCH,
-        vectorized=True,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
+    with warnings.catch_warnings():
+        # Of another method's interval; ours is NaN where a draw has none.
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        result = bootstrap(
+            [np.arange(size) for size in sizes],
+            lambda *drawn, axis=-1: statistic(*drawn),
+            n_resamples=RESAMPLES,
+            batch=_BATCH,
+            vectorized=True,
+            confidence_level=CONFIDENCE,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
     return float(result.low), float(result.high)
 
 

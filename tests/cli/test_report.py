@@ -390,7 +390,7 @@ def test_curves_are_drawn_for_the_width_of_the_screen(width: int, shown: str, pa
         "[...document.querySelectorAll('.metrics svg')]"
         ".map(svg => svg.querySelectorAll('path[style*=\"stroke: var(--run-\"]').length)"
     )
-    assert len(metrics) == 9
+    assert len(metrics) == 12
     assert all(count >= 4 for count in metrics)
 
 

@@ -338,6 +338,13 @@ def test_a_difference_knows_that_both_are_of_the_same_episodes() -> None:
         ope.difference(better, Criterion.mean(hard[:10]))
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_estimate_that_some_draws_do_not_have_has_no_interval() -> None:
+    low, high = bootstrap_interval([5], lambda rows: np.where((rows == 0).any(-1), 1.0, np.nan))
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
 def test_a_single_episode_has_no_interval() -> None:
     assert math.isnan(bootstrap_interval([1], lambda rows: 0.0 * rows.mean(-1))[0])
 
