@@ -867,11 +867,15 @@ SETTINGS = {field.name for field in fields(Settings)} - {"hyperparameters"} | {
 }
 #: Values that no rule for their type makes.
 OTHERS = {
+    "activation": "gelu",
+    "actor_hidden_sizes": [9],
     "actor_schedule": "constant",
     "adapter": "sb3",
     "baseline": "none",
     "compile": "yes",
+    "critic_hidden_sizes": [9],
     "earlier_ends": [10],
+    "initialization": "torch",
     "loss_function": "l1",
     "max_grad_norm": 0.5,
     "policy_extraction": "ddpg_bc",

@@ -107,7 +107,7 @@ def offered(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
 def test_a_shell_completes_commands_options_choices_and_files(offered: Asked) -> None:
     assert set(offered("")) - {"-h", "--help"} == {*COMMANDS, "greet"}
     assert offered("insp") == ["inspect"]
-    assert offered("train", "--actor-l") == ["--actor-learning-rate"]
+    assert offered("train", "--actor-le") == ["--actor-learning-rate"]
     # Texts of several lines are behind these.
     assert [offered("train", option) for option in ("--env", "--stack")] == [["--env"], ["--stack"]]
     assert offered("adapters", "--che") == ["--check"]

@@ -311,7 +311,7 @@ def test_every_adapter_trains_every_objective_the_same(
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("dtype", [torch.float64], indirect=True)
 def test_every_adapter_trains_every_network_the_same(path: Path, kind: str, name: str, dtype: torch.dtype) -> None:
-    expected = expected_record(kind, dtype, tuple((PLAIN | NETWORKS[name]).items()))
+    expected = expected_record(kind, dtype, json.dumps(PLAIN | NETWORKS[name]))
     assert_equal_records(path(make_agent(kind, **PLAIN, **NETWORKS[name]), make_dataset(kind)), expected, dtype)
 
 
