@@ -3,7 +3,7 @@
 From the repository's root, after the README's installation; goes on where it was stopped::
 
     python tests/learning/benchmark.py run --tasks halfcheetah-medium --methods BC "IQL (tensor)" --seeds 5
-    python tests/learning/benchmark.py table     # needs pip install rliable
+    python tests/learning/benchmark.py table
 
 A million steps on HalfCheetah, three seeds, hours each::
 
@@ -32,6 +32,8 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
+from scipy.stats import trim_mean
 from tensordict import TensorDict
 
 from iql_plugins import checkpoint, read_dataset
@@ -42,6 +44,7 @@ from iql_plugins.cli.training import adapter_training
 from iql_plugins.config import IQLConfig, preset
 from iql_plugins.data.episodes import episode_lengths
 from iql_plugins.data.normalizers import Normalizers
+from iql_plugins.ope.intervals import bootstrap_interval
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import Agent
 
@@ -431,44 +434,70 @@ def matrix(method: str, tasks: Sequence[str], seeds: int) -> Array | None:
     return None if None in columns else np.array(columns).T
 
 
-def intervals(scores: Mapping[str, Any], measure: Callable[..., float]) -> dict[str, tuple[float, float, float]]:
-    """A measure of scores with its stratified bootstrap interval: tasks are the strata, seeds are drawn."""
-    from rliable import library
+#: From drawn scores, one array ``[*D, seeds]`` for each task, to ``[*D]``.
+Measure = Callable[..., Array]
 
-    points, bounds = library.get_interval_estimates(dict(scores), lambda *each: np.array([measure(*each)]), reps=2000)
-    return {name: (float(points[name][0]), float(bounds[name][0][0]), float(bounds[name][1][0])) for name in scores}
+
+def interval(columns: Sequence[Array], measure: Measure) -> tuple[float, float, float]:
+    """A measure of scores with its 95% stratified bootstrap interval: of each task the seeds are drawn on their own.
+
+    Agarwal et al. 2021 (arXiv:2108.13264), as are the measures; their ``rliable`` does not go with pandas 3.
+
+    Args:
+        columns: the scores of each task's seeds.
+        measure: of the scores that are drawn.
+    """
+
+    def statistic(*drawn: Array) -> Array:
+        return measure(*(column[rows] for column, rows in zip(columns, drawn, strict=True)))
+
+    sizes = [len(column) for column in columns]
+    return float(statistic(*map(np.arange, sizes))), *bootstrap_interval(sizes, statistic)
+
+
+def interquartile_mean(*scores: Array) -> Array:
+    """The mean of the middle half of all scores."""
+    mean: Array = trim_mean(np.concatenate(scores, -1), 0.25, axis=-1)
+    return mean
+
+
+def share_above(threshold: float, *scores: Array) -> Array:
+    """Of all runs, those with more than a score: one point of a performance profile."""
+    share: Array = (np.concatenate(scores, -1) > threshold).mean(-1)
+    return share
+
+
+def probability_of_improvement(*scores: Array) -> Array:
+    """How likely a seed of the first half of the columns beats one of the second on the same task; half for a tie."""
+    half = len(scores) // 2
+    chances = [
+        np.sign(mine[..., :, None] - others[..., None, :]).mean((-2, -1)) / 2 + 0.5
+        for mine, others in zip(scores[:half], scores[half:], strict=True)
+    ]
+    return np.mean(chances, 0)
 
 
 def interquartile_table(seeds: int) -> Iterator[str]:
-    """A row a task, a column a method: interquartile means over seeds; and over the tasks that all continuous have."""
-    from rliable import metrics
-
-    columns = [name for name in METHODS if any(results_of(task).get(name) for task in SHOWN)]
-    yield f"| task (steps; data) | {' | '.join(columns)} |"
-    yield f"| --- |{' --- |' * len(columns)}"
-    for task in SHOWN:
-        given = {name: scores_of(task, name, seeds) for name in columns}
-        cells = intervals(
-            {name: np.array([scores]).T for name, scores in given.items() if scores}, metrics.aggregate_iqm
-        )
-        if cells:
-            texts = (_cell(*cells[name]) if name in cells else "" for name in columns)
-            yield f"| {task} ({TASKS[task].n_steps:,}) | {' | '.join(texts)} |"
-    continuous = [task for task in SHOWN if not TASKS[task].discrete and not TASKS[task].cut_at_success]
-    matrices = {name: matrix(name, continuous, seeds) for name in columns}
-    cells = intervals({name: each for name, each in matrices.items() if each is not None}, metrics.aggregate_iqm)
-    texts = (_cell(*cells[name]) if name in cells else "" for name in columns)
-    yield f"| all but {', '.join(task for task in SHOWN if task not in continuous)} | {' | '.join(texts)} |"
+    """A row a method, a column a task: interquartile means over seeds; and over the tasks that all methods have."""
+    shared = [task for task in SHOWN if not TASKS[task].discrete and not TASKS[task].cut_at_success]
+    heads = [f"{task} ({TASKS[task].n_steps:,} steps)" for task in SHOWN]
+    yield f"| | {' | '.join(heads)} | {', '.join(shared)} |"
+    yield f"| --- |{' --- |' * (len(SHOWN) + 1)}"
+    for name in METHODS:
+        given = [scores_of(task, name, seeds) for task in SHOWN]
+        if any(given):
+            cells = [_cell([np.array(scores)]) if scores else "" for scores in given]
+            all_of_them = matrix(name, shared, seeds)
+            yield f"| {name} | {' | '.join(cells)} | {'' if all_of_them is None else _cell(list(all_of_them.T))} |"
 
 
-def _cell(point: float, low: float, high: float) -> str:
+def _cell(columns: Sequence[Array]) -> str:
+    point, low, high = interval(columns, interquartile_mean)
     return f"{point:.0f} ({low:.0f} to {high:.0f})"
 
 
 def improvement_table(seeds: int) -> Iterator[str]:
     """The probability that a seed of IQL (tensor) beats one of another method on a task that both have."""
-    from rliable import metrics
-
     ours = "IQL (tensor)"
     yield f"| {ours} against | tasks | probability of improvement |"
     yield "| --- | --- | --- |"
@@ -477,16 +506,13 @@ def improvement_table(seeds: int) -> Iterator[str]:
             task for task in SHOWN if name != ours and scores_of(task, name, seeds) and scores_of(task, ours, seeds)
         ]
         if both:
-            pair = (matrix(ours, both, seeds), matrix(name, both, seeds))
-            point, low, high = intervals({name: pair}, metrics.probability_of_improvement)[name]
+            pairs = [np.array(scores_of(task, method, seeds)) for method in (ours, name) for task in both]
+            point, low, high = interval(pairs, probability_of_improvement)
             yield f"| {name} | {len(both)} | {point:.2f} ({low:.2f} to {high:.2f}) |"
 
 
 def draw(file: Path, seeds: int) -> None:
     """Learning curves of every task, and the share of runs above each score."""
-    from matplotlib.figure import Figure
-    from rliable import library
-
     shown = [task for task in SHOWN if any(scores_of(task, name, seeds) for name in PEERS)]
     figure = Figure(figsize=(12, 3.2 * ((len(shown) + 3) // 3)), layout="constrained")
     axes = list(figure.subplots((len(shown) + 3) // 3, 3).flat)
@@ -506,14 +532,14 @@ def draw(file: Path, seeds: int) -> None:
     matrices = {name: matrix(name, continuous, seeds) for name in PEERS}
     whole = {name: each for name, each in matrices.items() if each is not None}
     thresholds = np.linspace(0.0, 110.0, 56)
-    profiles, bounds = library.create_performance_profile(whole, thresholds, reps=2000)
     axis = axes[len(shown)]
     axis.set_title(f"performance profile of {len(continuous)} tasks")
     axis.set_xlabel("score")
     axis.set_ylabel("share of runs above it")
-    for name, profile in profiles.items():
-        axis.plot(thresholds, profile, color=colours[name], label=name)
-        axis.fill_between(thresholds, *bounds[name], color=colours[name], alpha=0.15, linewidth=0)
+    for name, scores in whole.items():
+        share, low, high = np.transpose([interval(list(scores.T), partial(share_above, each)) for each in thresholds])
+        axis.plot(thresholds, share, color=colours[name], label=name)
+        axis.fill_between(thresholds, low, high, color=colours[name], alpha=0.15, linewidth=0)
     handles = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
     for axis in axes[len(shown) + 1 :]:
         axis.set_axis_off()
@@ -523,7 +549,6 @@ def draw(file: Path, seeds: int) -> None:
 
 def table(arguments: Table) -> None:
     """Writes Markdown to the standard output."""
-    np.random.seed(0)  # rliable's bootstrap draws from NumPy's global state
     lines = [*interquartile_table(arguments.seeds), "", *improvement_table(arguments.seeds)]
     sys.stdout.write("\n".join(lines) + "\n")
     if arguments.picture is not None:
