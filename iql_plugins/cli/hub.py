@@ -4,24 +4,24 @@ The card's metadata are those that the hub's pages of reinforcement learning rea
 (``huggingface_sb3``) have them: ``mean_reward`` is the mean return of episodes, and their standard deviation.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from iql_plugins import checkpoint
+from iql_plugins.cli.errors import UserError
 from iql_plugins.cli.output import json_text
 from iql_plugins.cli.rollouts import rollouts, with_module
-from iql_plugins.cli.settings import CONFIG, versions
+from iql_plugins.cli.settings import CONFIG, recorded_data, versions
 from iql_plugins.cli.statistics import estimate
 from iql_plugins.cli.training import POLICY, evaluation_seeds
-from iql_plugins.data.readers import npz
 from iql_plugins.training.agent import Agent
 
-__all__ = ["evaluated", "shown", "write_folder"]
+__all__ = ["evaluated", "recorded", "shown", "write_folder"]
 
 CARD, RESULTS = "README.md", "results.json"
 
@@ -87,7 +87,13 @@ def shown(evaluation: Mapping[str, Any]) -> str:
     return f"{evaluation['mean_reward']:.2f} +/- {evaluation['std_reward']:.2f}"
 
 
-def write_folder(folder: Path, agent: Agent, env: str | None, evaluation: Mapping[str, Any] | None) -> None:
+def write_folder(
+    folder: Path,
+    agent: Agent,
+    env: str | None,
+    evaluation: Mapping[str, Any] | None,
+    made: Mapping[str, Any],
+) -> None:
     """Writes a folder for the hub.
 
     Args:
@@ -95,10 +101,11 @@ def write_folder(folder: Path, agent: Agent, env: str | None, evaluation: Mappin
         agent: whose policy it is.
         env: the environment that it acts in; None if nobody knows.
         evaluation: as :func:`evaluated` returns it; None for none.
+        made: how the data were made, see :func:`recorded`.
     """
     run = agent.extra.get("run")
     run = run if isinstance(run, dict) else {}
-    method, data = str(run.get("method", "IQL")), _provenance(run)
+    method, data = str(run.get("method", "IQL")), _data_of(run, made)
     document, tensors = agent.state()
     # Of a run no more than what others have a use for: its folders are nobody's business.
     document["extra"] = document["extra"] | {"run": {"env": env, "method": method, "dataset": data}}
@@ -121,19 +128,28 @@ def write_folder(folder: Path, agent: Agent, env: str | None, evaluation: Mappin
     checkpoint.write_bytes(folder / CARD, card.encode())
 
 
-def _provenance(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of the dataset of a run: its name, its digest and, if it is still there, how it was made."""
+def recorded(policy: Path) -> dict[str, Any]:
+    """How the data were made, as the run recorded it in which a policy lies; empty for others.
+
+    Args:
+        policy: a run directory, or a file in one.
+    """
+    for folder in (policy, *policy.absolute().parents[:2]):
+        if (folder / CONFIG).is_file():
+            with contextlib.suppress(UserError):  # another program's file of that name
+                return dict(recorded_data(folder).get("provenance", {}))
+    return {}
+
+
+def _data_of(run: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of the dataset of a run: its name, its digest, and how it was made if that is of this very one."""
     settings = run.get("settings")
     if not isinstance(settings, dict):
         return dict(run["dataset"]) if isinstance(run.get("dataset"), dict) else {}
-    path = Path(settings["dataset"])
-    known = {"name": path.name, "sha256": settings["dataset_sha256"], "transitions": settings["transitions"]}
-    try:
-        made = npz.provenance(path) if path.suffix == ".npz" else {}
-    except (OSError, LookupError, TypeError, ValueError, BadZipFile):
-        made = {}
+    sha256 = settings["dataset_sha256"]
+    known = {"name": Path(settings["dataset"]).name, "sha256": sha256, "transitions": settings["transitions"]}
     # Sorted, as checkpoints have it.
-    return dict(sorted((known | (made if made.get("sha256") == known["sha256"] else {})).items()))
+    return dict(sorted((known | (dict(made) if made.get("sha256") == sha256 else {})).items()))
 
 
 def _card(method: str, env: str | None, evaluation: Mapping[str, Any] | None, data: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 from iql_plugins.checkpoint import CheckpointError, new_folder, vacant
 from iql_plugins.cli.arguments import Convert, Evaluate, Export
 from iql_plugins.cli.errors import UserError, imported, mistakes
-from iql_plugins.cli.hub import evaluated, shown, write_folder
+from iql_plugins.cli.hub import evaluated, recorded, shown, write_folder
 from iql_plugins.cli.output import Result, new_file, table
 from iql_plugins.cli.rollouts import environment_spaces, record, recorded_environment, rollouts
 from iql_plugins.cli.statistics import estimate
@@ -129,7 +129,7 @@ def _export_to_hub(arguments: Export) -> Result:
     env = _environment(agent, arguments)
     evaluation = None if env is None else evaluated(agent, env, episodes)
     with mistakes(OSError), new_folder(folder) as written:
-        write_folder(written, agent, env, evaluation)
+        write_folder(written, agent, env, evaluation, recorded(source))
         with mistakes(CheckpointError):
             _check_same(agent, Agent.load(written / POLICY))
     document = {"policy": arguments.policy, "output": str(folder), "format": "hub", "evaluation": evaluation}

@@ -18,6 +18,7 @@ from iql_plugins.cli.hub import CARD
 from iql_plugins.cli.output import Result, new_file, note, table
 from iql_plugins.cli.policies import load_agent
 from iql_plugins.cli.settings import CONFIG, Settings, load_source
+from iql_plugins.cli.statistics import with_interval
 from iql_plugins.cli.train import device_name
 from iql_plugins.cli.training import POLICY
 from iql_plugins.ope import Criterion, Policy
@@ -236,7 +237,7 @@ def _tables(ranked: Sequence[Candidate], data: Criterion, by: str, short: Mappin
 
 
 def _cell(criterion: Criterion) -> str:
-    return f"{criterion.value:.4g} ({criterion.low:.4g} to {criterion.high:.4g})"
+    return with_interval(criterion.value, criterion.low, criterion.high)
 
 
 def _lines(document: Mapping[str, Any], short: Mapping[str, str]) -> list[str]:

@@ -10,7 +10,7 @@ from iql_plugins.cli.errors import mistakes
 from iql_plugins.cli.reference_scores import normalized_score
 from iql_plugins.ope.intervals import Criterion
 
-__all__ = ["Curve", "Estimate", "estimate", "metric_curve", "return_curve"]
+__all__ = ["Curve", "Estimate", "estimate", "metric_curve", "return_curve", "with_interval"]
 
 #: Of a metric's curve: no picture shows more.
 MOST_POINTS = 50
@@ -35,6 +35,15 @@ class Estimate:
         document: dict[str, Any] = {"mean_return": self.mean, "confidence_95": [self.low, self.high]}
         score = normalized_score(env, self.mean)
         return document if score is None else document | {"normalized_score": score}
+
+
+def with_interval(value: float, low: float, high: float) -> str:
+    """A number and its interval for a table.
+
+    >>> with_interval(1.0, 0.5, 1.25)
+    '1 (0.5 to 1.25)'
+    """
+    return f"{value:.4g} ({low:.4g} to {high:.4g})"
 
 
 def estimate(returns: Sequence[Sequence[float]]) -> Estimate:

@@ -36,7 +36,7 @@ from iql_plugins.cli.settings import (
     recorded_data,
     versions,
 )
-from iql_plugins.cli.statistics import Estimate, estimate
+from iql_plugins.cli.statistics import Estimate, estimate, with_interval
 from iql_plugins.cli.training import POLICY, Outcome, adapter_training, resumed
 from iql_plugins.cli.workers import LOCK, locked, train_all
 from iql_plugins.config import IQLConfig
@@ -467,7 +467,10 @@ def _closing_lines(settings: Settings, document: dict[str, Any], outcomes: Seque
         )
     for outcome in outcomes:
         if outcome.held_out:
-            told = ", ".join(f"{name} {_interval(value)}" for name, value in outcome.held_out.items())
+            told = ", ".join(
+                f"{name} {with_interval(value['value'], *value['confidence_95'])}"
+                for name, value in outcome.held_out.items()
+            )
             lines.append(f"held-out episodes, {outcome.unit.title}: {told}")
     if settings.hyperparameters.compile == "yes":
         lines.append(f"compiled in {sum(outcome.warm_up_seconds for outcome in outcomes):.1f} s in all")

@@ -366,7 +366,7 @@ class BatchQuantities:
         dropped = ("value", "advantage", "signal")
         of.computed = {name: value for name, value in self.computed.items() if name not in dropped}
         with torch.no_grad():
-            of.advantage  # noqa: B018 - kept
+            of.advantage  # noqa: B018 - computed here, without gradient, and kept
         return of
 
     @property

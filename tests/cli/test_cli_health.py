@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import short_pendulum  # noqa: F401
+import short_pendulum  # noqa: F401 - registers the environment
 import torch
 
 from iql_plugins.cli import health, main, train, training

@@ -16,7 +16,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-import short_pendulum  # noqa: F401
+import short_pendulum  # noqa: F401 - registers the environment
 import torch
 from processes import alive, assert_all_end
 from requirements import data_of_others, needs_compiler, needs_proc

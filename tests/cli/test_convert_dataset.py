@@ -59,7 +59,6 @@ def content(path: Path) -> dict[str, bytes]:
 def test_what_is_read_of_the_shards_is_what_is_read_of_the_source(kind: str, convert: Convert, tmp_path: Path) -> None:
     source = tmp_path / f"data.{kind}"
     if kind == "minari":
-        pytest.importorskip("minari")
         from minari_helpers import walk
 
         source = walk(tmp_path)

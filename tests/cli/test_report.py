@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import short_pendulum  # noqa: F401
+import short_pendulum  # noqa: F401 - registers the environment
 from browser import Page, browser
 from requirements import browser_program
 
@@ -409,3 +410,12 @@ def test_a_printed_page_shows_what_is_folded_and_cuts_nothing_off(page: Page, wr
     folded = "[...document.querySelectorAll('details')].map(fold => fold.lastElementChild.checkVisibility())"
     assert page.evaluate(folded) == [True, True]
     assert page.printed().startswith(b"%PDF")
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_how_data_were_made_is_told_by_the_run_that_knows_it(order: int) -> None:
+    knows, does_not = ({"episodes": 1, "returns": None, "provenance": made} for made in ({"recipe": "walk"}, {}))
+    settings = SimpleNamespace(dataset="data.npz", dataset_sha256="abc", transitions=7)
+    runs = [SimpleNamespace(run=SimpleNamespace(data=data, settings=settings)) for data in (knows, does_not, {})]
+    [found] = report._datasets(runs[::order])  # type: ignore[arg-type] - no more of a run is read
+    assert found["provenance"] == {"recipe": "walk"}

@@ -25,7 +25,7 @@ from iql_plugins.hookspecs import hookimpl
 from iql_plugins.limits import DEEPEST_PROVENANCE, MOST_PROVENANCE, parse_json
 from iql_plugins.spaces import Spaces
 
-__all__ = ["PROVENANCE", "load", "provenance"]
+__all__ = ["PROVENANCE", "load"]
 
 #: The member that says how `iql-plugins make-dataset` made the others: a JSON object, as text.
 PROVENANCE = "metadata"
@@ -91,7 +91,7 @@ def _described(path: Path, tensors: TensorDictBase) -> dict[str, Any]:
     described: dict[str, Any] = {}
     # A stranger's document: whatever it is, and has in the place of these two.
     with contextlib.suppress(ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        document = described["provenance"] = provenance(path)
+        document = described["provenance"] = _provenance(path)
         spaces, env = Spaces.from_json(document["spaces"]), document["env"]
         spaces.check(tensors)
         if isinstance(env, str):
@@ -99,7 +99,7 @@ def _described(path: Path, tensors: TensorDictBase) -> dict[str, Any]:
     return described
 
 
-def provenance(path: Path) -> dict[str, Any]:
+def _provenance(path: Path) -> dict[str, Any]:
     """What ``make-dataset`` says in a file of how it made it; empty for other files.
 
     Raises:
