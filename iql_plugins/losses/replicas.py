@@ -41,7 +41,7 @@ def check_output(loss: nn.Module) -> None:
         )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator] - torch has no type for it
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type for it
 @torch.no_grad()
 def replicate(tensors: Iterable[Tensor], ddp: DistributedDataParallel) -> None:
     """Gives the first process's values to all processes of a DDP; every one of them must call it."""
@@ -55,7 +55,7 @@ def of_all(tensor: Tensor, loss: nn.Module, *, largest: bool = False) -> Tensor:
     return tensor if ddp is None and not _is_sharded(loss) else _reduced(tensor, ddp, largest)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator] - torch has no type for it
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type for it
 @torch.no_grad()
 def _reduced(tensor: Tensor, ddp: DistributedDataParallel | None, largest: bool) -> Tensor:
     # Of what is sharded, the module does not know by whom: all processes are asked.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from iql_plugins.cli import hub as cards
 from iql_plugins.cli import main
 from iql_plugins.cli.rollouts import with_module
 from iql_plugins.config import IQLConfig
@@ -158,3 +159,11 @@ def test_a_folder_for_the_hub_is_written_whole_or_not_at_all(
 def test_environments_of_other_packages_are_named_with_their_module() -> None:
     assert with_module("PointMaze_UMaze-v3") == "gymnasium_robotics:PointMaze_UMaze-v3"
     assert with_module("Pendulum-v1") == "Pendulum-v1"
+
+
+def test_what_is_said_of_other_data_is_no_provenance_of_these() -> None:
+    run = {"settings": {"dataset": "folder/data.npz", "dataset_sha256": "abc", "transitions": 7}}
+    known = {"name": "data.npz", "sha256": "abc", "transitions": 7}
+    assert cards._data_of(run, {"recipe": "walk", "sha256": "abc"}) == known | {"recipe": "walk"}
+    assert cards._data_of(run, {"recipe": "walk", "sha256": "def"}) == known
+    assert cards._data_of(run, {}) == known

@@ -417,5 +417,5 @@ def test_how_data_were_made_is_told_by_the_run_that_knows_it(order: int) -> None
     knows, does_not = ({"episodes": 1, "returns": None, "provenance": made} for made in ({"recipe": "walk"}, {}))
     settings = SimpleNamespace(dataset="data.npz", dataset_sha256="abc", transitions=7)
     runs = [SimpleNamespace(run=SimpleNamespace(data=data, settings=settings)) for data in (knows, does_not, {})]
-    [found] = report._datasets(runs[::order])  # type: ignore[arg-type] - no more of a run is read
+    [found] = report._datasets(runs[::order])  # type: ignore[arg-type]  # no more of a run is read
     assert found["provenance"] == {"recipe": "walk"}
