@@ -41,10 +41,11 @@ def test_modules_are_there_without_an_import_of_their_own() -> None:
 
 
 def test_the_package_runs_as_the_command_does() -> None:
-    for module in ("iql_plugins", "iql_plugins.cli"):
-        command = [sys.executable, "-m", module, "--version"]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert output.startswith("iql-plugins ")
+    commands = [[sys.executable, "-m", module, "--version"] for module in ("iql_plugins", "iql_plugins.cli")]
+    first, second = (subprocess.run(command, capture_output=True, text=True) for command in commands)
+    assert (first.returncode, first.stdout, first.stderr) == (second.returncode, second.stdout, second.stderr)
+    # Without what the command needs, it says what to install.
+    assert first.stdout.startswith("iql-plugins ") or "pip install 'iql-plugins[cli]'" in first.stderr
     # The module of the command is no part of the package's import.
     assert not modules_after("import iql_plugins") & {"torch", "tyro", *FRAMEWORKS}
     assert not modules_after("import iql_plugins.__main__") & {"torch", "tyro", *FRAMEWORKS}

@@ -58,7 +58,8 @@ def bootstrap_interval(sizes: Sequence[int], statistic: Callable[..., Any]) -> t
             vectorized=True,
             confidence_level=CONFIDENCE,
             method="percentile",
-            rng=np.random.default_rng(0),
+            # Not "rng", the name of 1.15 and later: both take a generator.
+            random_state=np.random.default_rng(0),
         ).confidence_interval
     return float(result.low), float(result.high)
 
