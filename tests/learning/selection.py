@@ -109,7 +109,12 @@ def learn(name: str, configuration: str, arguments: Run) -> dict[str, Any]:
     changes, length = CONFIGURATIONS[configuration]
     n_steps = max(1, round(LENGTHS[length] * (arguments.n_steps or task.n_steps)))
     config = IQLConfig(
-        n_steps=n_steps, actor_schedule="constant", reward_scale="return_range", normalize_observations=True, **changes
+        n_steps=n_steps,
+        hidden_sizes=(task.hidden, task.hidden),
+        actor_schedule="constant",
+        reward_scale="return_range",
+        normalize_observations=True,
+        **changes,
     )
     agent = Agent(spaces, config, normalizers=Normalizers.fit(data, spaces, config), seed=0)
     agent.fit(data, n_steps)
