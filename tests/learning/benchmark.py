@@ -161,6 +161,7 @@ def config_of(task: Task, changes: Mapping[str, Any]) -> IQLConfig:
         "actor_schedule": "constant",
         "normalize_observations": True,
         "initialization": "torch",
+        "compile": "yes",
     }
     return preset(task.preset, **{**task.config, **common, **changes})
 

@@ -44,6 +44,8 @@ from iql_plugins.training.agent import Agent
 
 RESULTS = Path(__file__).parent / "results" / "selection"
 EPISODES, FIRST_SEED, SHARE = 50, 10_000, 0.2
+#: Gradient steps that take longer than compiling them does.
+WORTH_COMPILING = 2000
 #: Of a configuration's gradient steps.
 LENGTHS = {"a tenth": 0.1, "all": 1.0}
 CONFIGURATIONS = {
@@ -114,6 +116,7 @@ def learn(name: str, configuration: str, arguments: Run) -> dict[str, Any]:
         actor_schedule="constant",
         reward_scale="return_range",
         normalize_observations=True,
+        compile="yes" if n_steps >= WORTH_COMPILING else "no",
         **changes,
     )
     agent = Agent(spaces, config, normalizers=Normalizers.fit(data, spaces, config), seed=0)
