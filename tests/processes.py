@@ -21,13 +21,23 @@ def run(*arguments: str | Path, folder: Path) -> str:
 
 def alive(session: int) -> list[int]:
     """The processes of a session."""
+    return _those(3, session)
+
+
+def children(parent: int) -> list[int]:
+    """The processes that one has started, and not waited for."""
+    return _those(1, parent)
+
+
+def _those(field: int, value: int) -> list[int]:
+    """The processes of which a field of their state is so."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
-        if int(fields[3]) == session and fields[0] != "Z":
+        if int(fields[field]) == value and fields[0] != "Z":
             found.append(int(folder.name))
     return found
 

@@ -20,9 +20,9 @@ from d3rlpy.optimizers.optimizers import make_optimizer_field
 from d3rlpy.preprocessing import MinMaxActionScaler
 from tensordict.utils import NestedKey
 
-from iql_d3rlpy import ddp, files, networks
+from iql_d3rlpy import files, networks
 from iql_d3rlpy.batches import observation_keys
-from iql_d3rlpy.buffer import FastReplayBuffer, UnsupportedBufferError, as_fast_buffer, columns
+from iql_d3rlpy.buffer import FastReplayBuffer, UnsupportedBufferError, as_fast_buffer, columns, draw_share
 from iql_d3rlpy.export import export_policy
 from iql_d3rlpy.impl import IQLImpl
 from iql_d3rlpy.mapped import MappedReplayBuffer
@@ -33,6 +33,7 @@ from iql_plugins.config import IQLConfig as Hyperparameters
 from iql_plugins.config import hyperparameters
 from iql_plugins.data.intake import check_columns
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
+from iql_plugins.training import distributed
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.gradients import compiler_available
 from iql_plugins.training.learner import Learner
@@ -252,7 +253,7 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
         seed = int(torch.randint(2**31, (), device="cpu"))
         agent = Agent(spaces, hyperparameters, normalizers=normalizers, loss=loss, learner=learner, seed=seed)
         if self._enable_ddp:
-            ddp.synchronize(learner)
+            distributed.synchronize(learner)
         self._impl = IQLImpl(observation_shape, action_size, agent, keys, self._device)
 
     def fitter(self, dataset: Any, *args: Any, **options: Any) -> Any:
@@ -273,7 +274,7 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
             fast = dataset
         if isinstance(fast, FastReplayBuffer) and self._enable_ddp and "draw" not in vars(fast):
             fast = copy.copy(fast)
-            fast.draw = ddp.draw_share
+            fast.draw = draw_share
         given = inspect.signature(super().fitter).bind(fast, *args, **options)
         given.arguments["epoch_callback"] = functools.partial(_after_epoch, given.arguments.get("epoch_callback"))
         if evaluators := given.arguments.get("evaluators"):

@@ -24,8 +24,17 @@ from iql_d3rlpy._compat import held_transitions, picker_settings
 from iql_d3rlpy.batches import observation_keys
 from iql_plugins.data.dataset import REWARD, chunks
 from iql_plugins.data.intake import Part
+from iql_plugins.training.distributed import Processes
 
-__all__ = ["FastReplayBuffer", "UnsupportedBufferError", "as_fast_buffer", "columns", "float32", "one_or_many"]
+__all__ = [
+    "FastReplayBuffer",
+    "UnsupportedBufferError",
+    "as_fast_buffer",
+    "columns",
+    "draw_share",
+    "float32",
+    "one_or_many",
+]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 #: Draws ``size`` positions below ``count``.
@@ -45,6 +54,15 @@ LARGEST_COPY = 2**28
 
 def _uniform(count: int, size: int) -> Array:
     return np.random.randint(count, size=size)
+
+
+def draw_share(count: int, size: int) -> Array:
+    """``[size]`` positions below ``count`` from this process's share of them.
+
+    Processes that were seeded alike would draw the same ones otherwise, and learn no more than one.
+    """
+    share = Processes.of_group().share(count)
+    return share.start + np.random.randint(len(share), size=size)
 
 
 class UnsupportedBufferError(TypeError):

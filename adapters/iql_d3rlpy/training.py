@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import structlog
-import torch
 from d3rlpy.logging import NoopAdapterFactory
 from tensordict import TensorDictBase
 
 from iql_d3rlpy.algorithm import BaseIQL, from_agent, load, to_agent
 from iql_d3rlpy.datasets import to_replay_buffer
+from iql_d3rlpy.mapped import MappedReplayBuffer
 from iql_plugins.hookspecs import Training
 from iql_plugins.spaces import Discrete
 
@@ -41,8 +41,10 @@ def fit(algorithm: BaseIQL, dataset: TensorDictBase, n_steps: int, callback: Cal
     size = action.start + action.n if isinstance(action, Discrete) else None
     buffer = to_replay_buffer(dataset.select(*agent.loss.in_keys), action_size=size)
 
+    on_disk = isinstance(buffer, MappedReplayBuffer)
+
     def draw(count: int, size: int) -> Any:
-        return torch.randint(count, (size,), generator=agent.generator, device=agent.device).cpu().numpy()
+        return agent.learner.draw(count, size, agent.generator, on_disk=on_disk).cpu().numpy()
 
     buffer.draw = draw
     rest = n_steps % _STEPS_AN_EPOCH

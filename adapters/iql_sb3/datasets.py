@@ -213,18 +213,20 @@ class OfflineData:
     def __len__(self) -> int:
         return len(self._transitions)
 
-    def batch(
-        self, size: int, generator: torch.Generator, gamma: float, normalization: Normalization | None
-    ) -> dict[str, Tensor]:
-        """A batch by keyword name, in the networks' units; drawn uniformly with replacement.
+    @property
+    def on_disk(self) -> bool:
+        """Whether rows are read from a file when they are drawn."""
+        return self._transitions.on_disk
+
+    def batch(self, index: Tensor, gamma: float, normalization: Normalization | None) -> dict[str, Tensor]:
+        """A batch by keyword name, in the networks' units.
 
         Args:
-            size: of the batch.
-            generator: draws the rows, on the device of the batches.
+            index: ``[B]`` int64, its rows.
             gamma: the discount of one step, for transitions of several.
             normalization: what normalises raw observations and rewards.
         """
-        index = torch.randint(len(self), (size,), generator=generator, device=generator.device).to(self._device)
+        index = index.to(self._device)
         rows = self._transitions.batch(index)
         if self.n_steps > 1:
             rows |= self._following(index, gamma, normalization)

@@ -499,6 +499,8 @@ class IQL(OfflineLearning):
         """
         if is_stand_in(self.env):
             raise RuntimeError("this model was made without an environment: give it one with set_env(env)")
+        if self.learner.processes is not None:
+            raise ValueError("several processes learn together from a dataset alone: learn_offline()")
         self._take_experience()
         super().learn(
             total_timesteps,

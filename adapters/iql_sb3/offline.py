@@ -148,7 +148,9 @@ class OfflineLearning(OffPolicyAlgorithm):
         parts = []
         if offline:
             assert self._offline is not None
-            parts.append(self._offline.batch(offline, self.generator, self.gamma, normalization))
+            source = self._offline
+            index = self.learner.draw(len(source), offline, self.generator, on_disk=source.on_disk)
+            parts.append(source.batch(index, self.gamma, normalization))
         if offline < size:
             assert self.replay_buffer is not None
             with datasets.numpy_random(self.generator):
@@ -235,6 +237,8 @@ class OfflineLearning(OffPolicyAlgorithm):
         if self._offline is None and not (self.replay_buffer is not None and self.replay_buffer.size()):
             raise ValueError("there is nothing to learn from: load_dataset(source) or load_replay_buffer(path) before")
         if self._offline is None:
+            if self.learner.processes is not None:
+                raise ValueError("several processes learn together from a dataset alone: load_dataset(source) before")
             self._take_experience()
         self._compile(gradient_steps)
         self.start_time = time.time_ns()
@@ -269,6 +273,7 @@ class OfflineLearning(OffPolicyAlgorithm):
                 policy.loss, config, seed=old.seed, make_optimizers=lambda groups: old.optimizers
             )
             self.learner.load_state_dict(old.state_dict())
+            self.learner.processes = old.processes
             self.optimizer = LearnerState(self.learner)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:

@@ -73,7 +73,7 @@ class IQL(Algorithm):
         mapped = any(isinstance(tensor, MemoryMappedTensor) for tensor in read.values(True, True))
         return TensorDictReplayBuffer(
             storage=TensorStorage(read if mapped else transform(read), device="cpu" if mapped else agent.device),
-            sampler=_Sampler(agent.generator),
+            sampler=_Sampler(agent, on_disk=mapped),
             transform=transform if mapped else None,
             batch_size=agent.config.batch_size,
         )
@@ -148,15 +148,15 @@ class IQL(Algorithm):
 
 
 class _Sampler(RandomSampler):  # type: ignore[misc]
-    """Draws with a generator that need not be where the storage is."""
+    """Draws as the agent does, with a generator that need not be where the storage is."""
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self, agent: Agent, *, on_disk: bool) -> None:
         super().__init__()
-        self._generator = generator
+        self._agent, self._on_disk = agent, on_disk
 
     def sample(self, storage: Any, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-        device = self._generator.device
-        index = torch.randint(len(storage), (batch_size,), generator=self._generator, device=device)
+        agent = self._agent
+        index = agent.learner.draw(len(storage), batch_size, agent.generator, on_disk=self._on_disk)
         return index.to(storage.device), {}
 
 

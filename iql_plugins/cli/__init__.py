@@ -68,7 +68,7 @@ def _status(given: Sequence[str], write: Write | None) -> int:
             result = Result(command.run(given[1:]) or {})
         if write is None:
             show(result)
-        else:
+        elif result.document is not None:
             write(result.document)
         return result.status
     except UserError as error:

@@ -37,7 +37,7 @@ from iql_plugins.cli.settings import (
     versions,
 )
 from iql_plugins.cli.statistics import Estimate, estimate, with_interval
-from iql_plugins.cli.training import POLICY, Outcome, adapter_training, resumed
+from iql_plugins.cli.training import POLICY, Outcome, adapter_training, follow, resumed
 from iql_plugins.cli.workers import LOCK, locked, train_all
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset, DatasetError, summary
@@ -46,6 +46,8 @@ from iql_plugins.data.inspection import Statistics
 from iql_plugins.data.intake import check_numbers
 from iql_plugins.data.readers.shipped import NAMES
 from iql_plugins.spaces import Box, Spaces
+from iql_plugins.training import distributed
+from iql_plugins.training.distributed import Processes, ProcessLostError, UnequalWeightsError
 from iql_plugins.training.learner import resolve_compile
 
 __all__ = ["InterruptedRun", "run"]
@@ -64,13 +66,38 @@ class InterruptedRun(KeyboardInterrupt):
 
 
 def run(arguments: Train, command_line: Sequence[str]) -> Result:
-    """Trains, and says what came of it.
+    """Trains, and says what came of it. Started by ``torchrun``, all of its processes train together.
 
     Raises:
-        UserError: for a mistake of the user, or a file that cannot be written.
+        UserError: for a mistake of the user, a file that cannot be written, or another process that is gone.
         InterruptedRun: on Ctrl-C; the run can be resumed.
     """
     check_libraries(arguments)
+    if not distributed.launched():
+        return _run(arguments, command_line)
+    arguments, command_line = _restarted(arguments, command_line)
+    with mistakes(ProcessLostError, UnequalWeightsError), distributed.process_group() as processes:
+        if processes.rank == 0:
+            return _run(arguments, command_line, processes)
+        follow(Settings.from_json(processes.told(None)), processes, trust_pickle=arguments.trust_pickle)
+        return Result(None)
+
+
+def _restarted(arguments: Train, command_line: Sequence[str]) -> tuple[Train, Sequence[str]]:
+    """What ``torchrun`` has to go on with: it starts processes again with the command that the run was begun with."""
+    count, most = distributed.restarts()
+    if arguments.resume is not None:
+        return arguments, command_line
+    if arguments.run_dir is None:
+        if most:
+            raise UserError("give --run-dir: processes that torchrun starts again (--max-restarts) go on in it")
+        return arguments, command_line
+    if count and (Path(arguments.run_dir) / CONFIG).exists():
+        return replace(arguments, resume=arguments.run_dir, run_dir=None), ()
+    return arguments, command_line
+
+
+def _run(arguments: Train, command_line: Sequence[str], processes: Processes | None = None) -> Result:
     made_on, data = versions(), dict[str, Any]()
     if arguments.resume is not None:
         given = _check_alone(command_line, "--resume", *map(option, CHANGEABLE))
@@ -91,7 +118,7 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
     else:
         folder = _empty(arguments.run_dir)
         settings, source = _settings(arguments)
-    _check(settings, source)
+    _check(settings, source, arguments, processes)
     with mistakes(OSError):
         folder = _made(folder, settings.dataset)
     with locked(folder):
@@ -105,7 +132,7 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
             settings.write(folder, made_on, data or _described(source))
         note(f"run directory: {folder}")
         with _to_be_resumed(folder, settings.env):
-            return _train(settings, source, folder, arguments)
+            return _train(settings, source, folder, arguments, processes)
 
 
 def check_libraries(arguments: Train) -> None:
@@ -255,7 +282,7 @@ def stack_size(arguments: Train, methods: int, spaces: Spaces, device: str) -> i
         UserError: if it is more than one for a training that cannot be stacked.
     """
     config = arguments.hyperparameters
-    obstacle = None
+    obstacle = "processes that torchrun has started train one seed at a time" if distributed.launched() else None
     if adapter_training(arguments.adapter).fit_together is None:
         obstacle = f"adapter {arguments.adapter!r} trains one seed at a time"
     elif config.actor_dropout or config.value_dropout:
@@ -283,7 +310,8 @@ def _hidden_sizes(config: IQLConfig) -> tuple[int, ...]:
 def _threads(wanted: int | str, workers: int, hidden_sizes: Sequence[int]) -> int:
     if isinstance(wanted, int):
         return wanted
-    return 1 if workers > 1 or max(hidden_sizes, default=0) <= NARROW else available_cores()
+    alone = workers == 1 and max(hidden_sizes, default=0) > NARROW
+    return max(1, available_cores() // distributed.local_count()) if alone else 1
 
 
 def _every(wanted: int | str, n_steps: int, *, parts: int, most: int) -> int:
@@ -300,8 +328,19 @@ def _described(source: Dataset) -> dict[str, Any]:
     return document | {"provenance": dict(source.provenance)} if source.provenance else document
 
 
-def _check(settings: Settings, source: Dataset) -> None:
+def _check(settings: Settings, source: Dataset, arguments: Train, processes: Processes | None) -> None:
     """Raises :class:`UserError` for what would fail at the first step, before there is a run directory."""
+    if processes is not None:
+        if settings.stack > 1 or arguments.workers not in ("auto", 1):
+            raise UserError(
+                "processes that torchrun has started train one seed after another: leave out --workers and --stack; "
+                "a run that was begun with stacked seeds goes on without torchrun"
+            )
+        if (size := settings.hyperparameters.batch_size) % processes.count:
+            raise UserError(
+                f"--batch-size is that of all processes together, a multiple of their number, which is "
+                f"{processes.count}, got {size}"
+            )
     training = adapter_training(settings.adapter)
     if settings.env is not None:
         environment_spaces(settings.env)
@@ -389,11 +428,17 @@ def _to_be_resumed(folder: Path, env: str | None) -> Iterator[None]:
         raise UserError(f"{error}; when that is over, go on with {PROGRAM} train --resume {again}") from error
 
 
-def _train(settings: Settings, source: Dataset, folder: Path, arguments: Train) -> Result:
-    workers = worker_count(arguments.workers, len(settings.groups), settings.device)
+def _train(settings: Settings, source: Dataset, folder: Path, arguments: Train, processes: Processes | None) -> Result:
+    workers = 1 if processes is not None else worker_count(arguments.workers, len(settings.groups), settings.device)
     start = time.monotonic()
+    if processes is not None:
+        processes.told(settings.to_json())
     with reporter(settings) as report:
-        outcomes = train_all(settings, folder, workers, report, trust_pickle=arguments.trust_pickle)
+        options: dict[str, Any] = {"trust_pickle": arguments.trust_pickle, "processes": processes}
+        outcomes = train_all(settings, folder, workers, report, **options)
+    if processes is not None:
+        # There are no more steps to take together.
+        processes.told(None)
     seconds = time.monotonic() - start
     data = estimate([episode_returns(source.tensors).tolist()])
     estimates = _estimates(settings, outcomes, data)
@@ -413,6 +458,7 @@ def _train(settings: Settings, source: Dataset, folder: Path, arguments: Train) 
         "warnings": run_warnings(settings, source, folder, estimates),
         "stack": settings.stack,
         "workers": workers,
+        "processes": 1 if processes is None else processes.count,
         "seconds": seconds,
         "environment": versions(),
         "command": shlex.join([PROGRAM, *sys.argv[1:]]),

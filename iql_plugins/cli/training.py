@@ -30,7 +30,9 @@ from iql_plugins.hookspecs import Training
 from iql_plugins.ope import Criterion, Policy, action_agreement, initial_qvalue, td_error
 from iql_plugins.plugins import AdapterNotFoundError, PluginError, host
 from iql_plugins.spaces import Spaces
+from iql_plugins.training import distributed
 from iql_plugins.training.agent import Agent
+from iql_plugins.training.distributed import Processes
 from iql_plugins.training.learner import DivergenceError
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Progress",
     "adapter_training",
     "evaluation_seeds",
+    "follow",
     "metrics_rows",
     "reached",
     "resumed",
@@ -143,6 +146,7 @@ def train(
     report: Callable[[Progress], None],
     *,
     trust_pickle: bool = False,
+    processes: Processes | None = None,
 ) -> list[Outcome]:
     """Trains from the last checkpoints, or from the beginning, to the end; then measures the last and the best policy.
 
@@ -152,6 +156,7 @@ def train(
         run: the run directory.
         report: told a few times a second how far they are.
         trust_pickle: whether the dataset may be a pickle.
+        processes: of which this one, the first, does all but a part of each batch; the others :func:`follow`.
 
     Returns:
         In the order of ``units``.
@@ -171,9 +176,33 @@ def train(
             trainers = [_Trainer(settings, unit, run, report, training, source, held_out) for unit in units]
             # Earlier releases did not save a stack as one: killed in between, its trainings have not all come as far.
             for step in sorted({trainer.first_step for trainer in trainers}):
-                _fit([trainer for trainer in trainers if trainer.first_step == step], training, source)
+                _fit([trainer for trainer in trainers if trainer.first_step == step], training, source, processes)
             if all(trainer.settings == settings for trainer in trainers):
                 return [trainer.outcome() for trainer in trainers]
+
+
+def follow(settings: Settings, processes: Processes, *, trust_pickle: bool = False) -> None:
+    """Takes the steps of the first process's :func:`train` with it, until it says that there are no more.
+
+    Args:
+        settings: of the run.
+        processes: those that train together.
+        trust_pickle: whether the dataset may be a pickle.
+
+    Raises:
+        UserError: as :func:`train`.
+        DivergenceError: likewise.
+        ProcessLostError: if another process is gone.
+    """
+    training = adapter_training(settings.adapter)
+    with _torch_state(settings), _quiet_agents():
+        source, _ = settings.split(settings.load(trust_pickle=trust_pickle))
+        while (told := processes.told(None)) is not None:
+            state, steps = told
+            agent = Agent.from_state(*state, name="the first process's agent", device=settings.device)
+            algorithm = training.from_agent(agent)
+            distributed.synchronize(training.to_agent(algorithm).learner)
+            training.fit(algorithm, source.tensors, steps, lambda step: None)
 
 
 def resumed(settings: Settings, run: Path) -> Settings:
@@ -251,7 +280,7 @@ def _save(trainers: "Sequence[_Trainer]") -> None:
         trainer.write_policies()
 
 
-def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Dataset) -> None:
+def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Dataset, processes: Processes | None) -> None:
     """Takes the steps that are left, which are as many for all."""
     first = trainers[0]
     saved = time.monotonic()
@@ -271,6 +300,11 @@ def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Dataset) ->
             stack.enter_context(trainer.started())
         if steps == 0:
             return
+        if processes is not None:
+            # These are trained alone, see train.run.
+            agent = first.agent
+            processes.told((agent.state(), steps))
+            distributed.synchronize(agent.learner)
         if len(trainers) == 1:
             training.fit(first.algorithm, source.tensors, steps, after_step)
         else:

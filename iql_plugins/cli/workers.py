@@ -16,6 +16,7 @@ from typing import Any
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.cli.settings import Settings, Unit
 from iql_plugins.cli.training import Outcome, Progress, train
+from iql_plugins.training.distributed import Processes
 from iql_plugins.training.learner import DivergenceError
 
 __all__ = ["LOCK", "WorkerError", "locked", "train_all"]
@@ -44,7 +45,13 @@ class _Failure:
 
 
 def train_all(
-    settings: Settings, run: Path, workers: int, report: Callable[[Progress], None], *, trust_pickle: bool = False
+    settings: Settings,
+    run: Path,
+    workers: int,
+    report: Callable[[Progress], None],
+    *,
+    trust_pickle: bool = False,
+    processes: Processes | None = None,
 ) -> list[Outcome]:
     """All trainings of a run. Their results do not depend on the number of workers.
 
@@ -54,6 +61,7 @@ def train_all(
         workers: processes at a time; a single one is this process.
         report: see :func:`~iql_plugins.cli.training.train`.
         trust_pickle: likewise.
+        processes: likewise, with a single worker.
 
     Returns:
         In the order of ``settings.units``.
@@ -65,32 +73,33 @@ def train_all(
     units, groups = settings.units, settings.groups
     workers = min(workers, len(groups))
     if workers == 1:
-        made = [train(settings, group, run, report, trust_pickle=trust_pickle) for group in groups]
+        options: dict[str, Any] = {"trust_pickle": trust_pickle, "processes": processes}
+        made = [train(settings, group, run, report, **options) for group in groups]
         outcomes = {outcome.unit: outcome for group in made for outcome in group}
         return [outcomes[unit] for unit in units]
     context = multiprocessing.get_context("spawn")
     tasks, answers = context.SimpleQueue(), context.Queue()
     for group in [*groups, *[None] * workers]:
         tasks.put(group)
-    processes: list[Any] = [
+    children: list[Any] = [
         context.Process(target=_work, args=(settings, run, trust_pickle, tasks, answers), daemon=True)
         for _ in range(workers)
     ]
     try:
         with _interrupts_ignored():
-            for process in processes:
-                process.start()
-        collected = _collect(units, processes, answers, report)
-        for process in processes:
-            process.join(SECONDS_TO_END)
+            for child in children:
+                child.start()
+        collected = _collect(units, children, answers, report)
+        for child in children:
+            child.join(SECONDS_TO_END)
         return collected
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
-        for process in processes:
-            if process.pid is not None:
-                process.join()
+        for child in children:
+            if child.is_alive():
+                child.terminate()
+        for child in children:
+            if child.pid is not None:
+                child.join()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,13 @@ Transform = Callable[[TensorDictBase], TensorDictBase]
 
 
 class BatchSource(Protocol):
-    """A dataset from which batches are drawn."""
+    """A dataset from which batches are drawn.
+
+    Attributes:
+        on_disk: whether rows are read from a file when they are drawn.
+    """
+
+    on_disk: bool
 
     def __len__(self) -> int:
         """Number of transitions."""
@@ -56,6 +62,8 @@ class PackedDataset:
     Raises:
         ValueError: for an empty dataset.
     """
+
+    on_disk = False
 
     def __init__(
         self, dataset: TensorDictBase, transform: Transform | None = None, device: torch.device | None = None
@@ -109,6 +117,8 @@ class MappedDataset:
         transform: applied to each batch.
         device: where batches are needed.
     """
+
+    on_disk = True
 
     def __init__(
         self, dataset: TensorDictBase, transform: Transform | None = None, device: torch.device | None = None

@@ -191,10 +191,10 @@ class Agent:
             DivergenceError: if losses or weights are no longer finite.
         """
         source = self.transitions(dataset)
-        size, generator = (self.config.batch_size,), self.generator
+        rows, size, on_disk = len(source), self.config.batch_size, source.on_disk
 
         def draw() -> Mapping[str, Tensor]:
-            return source.batch(torch.randint(len(source), size, generator=generator, device=self.device))
+            return source.batch(self.learner.draw(rows, size, self.generator, on_disk=on_disk))
 
         self.train(draw, n_steps, callback)
 

@@ -17,6 +17,7 @@ from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.losses.targets import SoftUpdate
 from iql_plugins.networks import calls
 from iql_plugins.training.cuda_graph import CapturedStep
+from iql_plugins.training.distributed import Processes
 from iql_plugins.training.gradients import OUTPUTS, LossGradients, compiler_available
 from iql_plugins.training.health import HealthWarning, Looks, health_warnings
 from iql_plugins.training.optimizers import take_step
@@ -130,8 +131,8 @@ class Learner:
     Attributes:
         step_count: gradient steps taken.
         last_losses: ``[4]`` losses and entropy of the last step, on the device; None before the first.
-        synchronize: called when the gradients of a step are there and nothing has read them: processes that train
-            together average them here. None does nothing.
+        processes: that train together, see :func:`~iql_plugins.training.distributed.synchronize`; None for this one
+            alone.
         stacked: whether its parameters are views of tensors that several trainings have in common, for as long as
             something else takes its steps.
 
@@ -198,7 +199,7 @@ class Learner:
         device = next(loss.parameters()).device
         self._captured = CapturedStep(self._compute, self.optimizers, device) if capture else None
         self.last_losses: Tensor | None = None
-        self.synchronize: Callable[[], None] | None = None
+        self.processes: Processes | None = None
         self._sums: Tensor | None = None
         self._count = 0
         self._last_batch: Mapping[str, Tensor] = {}
@@ -320,8 +321,10 @@ class Learner:
         for network in self._rates.trained:
             self._rates.show(network)
         device = next(self.loss.parameters()).device
-        captured = self._captured if self.synchronize is None else None
-        with drawing_from(self.seed, self.step_count, device):
+        together = self.processes
+        captured = self._captured if together is None else None
+        # Processes that train together do not drop the same units.
+        with drawing_from(self.seed + (0 if together is None else together.rank), self.step_count, device):
             if captured is None or captured.device != device:
                 losses = self._compute(batch)
             else:
@@ -333,12 +336,34 @@ class Learner:
                 self._rates.show(network)
         if self.step_count % STEPS_BETWEEN_CHECKS == 0:
             self.check_finite()
+            if together is not None:
+                together.check_equal(self.loss)
+
+    def draw(self, rows: int, size: int, generator: torch.Generator, *, on_disk: bool) -> Tensor:
+        """The rows of a batch, uniformly with replacement; of a batch of several processes, this one's part.
+
+        Args:
+            rows: of the dataset.
+            size: of the batch, of all processes together.
+            generator: on whose device the rows are drawn.
+            on_disk: whether the dataset is memory-mapped, see
+                :meth:`~iql_plugins.training.distributed.Processes.draw`.
+
+        Returns:
+            int64 row numbers, ``[size]``; of several processes as many from each.
+
+        Raises:
+            ValueError: unless each process gets as many.
+        """
+        if self.processes is not None:
+            return self.processes.draw(rows, size, generator, on_disk=on_disk)
+        return torch.randint(rows, (size,), generator=generator, device=generator.device)
 
     def _compute(self, batch: Mapping[str, Tensor]) -> Tensor:
         """All of a step that happens on the device; returns its ``[4]`` losses."""
         outputs = self._gradients(batch)
-        if self.synchronize is not None:
-            self.synchronize()
+        if self.processes is not None:
+            self.processes.average(self.loss)
         if self.max_grad_norm is not None:
             for network in self._rates.trained:
                 nn.utils.clip_grad_norm_(self._rates.group(network)["params"], self.max_grad_norm)

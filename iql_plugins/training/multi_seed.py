@@ -287,7 +287,7 @@ def _check_alike(agents: Sequence[Agent]) -> None:
         if len(learner.optimizers) != 1 or type(learner.optimizers[0]) is not Adam:
             kinds = ", ".join(type(optimizer).__name__ for optimizer in learner.optimizers)
             raise ValueError(f"agents that are trained together must have one Adam each, got {kinds}")
-        if learner.synchronize is not None:
+        if learner.processes is not None:
             raise ValueError("agents that are trained together cannot be trained by several processes, too")
         if agent.loss.check_finite:
             raise ValueError(

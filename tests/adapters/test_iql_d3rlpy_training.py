@@ -493,7 +493,7 @@ def test_the_shares_are_no_lasting_part_of_a_dataset(kind: str, place: str, monk
         drawn.append(size)
         return np.zeros(size, np.int64)
 
-    monkeypatch.setattr("iql_d3rlpy.ddp.draw_share", draw)
+    monkeypatch.setattr("iql_d3rlpy.algorithm.draw_share", draw)
     algorithm, data = built(kind, place), as_fast_buffer(dataset(kind))
     algorithm._enable_ddp = True
     fitted(algorithm, data)

@@ -43,6 +43,7 @@ from iql_plugins.data import load_dataset
 from iql_plugins.networks import MLP
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import Agent
+from iql_plugins.training.distributed import Processes
 from iql_sb3 import IQL, IQLPolicy
 
 pytestmark = [
@@ -1268,10 +1269,29 @@ def test_a_long_offline_training_of_perceptrons_is_compiled(
     model.learn_offline(2)
     assert not model.learner.compiled
     monkeypatch.setattr(learner, "LONG_ENOUGH_TO_COMPILE", 6)
+    alone = copy.deepcopy(model)
     model.learn_offline(6)
     assert model.learner.compiled
+    # Processes that train together go on doing so.
+    alone.learner.processes = Processes(0, 1)
+    alone._compile(6)
+    assert alone.learner.compiled
+    assert alone.learner.processes == Processes(0, 1)
     assert model.learner.step_count == 8
     for name, tensor in eager.policy.state_dict().items():
         torch.testing.assert_close(model.policy.state_dict()[name], tensor, atol=1e-5, rtol=1e-4)
     model.save(tmp_path / "model")
     assert IQL.load(tmp_path / "model").learner.step_count == 8
+
+
+def test_several_processes_learn_from_a_dataset_alone(dataset: TensorDict) -> None:
+    model = IQL("MlpPolicy", "Pendulum-v1", learning_starts=0, seed=0)
+    model.learner.processes = Processes(0, 2)
+    with pytest.raises(ValueError, match="together from a dataset alone"):
+        model.learn(10)
+    assert model.num_timesteps == 0
+    model.learner.processes = None
+    model.learn(10)
+    model.learner.processes = Processes(0, 2)
+    with pytest.raises(ValueError, match="together from a dataset alone"):
+        model.learn_offline(1)

@@ -15,9 +15,11 @@ from torch.optim import SGD, Adam, Optimizer
 
 from iql_plugins import checkpoint
 from iql_plugins.losses import iql as loss_module
+from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.training import cuda_graph as captured
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.cuda_graph import WARM_UP_STEPS
+from iql_plugins.training.distributed import Processes
 from iql_plugins.training.learner import DivergenceError, Groups, Learner, adam
 
 #: Adam's state comes into being in the first step; its tensors must be there before others count as ordinary.
@@ -301,8 +303,13 @@ def test_a_checkpoint_on_the_way_is_that_of_ordinary_training(recorder: Recorder
 def test_processes_that_train_together_take_ordinary_steps(recorder: Recorder) -> None:
     learners, calls = pair("continuous"), []
     train(learners, "continuous", ORDINARY + 1)
+
+    class Counted(Processes):
+        def average(self, loss: IQLLoss) -> None:
+            calls.append(loss)
+
     for learner in learners:
-        learner.synchronize = lambda: calls.append(1)
+        learner.processes = Counted(0, 2)
     train(learners, "continuous", 3)
     assert_same(*learners)
     assert len(calls) == 6

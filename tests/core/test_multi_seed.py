@@ -18,6 +18,7 @@ from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.networks import critic, gaussian_actor
 from iql_plugins.training import multi_seed as population
 from iql_plugins.training.agent import Agent, assemble_loss
+from iql_plugins.training.distributed import Processes
 from iql_plugins.training.learner import DivergenceError, Learner
 from iql_plugins.training.multi_seed import fit_together
 
@@ -405,7 +406,7 @@ def test_what_cannot_be_stacked_is_refused(kind: str, alike: Callable[..., list[
         fit_together(others, dataset, 1)
     others = alike(2)
     for other in others:
-        other.learner.synchronize = lambda: None
+        other.learner.processes = Processes(0, 2)
     with pytest.raises(ValueError, match="several processes"):
         fit_together(others, dataset, 1)
     others = alike(2)

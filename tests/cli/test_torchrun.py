@@ -1,0 +1,184 @@
+"""`torchrun -m iql_plugins train`: one training by several processes, whatever becomes of them."""
+
+import contextlib
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from processes import children
+from requirements import needs_proc
+
+from iql_plugins import checkpoint
+from iql_plugins.cli import main
+from iql_plugins.training import distributed
+from iql_plugins.training.distributed import Processes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed"),
+]
+#: How often a process is killed.
+KILLS = int(os.environ.get("IQL_PLUGINS_KILLS", "2"))
+SMALL = [
+    *("--env", "short_pendulum:ShortPendulum-v0", "--baseline", "none", "--hidden-sizes", "8", "--batch-size", "16"),
+    *("--n-steps", "40", "--evaluate-every", "20", "--log-every", "10", "--episodes", "2"),
+    *("--evaluation-episodes", "2"),
+]
+
+
+@contextlib.contextmanager
+def torchrun(*arguments: str | Path, restarts: int = 0) -> Iterator["subprocess.Popen[str]"]:
+    """Two processes of ``train``."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--max-restarts", str(restarts), "-m", "iql_plugins", "train", *map(str, arguments)]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
+    process = subprocess.Popen(
+        [*launcher, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            # Whatever went wrong, nobody trains on: it ends with all that it has started.
+            process.terminate()
+
+
+def policies(folder: Path) -> dict[str, bytes]:
+    names = ("checkpoint.safetensors", "policy.safetensors", "policy_best.safetensors", "metrics.csv")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of two processes, and what they wrote to stdout."""
+    folder = tmp_path_factory.mktemp("torchrun") / "run"
+    with torchrun(*SMALL, "--json", "--run-dir", folder) as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder, out
+
+
+@pytest.mark.parametrize("adapter", ["tensor", "sb3", "d3rlpy", "torchrl"])
+def test_two_processes_train_what_one_does(
+    adapter: str, tmp_path: Path, undisturbed: tuple[Path, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = undisturbed
+    if adapter != "tensor":
+        folder = tmp_path / "run"
+        with torchrun(*SMALL, "--json", "--adapter", adapter, "--run-dir", folder) as process:
+            out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    # One document, of the first process.
+    document = json.loads(out)
+    assert document["processes"] == 2
+    assert main(["train", *SMALL, "--adapter", adapter, "--run-dir", str(tmp_path / "alone")]) == 0
+    capfd.readouterr()
+    (_, together), (_, alone) = (
+        checkpoint.read(each / "checkpoint.safetensors") for each in (folder, tmp_path / "alone")
+    )
+    assert together.keys() == alone.keys()
+    for name, tensor in alone.items():
+        if tensor.is_floating_point():
+            assert (together[name] - tensor).abs().max() <= 1e-5, name
+        else:
+            # The random state, too.
+            assert torch.equal(together[name], tensor), name
+
+
+def test_what_two_processes_began_one_goes_on_with(
+    undisturbed: tuple[Path, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begun, whole = tmp_path / "begun", tmp_path / "whole"
+    assert main(["train", *SMALL, "--run-dir", str(begun)]) == 0
+    with torchrun("--resume", begun, "--env", SMALL[1], "--n-steps", "60") as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert main(["train", "--resume", str(begun), "--env", SMALL[1], "--n-steps", "80"]) == 0
+    assert main(["train", *SMALL, "--run-dir", str(whole)]) == 0
+    for n_steps in ("60", "80"):
+        assert main(["train", "--resume", str(whole), "--env", SMALL[1], "--n-steps", n_steps]) == 0
+    capfd.readouterr()
+    (_, ours), (_, alone) = (checkpoint.read(each / "policy.safetensors") for each in (begun, whole))
+    for name, tensor in alone.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0.0, atol=1e-5)
+
+
+@needs_proc
+def test_killed_processes_are_started_again_and_lose_nothing(undisturbed: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    chance, killed = random.Random(0), 0
+    with torchrun(*SMALL, "--run-dir", folder, restarts=KILLS) as process:
+        while process.poll() is None and killed < KILLS:
+            time.sleep(chance.uniform(1.0, 12.0))
+            ranks = children(process.pid)
+            if len(ranks) == 2:
+                os.kill(chance.choice(ranks), signal.SIGKILL)
+                killed += 1
+                while set(ranks) & set(children(process.pid)):
+                    time.sleep(0.05)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert killed
+    assert policies(folder) == policies(undisturbed[0])
+
+
+@needs_proc
+def test_a_killed_process_takes_the_other_down_with_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with torchrun(*SMALL, "--n-steps", "1000000", "--run-dir", folder) as process:
+        while not (folder / "checkpoint.safetensors").exists():
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        first, second = children(process.pid)
+        os.kill(second, signal.SIGKILL)
+        begin = time.monotonic()
+        _, err = process.communicate(timeout=120)
+        assert time.monotonic() - begin < 60.0
+    assert process.returncode != 0
+    said = [line for line in err.splitlines() if line.startswith("iql-plugins: process ")]
+    assert len(said) <= 1
+    assert all("another process has ended" in line for line in said)
+    assert not Path(f"/proc/{first}").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "restarts", "message"),
+    [
+        (["--batch-size", "15"], 0, "--batch-size is that of all processes together, a multiple of .* 2, got 15"),
+        (["--stack", "2", "--seeds", "2"], 0, "train one seed at a time; use --stack 1"),
+        (["--workers", "2"], 0, "leave out --workers and --stack"),
+        ([], 1, "give --run-dir: processes that torchrun starts again"),
+    ],
+)
+def test_what_processes_cannot_do_together_is_refused(
+    options: list[str],
+    restarts: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # As torchrun tells the first of two; they have nothing to say to each other yet.
+    told = {"RUN_ID": "0", "RESTART_COUNT": "0", "MAX_RESTARTS": str(restarts)}
+    for name, value in told.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "process_group", lambda: contextlib.nullcontext(Processes(0, 2)))
+    assert main(["train", *SMALL, *options]) == 2
+    assert re.search(f"iql-plugins: .*{message}", capfd.readouterr().err)
+    assert not (tmp_path / "runs").exists()
