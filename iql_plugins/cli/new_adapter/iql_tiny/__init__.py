@@ -37,7 +37,7 @@ def fit(algorithm: TinyIQL, dataset: TensorDictBase, n_steps: int, callback: Cal
     """Trains on a dataset by the key layout, in batches that the agent's generator draws."""
     agent = algorithm.agent
     for _ in range(n_steps):
-        index = torch.randint(len(dataset), (agent.config.batch_size,), generator=agent.generator, device=agent.device)
+        index = agent.learner.draw(len(dataset), agent.config.batch_size, agent.generator, on_disk=False)
         row = dataset[index.cpu()].to(agent.device)
         then, terminal = row["next"], row["next", "terminated"]
         ends = terminal, then["done"] & ~terminal
