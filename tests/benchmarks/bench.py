@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from contestants import Maker, Size, dataset_of, installed, makers, ours
+from contestants import PEERS, Maker, Size, dataset_of, installed, makers, ours
 from interleaved import Steps, Timing, now, timings
 
 from iql_plugins import checkpoint
@@ -33,7 +33,7 @@ class Options:
     """Measures gradient steps a second, of this package and of other libraries side by side."""
 
     peers: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[NAME|FILE ...]")] = None
-    """Libraries to measure beside it, by name (plain, torchrl, d3rlpy, sb3-sac) or as Python files; by default those
+    """Libraries to measure beside it, by name (plain, torchrl, d3rlpy, sb3-sac, jax) or as Python files; by default those
     that are installed, and none after a bare --peers."""
     adapters: tuple[str, ...] = ()
     """Further adapters to measure, beside the one for plain tensors."""
@@ -91,6 +91,7 @@ def bench(options: Options) -> Result:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     peers = makers(installed() if options.peers is None else options.peers)
+    missing = [name for name in PEERS if options.peers is None and name not in peers]
     through = {f"{REFERENCE} through {name}": ours(name, "yes") for name in options.adapters}
     data = dataset_of(size).to(device)
     begin = now(device)
@@ -127,6 +128,8 @@ def bench(options: Options) -> Result:
         f"{gpu or f'{threads} threads'}, median of {options.rounds} rounds of {steps} steps",
         f"{share:.0%} of the {peak / 1e9:.0f} GFLOP/s that matrix products reach here; compiled in {warm_up:.1f} s",
     ]
+    if missing:
+        lines.append(f"not installed, and not measured: {', '.join(missing)}")
     if options.plot is not None:
         _draw(measured, options.plot)
         lines.append(f"wrote {options.plot}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import jax_iql
 import numpy as np
 import plain_iql
 import torch
@@ -302,17 +303,27 @@ def sb3_train(model: Any, size: Size, at_once: int | None = None) -> Steps:
 
 
 #: Peers by name, with the module that each needs.
+def _jax(size: Size, data: TensorDict) -> Steps:
+    return jax_iql.peer(_keyword_tensors(data), size.batch, size.hidden)
+
+
+#: What each needs, and what makes its steps.
 PEERS: Mapping[str, tuple[str, Maker]] = {
     "plain": ("torch", _plain),
     "torchrl": ("torchrl", _torchrl),
     "d3rlpy": ("d3rlpy", _d3rlpy),
     "sb3-sac": ("stable_baselines3", _stable_baselines3),
+    "jax": ("jax, in an environment of its own: python tests/benchmarks/jax_iql.py makes it,", _jax),
 }
 
 
 def installed() -> list[str]:
     """The names of the peers whose library is there."""
-    return [name for name, (module, _) in PEERS.items() if importlib.util.find_spec(module) is not None]
+    return [name for name in PEERS if _is_there(name)]
+
+
+def _is_there(name: str) -> bool:
+    return jax_iql.PYTHON.exists() if name == "jax" else importlib.util.find_spec(PEERS[name][0]) is not None
 
 
 def makers(peers: Sequence[str]) -> dict[str, Maker]:
@@ -337,7 +348,7 @@ def makers(peers: Sequence[str]) -> dict[str, Maker]:
 
 def _library(name: str) -> Maker:
     module, make = PEERS[name]
-    if importlib.util.find_spec(module) is None:
+    if not _is_there(name):
         raise UserError(f"the peer {name!r} needs {module}, which is not installed")
     return make
 

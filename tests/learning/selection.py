@@ -73,7 +73,7 @@ class Run:
     n_steps: int | None = None
     """Gradient steps; by default those of the task."""
     fqe_steps: int = 10_000
-    fqe_seeds: int = 2
+    fqe_seeds: int = 1
     episodes: int = EPISODES
     workers: int = 2
     """Processes, of one thread each."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 
