@@ -33,8 +33,8 @@ class Options:
     """Measures gradient steps a second, of this package and of other libraries side by side."""
 
     peers: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="[NAME|FILE ...]")] = None
-    """Libraries to measure beside it, by name (plain, torchrl, d3rlpy, sb3-sac, jax) or as Python files; by default those
-    that are installed, and none after a bare --peers."""
+    """Libraries to measure beside it, by name (plain, torchrl, d3rlpy, sb3-sac, jax) or as Python files; by default
+    those that are installed, and none after a bare --peers."""
     adapters: tuple[str, ...] = ()
     """Further adapters to measure, beside the one for plain tensors."""
     size: Annotated[Size, tyro.conf.arg(name="")] = field(default_factory=Size)
@@ -91,7 +91,7 @@ def bench(options: Options) -> Result:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     peers = makers(installed() if options.peers is None else options.peers)
-    missing = [name for name in PEERS if options.peers is None and name not in peers]
+    missing = [] if options.peers is not None else [name for name in PEERS if name not in installed()]
     through = {f"{REFERENCE} through {name}": ours(name, "yes") for name in options.adapters}
     data = dataset_of(size).to(device)
     begin = now(device)

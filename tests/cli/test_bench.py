@@ -83,7 +83,8 @@ def test_a_benchmark_is_about_the_peers_that_are_installed_and_about_many_steps(
     asked: list[Any] = []
     found = importlib.util.find_spec
     monkeypatch.setattr(contestants.importlib.util, "find_spec", lambda name: None if name == "d3rlpy" else found(name))
-    assert "d3rlpy" not in contestants.installed()
+    monkeypatch.setattr(contestants.jax_iql, "PYTHON", Path("nowhere"))
+    assert not {"d3rlpy", "jax"} & set(contestants.installed())
     monkeypatch.setattr(
         bench, "dataset_of", lambda size: asked.append(size) or types.SimpleNamespace(to=lambda _: None)
     )
@@ -92,7 +93,9 @@ def test_a_benchmark_is_about_the_peers_that_are_installed_and_about_many_steps(
     monkeypatch.setattr(
         bench, "timings", lambda *given: asked.append(given) or dict.fromkeys(given[0], Timing(1.0, 1.0))
     )
-    assert run()[0] == 0
+    status, out, _ = run()
+    assert status == 0
+    assert "not installed, and not measured: d3rlpy, jax" in out
     peers, size, (_, rounds, steps, device) = asked
     assert peers == contestants.installed()
     assert size == contestants.Size()
@@ -103,6 +106,10 @@ def test_a_benchmark_is_about_the_peers_that_are_installed_and_about_many_steps(
     status, _, err = run("--peers", "d3rlpy")
     assert status == 2
     assert "the peer 'd3rlpy' needs d3rlpy, which is not installed" in err
+    monkeypatch.setattr(contestants.jax_iql, "PYTHON", Path("nowhere"))
+    status, _, err = run("--peers", "jax")
+    assert status == 2
+    assert "python tests/benchmarks/jax_iql.py makes it" in err
 
 
 def nothing(size: Any, data: Any) -> Any:
