@@ -4,8 +4,8 @@ From the repository's root, after the README's installation (some ten minutes on
 
     python tests/learning/fqe.py
 
-Theirs has d3rlpy's default networks, rate, batches and hard updates of the target, ours what ``iql-plugins select`` has;
-both have Huber's loss, which is d3rlpy's. 10,000 steps are 100 of its updates, enough at a discount of 0.95. The
+Theirs has d3rlpy's default networks, rate, batches and hard updates of the target, ours what ``iql-plugins select``
+has; both have Huber's loss, which is d3rlpy's. 10,000 steps are 100 of its updates, enough at a discount of 0.95. The
 policy is a clone of the data's behaviour by d3rlpy, greedy. ``results/fqe.json`` has the mean value of the episodes'
 first states in each fit, and the 95% intervals, over fits and episodes.
 """
