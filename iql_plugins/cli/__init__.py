@@ -30,8 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line.
 
     With ``--json`` there is one JSON document on stdout, in one line, and nothing else, whatever a library or a plugin
-    prints; that of an error is ``{"error": "..."}``. Without it, what they print goes to stderr, too, and results to
-    stdout; a plugin's own command prints its results itself.
+    prints; that of an error is ``{"error": "..."}``. Of the processes that ``torchrun`` starts the first one writes it.
+    Without it, what they print goes to stderr, too, and results to stdout; a plugin's own command prints its results
+    itself.
 
     Args:
         arguments: without the program's name; None takes those of the process.
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     given = sys.argv[1:] if arguments is None else list(arguments)
     with _loading_announced():
-        if "--json" not in given:
+        if "--json" not in given or ("TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"):
             return _status(given, None)
         with captured_stdout(restore=arguments is not None) as write:
             return _status(given, lambda document: write(json_text(document, indent=None) + "\n"))
@@ -68,7 +69,7 @@ def _status(given: Sequence[str], write: Write | None) -> int:
             result = Result(command.run(given[1:]) or {})
         if write is None:
             show(result)
-        elif result.document is not None:
+        else:
             write(result.document)
         return result.status
     except UserError as error:

@@ -25,12 +25,12 @@ class Result:
     """What a command found.
 
     Attributes:
-        document: JSON values, for ``--json``; None of a process for which another one speaks.
+        document: JSON values, for ``--json``.
         parts: what people read instead: lines, and tables of :func:`table`.
         status: the exit status of a command that was done: 1 where it was asked to tell by it, else 0.
     """
 
-    document: Mapping[str, Any] | None
+    document: Mapping[str, Any]
     parts: Sequence[Any] = field(default_factory=tuple)
     status: int = 0
 

@@ -80,7 +80,7 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
         if processes.rank == 0:
             return _run(arguments, command_line, processes)
         follow(Settings.from_json(processes.told(None)), processes, trust_pickle=arguments.trust_pickle)
-        return Result(None)
+        return Result({})
 
 
 def _restarted(arguments: Train, command_line: Sequence[str]) -> tuple[Train, Sequence[str]]:
