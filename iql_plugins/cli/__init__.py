@@ -48,7 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "--json" not in given or ("TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"):
             return _status(given, None)
         with captured_stdout(restore=arguments is not None) as write:
-            return _status(given, lambda document: write(json_text(document, indent=None) + "\n"))
+
+            def write_document(document: Mapping[str, Any]) -> None:
+                # Processes that torchrun starts again have not failed yet.
+                if "error" not in document or not _will_be_started_again():
+                    write(json_text(document, indent=None) + "\n")
+
+            return _status(given, write_document)
+
+
+def _will_be_started_again() -> bool:
+    count, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return int(count) < int(most)
 
 
 def _status(given: Sequence[str], write: Write | None) -> int:

@@ -9,9 +9,9 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,62 +74,101 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
     """
     check_libraries(arguments)
     if not distributed.launched():
-        return _run(arguments, command_line)
-    arguments, command_line = _restarted(arguments, command_line)
+        return _run(_prepared(arguments, command_line, None), arguments, None)
+    if arguments.resume is None and arguments.run_dir is None and distributed.restarts()[1]:
+        raise UserError("give --run-dir: processes that torchrun starts again (--max-restarts) go on in it")
     with mistakes(ProcessLostError, UnequalWeightsError), distributed.process_group() as processes:
         if processes.rank == 0:
-            return _run(arguments, command_line, processes)
-        follow(Settings.from_json(processes.told(None)), processes, trust_pickle=arguments.trust_pickle)
+            try:
+                prepared = _prepared(arguments, command_line, processes)
+            except BaseException:
+                # The others wait for settings: they end, and leave it to this one to say why.
+                processes.told(None)
+                raise
+            return _run(prepared, arguments, processes)
+        if (told := processes.told(None)) is not None:
+            follow(Settings.from_json(told), processes, trust_pickle=arguments.trust_pickle)
         return Result({})
 
 
-def _restarted(arguments: Train, command_line: Sequence[str]) -> tuple[Train, Sequence[str]]:
-    """What ``torchrun`` has to go on with: it starts processes again with the command that the run was begun with."""
-    count, most = distributed.restarts()
-    if arguments.resume is not None:
-        return arguments, command_line
-    if arguments.run_dir is None:
-        if most:
-            raise UserError("give --run-dir: processes that torchrun starts again (--max-restarts) go on in it")
-        return arguments, command_line
-    if count and (Path(arguments.run_dir) / CONFIG).exists():
-        return replace(arguments, resume=arguments.run_dir, run_dir=None), ()
-    return arguments, command_line
+class _Prepared(NamedTuple):
+    """What a run needs before anything is written.
+
+    Attributes:
+        settings: of the run.
+        source: the dataset.
+        folder: wanted for the run; None for one that is yet to be named.
+        goes_on: whether it is there.
+        made_on: versions that the run was begun with.
+        data: what its ``config.json`` says of the data; empty for what the source says.
+    """
+
+    settings: Settings
+    source: Dataset
+    folder: Path | None
+    goes_on: bool
+    made_on: dict[str, Any]
+    data: dict[str, Any]
 
 
-def _run(arguments: Train, command_line: Sequence[str], processes: Processes | None = None) -> Result:
-    made_on, data = versions(), dict[str, Any]()
+def _prepared(arguments: Train, command_line: Sequence[str], processes: Processes | None) -> _Prepared:
     if arguments.resume is not None:
-        given = _check_alone(command_line, "--resume", *map(option, CHANGEABLE))
         folder: Path | None = Path(arguments.resume)
+        given = _check_alone(command_line, "--resume", *map(option, CHANGEABLE))
         settings, made_on = Settings.read(Path(arguments.resume) / CONFIG)
         data = recorded_data(Path(arguments.resume))
         _check_environment(settings.env, arguments.env, arguments.resume)
         _note_differences(made_on)
         settings = resumed(_changed(settings, arguments, given), Path(arguments.resume))
         source = settings.load(trust_pickle=arguments.trust_pickle)
-    elif arguments.config is not None:
-        _check_alone(command_line, "--config", "--run-dir")
-        settings, before = Settings.read(Path(arguments.config))
-        _check_environment(settings.env, arguments.env, arguments.config)
-        _note_differences(before)
-        folder = _empty(arguments.run_dir)
-        source = settings.load(trust_pickle=arguments.trust_pickle)
+        prepared = _Prepared(settings, source, folder, True, made_on, data)
     else:
-        folder = _empty(arguments.run_dir)
-        settings, source = _settings(arguments)
-    _check(settings, source, arguments, processes)
+        # torchrun starts processes again with the command that a run was begun with.
+        again = processes is not None and distributed.restarts()[1] > 0 and _is_run(arguments.run_dir)
+        folder = None if again else _empty(arguments.run_dir)
+        if arguments.config is not None:
+            _check_alone(command_line, "--config", "--run-dir")
+            settings, before = Settings.read(Path(arguments.config))
+            _check_environment(settings.env, arguments.env, arguments.config)
+            _note_differences(before)
+            source = settings.load(trust_pickle=arguments.trust_pickle)
+        else:
+            settings, source = _settings(arguments)
+        prepared = _Prepared(settings, source, folder, False, versions(), {})
+        if again:
+            assert arguments.run_dir is not None
+            prepared = _gone_on(prepared, Path(arguments.run_dir))
+    _check(prepared.settings, prepared.source, arguments, processes)
+    return prepared
+
+
+def _is_run(folder: str | None) -> bool:
+    return folder is not None and (Path(folder) / CONFIG).exists()
+
+
+def _gone_on(wanted: _Prepared, folder: Path) -> _Prepared:
+    """The run that was begun in a folder, which must be the one that is wanted."""
+    begun, made_on = Settings.read(folder / CONFIG)
+    if names := [
+        each.name for each in fields(Settings) if getattr(wanted.settings, each.name) != getattr(begun, each.name)
+    ]:
+        raise UserError(f"{folder} is another run, which differs in {', '.join(names)}: give another --run-dir")
+    return _Prepared(resumed(begun, folder), wanted.source, folder, True, made_on, recorded_data(folder))
+
+
+def _run(prepared: _Prepared, arguments: Train, processes: Processes | None) -> Result:
+    settings, source = prepared.settings, prepared.source
     with mistakes(OSError):
-        folder = _made(folder, settings.dataset)
+        folder = _made(prepared.folder, settings.dataset)
     with locked(folder):
-        if arguments.resume is None:
+        if not prepared.goes_on:
             _empty(folder)
         for place in {folder, *(settings.folder(folder, unit) for unit in settings.units)}:
             for leftover in place.glob(LEFTOVERS):
                 leftover.unlink()
         with mistakes(OSError):
             # Those of a run that goes on may be mapped from a folder, which does not say where they came from.
-            settings.write(folder, made_on, data or _described(source))
+            settings.write(folder, prepared.made_on, prepared.data or _described(source))
         note(f"run directory: {folder}")
         with _to_be_resumed(folder, settings.env):
             return _train(settings, source, folder, arguments, processes)
@@ -335,6 +374,12 @@ def _check(settings: Settings, source: Dataset, arguments: Train, processes: Pro
             raise UserError(
                 "processes that torchrun has started train one seed after another: leave out --workers and --stack; "
                 "a run that was begun with stacked seeds goes on without torchrun"
+            )
+        own = torch.cuda.device_count() >= distributed.local_count() and ":" not in settings.device
+        if torch.device(settings.device).type == "cuda" and not own:
+            raise UserError(
+                f"--device cuda gives each of {distributed.local_count()} processes on a machine a GPU of its own, of "
+                f"which this one has {torch.cuda.device_count()}; got --device {settings.device}"
             )
         if (size := settings.hyperparameters.batch_size) % processes.count:
             raise UserError(

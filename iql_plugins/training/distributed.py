@@ -3,6 +3,7 @@
 ``torchrun`` starts them; ``torch.distributed`` carries what they tell each other.
 """
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ __all__ = [
     "synchronize",
 ]
 
-#: Nobody waits longer for another process; as long as the first one may take to evaluate a policy.
-TIMEOUT = timedelta(minutes=30)
+#: Nobody waits longer for another process: longer than the first one takes to read the data, or to evaluate a policy.
+TIMEOUT = timedelta(hours=2)
 
 
 class ProcessLostError(RuntimeError):
@@ -92,9 +93,9 @@ class Processes:
             raise ValueError(
                 f"batch_size is that of all processes together, a multiple of their number: got {size} for {self.count}"
             )
-        share = self.share(rows) if on_disk else range(rows)
-        if not share:
+        if on_disk and rows < self.count:
             raise ValueError(f"a dataset on disk needs a row for each of {self.count} processes, got {rows}")
+        share = self.share(rows) if on_disk else range(rows)
         drawn = torch.randint(len(share), (size,), generator=generator, device=generator.device)
         part = size // self.count
         return drawn[self.rank * part : (self.rank + 1) * part] + share.start
@@ -109,24 +110,23 @@ class Processes:
 
     @torch.no_grad()
     def average(self, loss: IQLLoss) -> None:
-        """Averages gradients in one message, and an automatic temperature with them.
+        """Averages gradients in one message, and an automatic temperature with them; adds those of ``reduction="sum"``.
 
         Networks' buffers (running statistics) become the first process's, as in torch's ``DistributedDataParallel``.
         """
-        trained = [parameter for parameter in loss.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
         temperature = [] if loss.automatic_temperature is None else list(loss.automatic_temperature.buffers())
-        tensors = [parameter.grad for parameter in trained] + temperature
+        tensors = [*gradients, *temperature]
         # One message: most parameters are small.
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors if tensor is not None])
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with _partners(self):
             dist.all_reduce(flat)
             for buffer in _networks_buffers(loss):
                 dist.broadcast(buffer, 0)
-        flat /= self.count
-        parts = flat.split([tensor.numel() for tensor in tensors if tensor is not None])
-        for parameter, part in zip(trained, parts, strict=False):
-            parameter.grad = part.view_as(parameter)
-        for tensor, part in zip(temperature, parts[len(trained) :], strict=True):
+        added = sum(gradient.numel() for gradient in gradients) if loss.reduction == "sum" else 0
+        flat[added:] /= self.count
+        # In place: fused optimisers walk a gradient in the order of its parameter's memory, whatever that is.
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class Processes:
         Raises:
             UnequalWeightsError: in every process, if they do not.
         """
-        tensors = loss.state_dict()
+        tensors = {name: value for name, value in loss.state_dict().items() if isinstance(value, Tensor)}
         own = torch.stack([_bits(tensor) for tensor in tensors.values()])
         all_of_them = [torch.empty_like(own) for _ in range(self.count)]
         with _partners(self):
@@ -150,11 +150,16 @@ class Processes:
             )
 
     def told(self, values: Any) -> Any:
-        """What the first process tells all others; anything that can be pickled."""
-        box = [values]
+        """What the first process tells all others: tensors, numbers, strings, and containers of these.
+
+        Tensors arrive on the CPU, wherever they were.
+        """
+        file = io.BytesIO()
+        torch.save(values, file)
+        box: list[Any] = [file.getvalue()]
         with _partners(self):
             dist.broadcast_object_list(box, 0)
-        return box[0]
+        return torch.load(io.BytesIO(box[0]), map_location="cpu", weights_only=True)
 
 
 def synchronize(learner: "Learner") -> Processes:
@@ -215,11 +220,12 @@ def process_group() -> Iterator[Processes]:
     """The processes that ``torchrun`` has started can tell each other things inside; each has its own GPU, if any.
 
     Raises:
-        ProcessLostError: inside, if one of them is gone.
+        ProcessLostError: if one of them does not come; inside, if one is gone.
     """
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=TIMEOUT)
+    if torch.cuda.is_available() and (own := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
+        torch.cuda.set_device(own)
+    with _partners(Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))):
+        dist.init_process_group(timeout=TIMEOUT)
     try:
         yield Processes.of_group()
     finally:
@@ -232,8 +238,9 @@ def _partners(processes: Processes) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ProcessLostError(
-            f"process {processes.rank} of {processes.count}: another process has ended, or has not answered within "
-            f"{TIMEOUT.total_seconds() / 60:.0f} minutes; what it said last tells why ({str(error).splitlines()[0]})"
+            f"process {processes.rank} of {processes.count}: another process has ended, has not answered within "
+            f"{TIMEOUT.total_seconds() / 3600:.0f} hours, or does something else; what it said last tells why "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 

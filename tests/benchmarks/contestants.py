@@ -302,12 +302,11 @@ def sb3_train(model: Any, size: Size, at_once: int | None = None) -> Steps:
     return steps
 
 
-#: Peers by name, with the module that each needs.
 def _jax(size: Size, data: TensorDict) -> Steps:
     return jax_iql.peer(_keyword_tensors(data), size.batch, size.hidden)
 
 
-#: What each needs, and what makes its steps.
+#: Peers by name, with the module that each needs.
 PEERS: Mapping[str, tuple[str, Maker]] = {
     "plain": ("torch", _plain),
     "torchrl": ("torchrl", _torchrl),

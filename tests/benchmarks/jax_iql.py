@@ -46,6 +46,8 @@ def peer(data: Mapping[str, Any], batch_size: int, hidden: int) -> Callable[[int
         written, read = process.stdin, process.stdout
 
         def steps(count: int) -> None:
+            if count % SCANNED:
+                raise ValueError(f"steps must be a multiple of {SCANNED}, got {count}")
             written.write(f"{count}\n")
             written.flush()
             if not read.readline():
@@ -124,7 +126,7 @@ def main(file: str, batch_size: int, hidden: int, threads: int) -> None:
     state = (parameters, target, optimizer.init(parameters), keys[4])
     for line in sys.stdin:
         begin = time.perf_counter()
-        for _ in range(max(1, round(int(line) / SCANNED))):
+        for _ in range(int(line) // SCANNED):
             state, totals = scan(state)
         jax.block_until_ready(state)
         sys.stdout.write(f"{time.perf_counter() - begin} s, loss {float(totals.mean())}\n")

@@ -45,7 +45,11 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-def test_the_speed_is_measured_beside_peers_that_print_nothing(run: Run, tmp_path: Path) -> None:
+def test_the_speed_is_measured_beside_peers_that_print_nothing(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It takes tens of steps, and seconds to compile.
+    monkeypatch.setattr(contestants.jax_iql, "PYTHON", Path("nowhere"))
     mine, plot = tmp_path / "mine.py", tmp_path / "speed.png"
     mine.write_text(PEER)
     everyone = [*contestants.installed(), mine]
