@@ -6,9 +6,8 @@ import math
 import os
 import re
 import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from iql_plugins.cli.settings import (
     versions,
 )
 from iql_plugins.cli.statistics import Estimate, estimate, with_interval
-from iql_plugins.cli.training import POLICY, Outcome, adapter_training, resumed
+from iql_plugins.cli.training import POLICY, Outcome, Progress, adapter_training, resumed
 from iql_plugins.cli.workers import LOCK, locked, train_all
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset, DatasetError, summary
@@ -60,11 +59,20 @@ LEFTOVERS = ".*.tmp"
 
 
 class InterruptedRun(KeyboardInterrupt):
-    """Ctrl-C while a run was under way; the argument is what comes after --resume to go on with it."""
+    """Ctrl-C while a run was under way; the argument is the command that goes on with it."""
 
 
-def run(arguments: Train, command_line: Sequence[str]) -> Result:
+#: Yields what is told of a run's progress.
+Reporter = Callable[[Settings], contextlib.AbstractContextManager[Callable[[Progress], None]]]
+
+
+def run(arguments: Train, command_line: Sequence[str], reporter: Reporter = reporter) -> Result:
     """Trains, and says what came of it.
+
+    Args:
+        arguments: parsed.
+        command_line: what they were parsed from.
+        reporter: who is told of the progress.
 
     Raises:
         UserError: for a mistake of the user, or a file that cannot be written.
@@ -77,26 +85,26 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
         folder: Path | None = Path(arguments.resume)
         settings, made_on = Settings.read(Path(arguments.resume) / CONFIG)
         data = recorded_data(Path(arguments.resume))
-        _check_environment(settings.env, arguments.env, arguments.resume)
+        check_environment(settings.env, arguments.env, arguments.resume)
         _note_differences(made_on)
         settings = resumed(_changed(settings, arguments, given), Path(arguments.resume))
         source = settings.load(trust_pickle=arguments.trust_pickle)
     elif arguments.config is not None:
         _check_alone(command_line, "--config", "--run-dir")
         settings, before = Settings.read(Path(arguments.config))
-        _check_environment(settings.env, arguments.env, arguments.config)
+        check_environment(settings.env, arguments.env, arguments.config)
         _note_differences(before)
-        folder = _empty(arguments.run_dir)
+        folder = empty_folder(arguments.run_dir)
         source = settings.load(trust_pickle=arguments.trust_pickle)
     else:
-        folder = _empty(arguments.run_dir)
-        settings, source = _settings(arguments)
-    _check(settings, source)
+        folder = empty_folder(arguments.run_dir)
+        settings, source = new_settings(arguments)
+    check(settings, source)
     with mistakes(OSError):
-        folder = _made(folder, settings.dataset)
+        folder = made_folder(folder, settings.dataset)
     with locked(folder):
         if arguments.resume is None:
-            _empty(folder)
+            empty_folder(folder)
         for place in {folder, *(settings.folder(folder, unit) for unit in settings.units)}:
             for leftover in place.glob(LEFTOVERS):
                 leftover.unlink()
@@ -105,7 +113,7 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
             settings.write(folder, made_on, data or _described(source))
         note(f"run directory: {folder}")
         with _to_be_resumed(folder, settings.env):
-            return _train(settings, source, folder, arguments)
+            return _train(settings, source, folder, arguments, command_line, reporter)
 
 
 def check_libraries(arguments: Train) -> None:
@@ -116,7 +124,12 @@ def check_libraries(arguments: Train) -> None:
         imported("torch.utils.tensorboard", "tensorboard")
 
 
-def _settings(arguments: Train) -> tuple[Settings, Dataset]:
+def new_settings(arguments: Train) -> tuple[Settings, Dataset]:
+    """The settings of a new run, automatic choices resolved, and its dataset.
+
+    Raises:
+        UserError: for a value out of range, or a dataset or environment that is not there.
+    """
     _check_counts(arguments)
     if not 0 <= arguments.seed <= LARGEST_SEED - arguments.seeds:
         raise UserError(f"--seed must be at least 0, and the last one below 2**63, got {arguments.seed}")
@@ -164,7 +177,7 @@ def _settings(arguments: Train) -> tuple[Settings, Dataset]:
 def _changeable(arguments: Train, config: IQLConfig, device: str, workers: int) -> dict[str, Any]:
     """The settings of ``CHANGEABLE`` but for n_steps, automatic choices resolved."""
     return {
-        "dataset": _wherever(arguments.dataset),
+        "dataset": wherever(arguments.dataset),
         "memmap_dir": None if arguments.memmap_dir is None else os.path.abspath(arguments.memmap_dir),
         "episodes": arguments.episodes,
         "evaluation_episodes": arguments.evaluation_episodes,
@@ -201,7 +214,7 @@ def _check_counts(arguments: Train) -> None:
             raise UserError(f"{option(name)} must be at least 1, got {value}")
 
 
-def _wherever(dataset: str) -> str:
+def wherever(dataset: str) -> str:
     """A dataset's path or name, from whatever folder the run goes on in. A name that ships wins over a path."""
     return os.path.abspath(dataset) if dataset not in NAMES and os.path.exists(dataset) else dataset
 
@@ -254,25 +267,32 @@ def stack_size(arguments: Train, methods: int, spaces: Spaces, device: str) -> i
     Raises:
         UserError: if it is more than one for a training that cannot be stacked.
     """
-    config = arguments.hyperparameters
-    obstacle = None
-    if adapter_training(arguments.adapter).fit_together is None:
-        obstacle = f"adapter {arguments.adapter!r} trains one seed at a time"
-    elif config.actor_dropout or config.value_dropout:
-        obstacle = "dropout draws for each seed on its own"
+    obstacle = stack_obstacle(arguments)
     if arguments.stack != "auto":
         if obstacle is not None and arguments.stack > 1:
             raise UserError(f"--stack {arguments.stack}: {obstacle}; use --stack 1")
         return min(arguments.stack, arguments.seeds)
-    images = any(isinstance(kind, Box) and len(kind.shape) > 1 for kind in spaces.observations.values())
-    if obstacle is not None or images:
+    if obstacle is not None or has_images(spaces):
         return 1
     if torch.device(device).type != "cpu":
         return arguments.seeds
-    if max(_hidden_sizes(config), default=0) > NARROW:
+    if max(_hidden_sizes(arguments.hyperparameters), default=0) > NARROW:
         return 1
     units = methods * arguments.seeds
     return min(arguments.seeds, math.ceil(units / worker_count(arguments.workers, units, device)))
+
+
+def stack_obstacle(arguments: Train) -> str | None:
+    """Why seeds cannot take their steps together; None if they can."""
+    config = arguments.hyperparameters
+    if adapter_training(arguments.adapter).fit_together is None:
+        return f"adapter {arguments.adapter!r} trains one seed at a time"
+    return "dropout draws for each seed on its own" if config.actor_dropout or config.value_dropout else None
+
+
+def has_images(spaces: Spaces) -> bool:
+    """Whether an observation is an image, which no stack is faster with."""
+    return any(isinstance(kind, Box) and len(kind.shape) > 1 for kind in spaces.observations.values())
 
 
 def _hidden_sizes(config: IQLConfig) -> tuple[int, ...]:
@@ -300,7 +320,7 @@ def _described(source: Dataset) -> dict[str, Any]:
     return document | {"provenance": dict(source.provenance)} if source.provenance else document
 
 
-def _check(settings: Settings, source: Dataset) -> None:
+def check(settings: Settings, source: Dataset) -> None:
     """Raises :class:`UserError` for what would fail at the first step, before there is a run directory."""
     training = adapter_training(settings.adapter)
     if settings.env is not None:
@@ -329,7 +349,7 @@ def _check_alone(command_line: Sequence[str], name: str, *also: str) -> set[str]
     return given
 
 
-def _check_environment(recorded: str | None, given: str | None, file: object) -> None:
+def check_environment(recorded: str | None, given: str | None, file: object) -> None:
     """Raises :class:`UserError` unless a run's environment is the one given, or needs not to be given."""
     if given is None:
         recorded_environment(recorded, file)
@@ -346,8 +366,8 @@ def _note_differences(made_on: dict[str, Any]) -> None:
         note(f"the run was made with {', '.join(changed)}: numbers may differ in their last digits")
 
 
-def _empty(wanted: str | Path | None) -> Path | None:
-    """The folder that is wanted; :class:`UserError` if anything is in it already."""
+def empty_folder(wanted: str | Path | None, command: str = "train") -> Path | None:
+    """The folder that a command is to fill; :class:`UserError` if anything is in it already."""
     if wanted is None:
         return None
     folder = Path(wanted)
@@ -356,17 +376,17 @@ def _empty(wanted: str | Path | None) -> Path | None:
         not folder.is_dir()
         or any(entry.name != LOCK and not entry.match(f".{CONFIG}{LEFTOVERS[1:]}") for entry in folder.iterdir())
     ):
-        raise UserError(f"{folder} exists: give another --run-dir, or go on with it: {PROGRAM} train --resume")
+        raise UserError(f"{folder} exists: give another --run-dir, or go on with it: {PROGRAM} {command} --resume")
     return folder
 
 
-def _made(wanted: Path | None, dataset: str) -> Path:
+def made_folder(wanted: Path | None, dataset: str, parent: str = "runs") -> Path:
     """The run directory, which is there; by default one that no other process has made."""
     if wanted is not None:
         wanted.mkdir(parents=True, exist_ok=True)
         return wanted
     name = re.sub(r"[^\w.-]+", "-", Path(dataset).stem if os.path.exists(dataset) else dataset)
-    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = Path(parent) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for count in itertools.count(1):
         folder = stem if count == 1 else stem.with_name(f"{stem.name}-{count}")
         with contextlib.suppress(FileExistsError):
@@ -382,14 +402,21 @@ def _to_be_resumed(folder: Path, env: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise InterruptedRun(again) from None
+        raise InterruptedRun(f"train --resume {again}") from None
     except BrokenPipeError:
         raise
     except OSError as error:
         raise UserError(f"{error}; when that is over, go on with {PROGRAM} train --resume {again}") from error
 
 
-def _train(settings: Settings, source: Dataset, folder: Path, arguments: Train) -> Result:
+def _train(
+    settings: Settings,
+    source: Dataset,
+    folder: Path,
+    arguments: Train,
+    command_line: Sequence[str],
+    reporter: Reporter,
+) -> Result:
     workers = worker_count(arguments.workers, len(settings.groups), settings.device)
     start = time.monotonic()
     with reporter(settings) as report:
@@ -415,7 +442,7 @@ def _train(settings: Settings, source: Dataset, folder: Path, arguments: Train) 
         "workers": workers,
         "seconds": seconds,
         "environment": versions(),
-        "command": shlex.join([PROGRAM, *sys.argv[1:]]),
+        "command": shlex.join([PROGRAM, *command_line]),
     }
     checkpoint.write_bytes(folder / RESULTS, (json_text(document) + "\n").encode())
     parts = [_table(settings, outcomes, estimates), *warning_lines(document["warnings"])]
