@@ -55,6 +55,16 @@ def test_the_example_of_d3rlpy_trains_saves_and_exports(tmp_path: Path) -> None:
         assert (tmp_path / "pendulum" / name).stat().st_size > 0
 
 
+def test_the_example_of_ray_train_trains_by_two_workers(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is no part of the test install: pip install 'iql-plugins[ray]'")
+    from iql_tensor import IQL
+
+    run("-m", "iql_plugins", "convert-dataset", "pendulum-v1-sac", "data.parquet", folder=tmp_path)
+    output = run(ROOT / "examples" / "ray_train.py", "data.parquet", "--steps", "4", folder=tmp_path)
+    assert output.splitlines()[-1] == "step 4: wrote ray/policy.safetensors"
+    assert IQL.load(tmp_path / "ray" / "policy.safetensors").agent.learner.step_count == 4
+
+
 def test_every_example_is_run_by_a_test() -> None:
     tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
     for example in (ROOT / "examples").glob("*.py"):

@@ -18,7 +18,7 @@ __all__ = ["main"]
 PROGRAM = "iql-plugins"
 #: The commands that ship; others may be a plugin's.
 COMMANDS = (
-    *("train", "evaluate", "export", "convert", "label", "select", "inspect", "report"),
+    *("train", "sweep", "evaluate", "export", "convert", "label", "select", "inspect", "report"),
     *("make-dataset", "convert-dataset", "adapters", "completion"),
 )
 FAILED, MISTAKE, INTERRUPTED = 1, 2, 130
@@ -86,7 +86,7 @@ def _status(given: Sequence[str], write: Write | None) -> int:
     except UserError as error:
         return _failed(str(error), MISTAKE, write)
     except KeyboardInterrupt as interrupt:
-        hint = f": go on with {PROGRAM} train --resume {interrupt}" if str(interrupt) else ""
+        hint = f": go on with {PROGRAM} {interrupt}" if str(interrupt) else ""
         return _failed(f"interrupted{hint}", INTERRUPTED, write)
     except SystemExit as end:
         # A plugin's command may parse its arguments by argparse, which has told people what was wrong.
@@ -147,6 +147,10 @@ def _run(given: Sequence[str]) -> "Result":
     except options.HelpRequest as text:
         return Result({"help": str(text)}, [str(text)])
     match arguments:
+        case options.Sweep():
+            from iql_plugins.cli import sweep
+
+            return sweep.run(arguments, given)
         case options.Train():
             return train.run(arguments, given)
         case options.Evaluate():

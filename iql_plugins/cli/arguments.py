@@ -31,9 +31,12 @@ __all__ = [
     "Report",
     "Select",
     "Shell",
+    "Sweep",
     "Train",
     "completion_script",
+    "option",
     "parse",
+    "spelled",
 ]
 
 PROGRAM = "iql-plugins"
@@ -45,6 +48,7 @@ Flag: TypeAlias = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Automatic: TypeAlias = int | Literal["auto"]
 Policy: TypeAlias = Annotated[str, tyro.conf.Positional]
 Shell: TypeAlias = Literal["bash", "zsh", "fish"]
+Offline: TypeAlias = Literal["fqe", "doubly-robust", "wis", "value", "qvalue", "td-error", "agreement"]
 
 _offering = ContextVar("_offering", default=False)
 
@@ -163,6 +167,58 @@ class Train:
             object.__setattr__(self, "hyperparameters", given.replace(objective_options=merged))
 
 
+_Absent: TypeAlias = Annotated[str | None, tyro.conf.Suppress, tyro.conf.Fixed]
+_Repeated: TypeAlias = tuple[str, ...]
+_GRID = (
+    "NAME=VALUE,VALUE,...: try all of these, with each of another --grid's; NAME is a hyper-parameter, one of the "
+    "options below. Words of one value are separated by spaces: 'hidden_sizes=128 128,256 256'. Repeatable."
+)
+_RANGE = "NAME=LOW..HIGH, or NAME=LOW..HIGH:log: draw a number between these, for --samples. Repeatable."
+_BY = (
+    "What the best trial is chosen by where there is no environment, one of `iql-plugins select`, on held-out "
+    "episodes: those of --hold-out, by default a tenth."
+)
+_SWEEP_RESUME = (
+    "Folder of a sweep to go on with: trials that are finished are not repeated, the others go on from their "
+    "checkpoints. It holds pickles of Ray's, which can run any code: take folders of your own alone."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Train):
+    """Trains at many hyper-parameters on Ray Tune, each as `train` does, and says which were best.
+
+    With an environment ASHA stops trials whose evaluations lag behind; without one all come to their end.
+    """
+
+    grid: Annotated[
+        _Repeated, tyro.conf.UseAppendAction, tyro.conf.arg(help=_GRID, metavar="NAME=VALUES", help_behavior_hint="")
+    ] = ()
+    range: Annotated[
+        _Repeated, tyro.conf.UseAppendAction, tyro.conf.arg(help=_RANGE, metavar="NAME=RANGE", help_behavior_hint="")
+    ] = ()
+    samples: int | None = None
+    """Draw so many trials from ranges and grids; by default all combinations of the grids are tried."""
+    search: Literal["random", "optuna"] = "random"
+    """How they are drawn; optuna learns from the trials before."""
+    by: Annotated[Offline, tyro.conf.arg(help=_BY)] = "fqe"
+    fqe_steps: int = 10_000
+    """Gradient steps of each fitted Q evaluation that --by needs."""
+    address: str | None = None
+    """Of a Ray cluster, or auto; the folder must be one that all its machines share. By default this machine."""
+    baseline: Literal["bc", "none"] = "none"
+    """What IQL is compared with, in each trial."""
+    run_dir: str | None = None
+    """New folder for the sweep; by default sweeps/DATASET-TIME."""
+    resume: Annotated[str | None, tyro.conf.arg(help=_SWEEP_RESUME)] = None
+    workers: Automatic = "auto"
+    """Trials at a time; auto takes as many as there are cores, and GPUs."""
+    threads: Automatic = "auto"
+    """Torch's threads in each trial; auto takes one."""
+    config: _Absent = None
+    memmap_dir: _Absent = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Measures a policy in an environment: mean return with a 95% bootstrap interval over episodes."""
@@ -261,7 +317,7 @@ class Select:
     """Run directories, all seeds of which take part, common checkpoints, or adapters' native files."""
     dataset: str | None = None
     """File, folder or name of episodes; by default those that the runs held out."""
-    by: Literal["fqe", "doubly-robust", "wis", "value", "qvalue", "td-error", "agreement"] = "fqe"
+    by: Offline = "fqe"
     """The criterion of the ranking."""
     fqe_steps: int = 10_000
     """Gradient steps of each fitted Q evaluation; 0 does without, and without all estimates that need one."""
@@ -377,6 +433,7 @@ class _OfPlugin:
 
 Arguments = (
     Train
+    | Sweep
     | Evaluate
     | Export
     | Convert
@@ -432,7 +489,8 @@ def completion_script(shell: Shell) -> str:
 def _commands(starting_point: IQLConfig) -> Any:
     """The type of the commands that ship, in tyro's terms."""
     train = tyro.conf.subcommand("train", default=Train(hyperparameters=starting_point))
-    commands: Any = Annotated[Train, train]
+    sweep = tyro.conf.subcommand("sweep", default=Sweep(hyperparameters=starting_point))
+    commands: Any = Annotated[Train, train] | Annotated[Sweep, sweep]
     for name, kind in _OTHERS.items():
         commands |= Annotated[kind, tyro.conf.subcommand(name)]
     return commands
@@ -456,7 +514,7 @@ _OTHERS = {
 def _with_plugins(commands: Any) -> Any:
     """The same with those that plugins add."""
     with mistakes(PluginError):
-        of_plugins = host().commands([*_OTHERS, "train"])
+        of_plugins = host().commands([*_OTHERS, "train", "sweep"])
     for name, command in of_plugins.items():
         commands |= Annotated[_OfPlugin, tyro.conf.subcommand(name, description=command.summary)]
     return commands
@@ -478,14 +536,17 @@ def _starting_point(arguments: Sequence[str]) -> IQLConfig:
     parser.add_argument("--preset", nargs="?")
     parser.add_argument("--dataset", nargs="?", default=DEFAULT_DATASET)
     parser.add_argument("--value-objective", nargs="?")
-    # tyro takes either spelling.
-    spelled = [re.sub(r"^--[^=]*", lambda name: name[0].replace("_", "-"), argument) for argument in arguments]
-    known, _ = parser.parse_known_args(spelled)
+    known, _ = parser.parse_known_args(spelled(arguments))
     name = starting_preset(known.preset, known.dataset)
     if name is None:
         return IQLConfig()
     own = {} if known.value_objective is None else {"value_objective": known.value_objective}
     return preset(name, **own).replace(objective_options={})
+
+
+def spelled(arguments: Sequence[str]) -> list[str]:
+    """The same with hyphens in the names of options: tyro takes either spelling."""
+    return [re.sub(r"^--[^=]*", lambda name: name[0].replace("_", "-"), argument) for argument in arguments]
 
 
 def starting_preset(given: str | None, dataset: str | None) -> str | None:

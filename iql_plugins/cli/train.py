@@ -6,9 +6,8 @@ import math
 import os
 import re
 import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ from iql_plugins.cli.settings import (
     versions,
 )
 from iql_plugins.cli.statistics import Estimate, estimate, with_interval
-from iql_plugins.cli.training import POLICY, Outcome, adapter_training, follow, resumed
+from iql_plugins.cli.training import POLICY, Outcome, Progress, adapter_training, follow, resumed
 from iql_plugins.cli.workers import LOCK, locked, train_all
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset, DatasetError, summary
@@ -62,11 +61,20 @@ LEFTOVERS = ".*.tmp"
 
 
 class InterruptedRun(KeyboardInterrupt):
-    """Ctrl-C while a run was under way; the argument is what comes after --resume to go on with it."""
+    """Ctrl-C while a run was under way; the argument is the command that goes on with it."""
 
 
-def run(arguments: Train, command_line: Sequence[str]) -> Result:
+#: Yields what is told of a run's progress.
+Reporter = Callable[[Settings], contextlib.AbstractContextManager[Callable[[Progress], None]]]
+
+
+def run(arguments: Train, command_line: Sequence[str], reporter: Reporter = reporter) -> Result:
     """Trains, and says what came of it. Started by ``torchrun``, all of its processes train together.
+
+    Args:
+        arguments: parsed.
+        command_line: what they were parsed from.
+        reporter: who is told of the progress.
 
     Raises:
         UserError: for a mistake of the user, a file that cannot be written, or another process that is gone.
@@ -74,7 +82,7 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
     """
     check_libraries(arguments)
     if not distributed.launched():
-        return _run(_prepared(arguments, command_line, None), arguments, None)
+        return _run(_prepared(arguments, command_line, None), arguments, command_line, reporter, None)
     if arguments.resume is None and arguments.run_dir is None and distributed.restarts()[1]:
         raise UserError("give --run-dir: processes that torchrun starts again (--max-restarts) go on in it")
     with mistakes(ProcessLostError, UnequalWeightsError), distributed.process_group() as processes:
@@ -85,7 +93,7 @@ def run(arguments: Train, command_line: Sequence[str]) -> Result:
                 # The others wait for settings: they end, and leave it to this one to say why.
                 processes.told(None)
                 raise
-            return _run(prepared, arguments, processes)
+            return _run(prepared, arguments, command_line, reporter, processes)
         if (told := processes.told(None)) is not None:
             follow(Settings.from_json(told), processes, trust_pickle=arguments.trust_pickle)
         return Result({})
@@ -117,7 +125,7 @@ def _prepared(arguments: Train, command_line: Sequence[str], processes: Processe
         given = _check_alone(command_line, "--resume", *map(option, CHANGEABLE))
         settings, made_on = Settings.read(Path(arguments.resume) / CONFIG)
         data = recorded_data(Path(arguments.resume))
-        _check_environment(settings.env, arguments.env, arguments.resume)
+        check_environment(settings.env, arguments.env, arguments.resume)
         _note_differences(made_on)
         settings = resumed(_changed(settings, arguments, given), Path(arguments.resume))
         source = settings.load(trust_pickle=arguments.trust_pickle)
@@ -125,20 +133,22 @@ def _prepared(arguments: Train, command_line: Sequence[str], processes: Processe
     else:
         # torchrun starts processes again with the command that a run was begun with.
         again = processes is not None and distributed.restarts()[1] > 0 and _is_run(arguments.run_dir)
-        folder = None if again else _empty(arguments.run_dir)
+        folder = None if again else empty_folder(arguments.run_dir)
         if arguments.config is not None:
             _check_alone(command_line, "--config", "--run-dir")
             settings, before = Settings.read(Path(arguments.config))
-            _check_environment(settings.env, arguments.env, arguments.config)
+            check_environment(settings.env, arguments.env, arguments.config)
             _note_differences(before)
             source = settings.load(trust_pickle=arguments.trust_pickle)
         else:
-            settings, source = _settings(arguments)
+            settings, source = new_settings(arguments)
         prepared = _Prepared(settings, source, folder, False, versions(), {})
         if again:
             assert arguments.run_dir is not None
             prepared = _gone_on(prepared, Path(arguments.run_dir))
-    _check(prepared.settings, prepared.source, arguments, processes)
+    check(prepared.settings, prepared.source)
+    if processes is not None:
+        _check_processes(prepared.settings, arguments.workers, processes)
     return prepared
 
 
@@ -156,13 +166,19 @@ def _gone_on(wanted: _Prepared, folder: Path) -> _Prepared:
     return _Prepared(resumed(begun, folder), wanted.source, folder, True, made_on, recorded_data(folder))
 
 
-def _run(prepared: _Prepared, arguments: Train, processes: Processes | None) -> Result:
+def _run(
+    prepared: _Prepared,
+    arguments: Train,
+    command_line: Sequence[str],
+    reporter: Reporter,
+    processes: Processes | None,
+) -> Result:
     settings, source = prepared.settings, prepared.source
     with mistakes(OSError):
-        folder = _made(prepared.folder, settings.dataset)
+        folder = made_folder(prepared.folder, settings.dataset)
     with locked(folder):
         if not prepared.goes_on:
-            _empty(folder)
+            empty_folder(folder)
         for place in {folder, *(settings.folder(folder, unit) for unit in settings.units)}:
             for leftover in place.glob(LEFTOVERS):
                 leftover.unlink()
@@ -171,7 +187,7 @@ def _run(prepared: _Prepared, arguments: Train, processes: Processes | None) -> 
             settings.write(folder, prepared.made_on, prepared.data or _described(source))
         note(f"run directory: {folder}")
         with _to_be_resumed(folder, settings.env):
-            return _train(settings, source, folder, arguments, processes)
+            return _train(settings, source, folder, arguments, command_line, reporter, processes)
 
 
 def check_libraries(arguments: Train) -> None:
@@ -182,7 +198,12 @@ def check_libraries(arguments: Train) -> None:
         imported("torch.utils.tensorboard", "tensorboard")
 
 
-def _settings(arguments: Train) -> tuple[Settings, Dataset]:
+def new_settings(arguments: Train) -> tuple[Settings, Dataset]:
+    """The settings of a new run, automatic choices resolved, and its dataset.
+
+    Raises:
+        UserError: for a value out of range, or a dataset or environment that is not there.
+    """
     _check_counts(arguments)
     if not 0 <= arguments.seed <= LARGEST_SEED - arguments.seeds:
         raise UserError(f"--seed must be at least 0, and the last one below 2**63, got {arguments.seed}")
@@ -230,7 +251,7 @@ def _settings(arguments: Train) -> tuple[Settings, Dataset]:
 def _changeable(arguments: Train, config: IQLConfig, device: str, workers: int) -> dict[str, Any]:
     """The settings of ``CHANGEABLE`` but for n_steps, automatic choices resolved."""
     return {
-        "dataset": _wherever(arguments.dataset),
+        "dataset": wherever(arguments.dataset),
         "memmap_dir": None if arguments.memmap_dir is None else os.path.abspath(arguments.memmap_dir),
         "episodes": arguments.episodes,
         "evaluation_episodes": arguments.evaluation_episodes,
@@ -267,7 +288,7 @@ def _check_counts(arguments: Train) -> None:
             raise UserError(f"{option(name)} must be at least 1, got {value}")
 
 
-def _wherever(dataset: str) -> str:
+def wherever(dataset: str) -> str:
     """A dataset's path or name, from whatever folder the run goes on in. A name that ships wins over a path."""
     return os.path.abspath(dataset) if dataset not in NAMES and os.path.exists(dataset) else dataset
 
@@ -320,25 +341,34 @@ def stack_size(arguments: Train, methods: int, spaces: Spaces, device: str) -> i
     Raises:
         UserError: if it is more than one for a training that cannot be stacked.
     """
-    config = arguments.hyperparameters
-    obstacle = "processes that torchrun has started train one seed at a time" if distributed.launched() else None
-    if adapter_training(arguments.adapter).fit_together is None:
-        obstacle = f"adapter {arguments.adapter!r} trains one seed at a time"
-    elif config.actor_dropout or config.value_dropout:
-        obstacle = "dropout draws for each seed on its own"
+    obstacle = stack_obstacle(arguments)
     if arguments.stack != "auto":
         if obstacle is not None and arguments.stack > 1:
             raise UserError(f"--stack {arguments.stack}: {obstacle}; use --stack 1")
         return min(arguments.stack, arguments.seeds)
-    images = any(isinstance(kind, Box) and len(kind.shape) > 1 for kind in spaces.observations.values())
-    if obstacle is not None or images:
+    if obstacle is not None or has_images(spaces):
         return 1
     if torch.device(device).type != "cpu":
         return arguments.seeds
-    if max(_hidden_sizes(config), default=0) > NARROW:
+    if max(_hidden_sizes(arguments.hyperparameters), default=0) > NARROW:
         return 1
     units = methods * arguments.seeds
     return min(arguments.seeds, math.ceil(units / worker_count(arguments.workers, units, device)))
+
+
+def stack_obstacle(arguments: Train) -> str | None:
+    """Why seeds cannot take their steps together; None if they can."""
+    config = arguments.hyperparameters
+    if distributed.launched():
+        return "processes that torchrun has started train one seed at a time"
+    if adapter_training(arguments.adapter).fit_together is None:
+        return f"adapter {arguments.adapter!r} trains one seed at a time"
+    return "dropout draws for each seed on its own" if config.actor_dropout or config.value_dropout else None
+
+
+def has_images(spaces: Spaces) -> bool:
+    """Whether an observation is an image, which no stack is faster with."""
+    return any(isinstance(kind, Box) and len(kind.shape) > 1 for kind in spaces.observations.values())
 
 
 def _hidden_sizes(config: IQLConfig) -> tuple[int, ...]:
@@ -367,25 +397,8 @@ def _described(source: Dataset) -> dict[str, Any]:
     return document | {"provenance": dict(source.provenance)} if source.provenance else document
 
 
-def _check(settings: Settings, source: Dataset, arguments: Train, processes: Processes | None) -> None:
+def check(settings: Settings, source: Dataset) -> None:
     """Raises :class:`UserError` for what would fail at the first step, before there is a run directory."""
-    if processes is not None:
-        if settings.stack > 1 or arguments.workers not in ("auto", 1):
-            raise UserError(
-                "processes that torchrun has started train one seed after another: leave out --workers and --stack; "
-                "a run that was begun with stacked seeds goes on without torchrun"
-            )
-        own = torch.cuda.device_count() >= distributed.local_count() and ":" not in settings.device
-        if torch.device(settings.device).type == "cuda" and not own:
-            raise UserError(
-                f"--device cuda gives each of {distributed.local_count()} processes on a machine a GPU of its own, of "
-                f"which this one has {torch.cuda.device_count()}; got --device {settings.device}"
-            )
-        if (size := settings.hyperparameters.batch_size) % processes.count:
-            raise UserError(
-                f"--batch-size is that of all processes together, a multiple of their number, which is "
-                f"{processes.count}, got {size}"
-            )
     training = adapter_training(settings.adapter)
     if settings.env is not None:
         environment_spaces(settings.env)
@@ -401,6 +414,26 @@ def _check(settings: Settings, source: Dataset, arguments: Train, processes: Pro
         training.from_agent(agent)
 
 
+def _check_processes(settings: Settings, workers: int | str, processes: Processes) -> None:
+    """Raises :class:`UserError` for what processes cannot do together."""
+    if settings.stack > 1 or workers not in ("auto", 1):
+        raise UserError(
+            "processes that torchrun has started train one seed after another: leave out --workers and --stack; "
+            "a run that was begun with stacked seeds goes on without torchrun"
+        )
+    own = torch.cuda.device_count() >= distributed.local_count() and ":" not in settings.device
+    if torch.device(settings.device).type == "cuda" and not own:
+        raise UserError(
+            f"--device cuda gives each of {distributed.local_count()} processes on a machine a GPU of its own, of "
+            f"which this one has {torch.cuda.device_count()}; got --device {settings.device}"
+        )
+    if (size := settings.hyperparameters.batch_size) % processes.count:
+        raise UserError(
+            f"--batch-size is that of all processes together, a multiple of their number, which is "
+            f"{processes.count}, got {size}"
+        )
+
+
 def _check_alone(command_line: Sequence[str], name: str, *also: str) -> set[str]:
     """The options that were given; :class:`UserError` for those that cannot stand beside one."""
     allowed = BESIDE | {name, *also}
@@ -413,7 +446,7 @@ def _check_alone(command_line: Sequence[str], name: str, *also: str) -> set[str]
     return given
 
 
-def _check_environment(recorded: str | None, given: str | None, file: object) -> None:
+def check_environment(recorded: str | None, given: str | None, file: object) -> None:
     """Raises :class:`UserError` unless a run's environment is the one given, or needs not to be given."""
     if given is None:
         recorded_environment(recorded, file)
@@ -430,8 +463,8 @@ def _note_differences(made_on: dict[str, Any]) -> None:
         note(f"the run was made with {', '.join(changed)}: numbers may differ in their last digits")
 
 
-def _empty(wanted: str | Path | None) -> Path | None:
-    """The folder that is wanted; :class:`UserError` if anything is in it already."""
+def empty_folder(wanted: str | Path | None, command: str = "train") -> Path | None:
+    """The folder that a command is to fill; :class:`UserError` if anything is in it already."""
     if wanted is None:
         return None
     folder = Path(wanted)
@@ -440,17 +473,17 @@ def _empty(wanted: str | Path | None) -> Path | None:
         not folder.is_dir()
         or any(entry.name != LOCK and not entry.match(f".{CONFIG}{LEFTOVERS[1:]}") for entry in folder.iterdir())
     ):
-        raise UserError(f"{folder} exists: give another --run-dir, or go on with it: {PROGRAM} train --resume")
+        raise UserError(f"{folder} exists: give another --run-dir, or go on with it: {PROGRAM} {command} --resume")
     return folder
 
 
-def _made(wanted: Path | None, dataset: str) -> Path:
+def made_folder(wanted: Path | None, dataset: str, parent: str = "runs") -> Path:
     """The run directory, which is there; by default one that no other process has made."""
     if wanted is not None:
         wanted.mkdir(parents=True, exist_ok=True)
         return wanted
     name = re.sub(r"[^\w.-]+", "-", Path(dataset).stem if os.path.exists(dataset) else dataset)
-    stem = Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = Path(parent) / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     for count in itertools.count(1):
         folder = stem if count == 1 else stem.with_name(f"{stem.name}-{count}")
         with contextlib.suppress(FileExistsError):
@@ -466,14 +499,22 @@ def _to_be_resumed(folder: Path, env: str | None) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise InterruptedRun(again) from None
+        raise InterruptedRun(f"train --resume {again}") from None
     except BrokenPipeError:
         raise
     except OSError as error:
         raise UserError(f"{error}; when that is over, go on with {PROGRAM} train --resume {again}") from error
 
 
-def _train(settings: Settings, source: Dataset, folder: Path, arguments: Train, processes: Processes | None) -> Result:
+def _train(
+    settings: Settings,
+    source: Dataset,
+    folder: Path,
+    arguments: Train,
+    command_line: Sequence[str],
+    reporter: Reporter,
+    processes: Processes | None,
+) -> Result:
     workers = 1 if processes is not None else worker_count(arguments.workers, len(settings.groups), settings.device)
     start = time.monotonic()
     if processes is not None:
@@ -506,7 +547,7 @@ def _train(settings: Settings, source: Dataset, folder: Path, arguments: Train, 
         "processes": 1 if processes is None else processes.count,
         "seconds": seconds,
         "environment": versions(),
-        "command": shlex.join([PROGRAM, *sys.argv[1:]]),
+        "command": shlex.join([PROGRAM, *command_line]),
     }
     checkpoint.write_bytes(folder / RESULTS, (json_text(document) + "\n").encode())
     parts = [_table(settings, outcomes, estimates), *warning_lines(document["warnings"])]

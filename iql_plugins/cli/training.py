@@ -293,6 +293,9 @@ def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Dataset, pr
         if first.evaluates(step) or (first.logs(step) and now - saved > SECONDS_BETWEEN_CHECKPOINTS):
             _save(trainers)
             saved = now
+        # Whoever is told of an evaluation, and ends the training for it, finds it in the checkpoint.
+        for trainer in trainers:
+            trainer.tell(step)
 
     steps = first.steps
     with _divergence_named(trainers), contextlib.ExitStack() as stack:
@@ -412,10 +415,12 @@ class _Trainer:
 
     def after_step(self, step: int) -> None:
         """Does what is due after a gradient step, which depends on the step alone."""
-        evaluates = self.evaluates(step)
         if self.logs(step):
-            self._log(step, evaluates)
-        now = time.monotonic()
+            self._log(step, self.evaluates(step))
+
+    def tell(self, step: int) -> None:
+        """Reports how far the training is, if that is due."""
+        evaluates, now = self.evaluates(step), time.monotonic()
         if evaluates or now - self.reported > SECONDS_BETWEEN_REPORTS:
             self.reported = now
             rate = (step - self.first_step) / max(now - self.begin, 1e-9)
