@@ -19,7 +19,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import product
@@ -190,16 +190,24 @@ def judged_criteria(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[
         yield name, correlation, max(returns) - returns[signed.index(max(signed))]
 
 
-def table(folder: str) -> str:
-    """A row a criterion, and the two choices without one; two columns a task."""
-    tasks = {file.stem: results_of(folder, file.stem) for file in sorted(Path(folder).glob("*.json"))}
+def table(folder: str, lengths: Sequence[str] = tuple(LENGTHS)) -> str:
+    """A row a criterion, and the two choices without one; two columns a task.
+
+    Args:
+        folder: of what was kept.
+        lengths: of the trainings among which is chosen.
+    """
+    tasks = {
+        file.stem: {name: row for name, row in results_of(folder, file.stem).items() if row["length"] in lengths}
+        for file in sorted(Path(folder).glob("*.json"))
+    }
     cells: dict[str, list[str]] = {}
     for results in tasks.values():
         for name, correlation, regret in judged_criteria(results):
             cells.setdefault(name, []).append(f"{correlation:.2f} | {regret:.1f}")
         best = max(row["mean_return"] for row in results.values())
-        for name, lengths in {"(at random)": LENGTHS, "(the last policy)": ("all",)}.items():
-            regrets = [best - row["mean_return"] for row in results.values() if row["length"] in lengths]
+        for name, chosen in {"(at random)": LENGTHS, "(the last policy)": ("all",)}.items():
+            regrets = [best - row["mean_return"] for row in results.values() if row["length"] in chosen]
             cells.setdefault(name, []).append(f"| {statistics.fmean(regrets):.1f}" if regrets else "|")
     titles = [
         f"{task} ({len(results)}, {min(r := [row['mean_return'] for row in results.values()]):.0f} to {max(r):.0f})"
@@ -218,7 +226,9 @@ def main() -> None:
     if isinstance(command, Run):
         run(command)
     else:
-        sys.stdout.write(f"{table(command.results)}\n")
+        # Longer trainings return more and differ in more than that: most of a correlation may be the length.
+        sys.stdout.write(f"{table(command.results)}\n\nof those trained to their end\n\n")
+        sys.stdout.write(f"{table(command.results, ['all'])}\n")
 
 
 if __name__ == "__main__":
