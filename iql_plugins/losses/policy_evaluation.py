@@ -1,5 +1,6 @@
 r"""The losses of fitted Q evaluation: IQL's, with the policy in the place of V."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,9 @@ __all__ = ["DiscretePolicyEvaluationLoss", "PolicyEvaluationLoss"]
 
 
 class _PolicyEvaluation(NetworkQuantities):
+    #: What no value is beyond, in the critics' rewards; targets are brought into it.
+    value_range: tuple[float, float] = (-math.inf, math.inf)
+
     @property
     def _next_value_keys(self) -> list[NestedKey]:
         read = [next_key(key) for key in in_keys_of(self.qvalue_network)]
@@ -25,11 +29,12 @@ class _PolicyEvaluation(NetworkQuantities):
 
     @torch.no_grad()
     def _next_value(self, batch: Batch) -> Tensor:
-        """``[*B]`` Q'(s', π(s')) of the target critics, their mean."""
+        """``[*B]`` Q'(s', π(s')) of the target critics, their mean, within :attr:`value_range`."""
         network = self._network("target_qvalue_network")
         after = {key: batch.tensors[next_key(key)] for key in in_keys_of(network)}
         values = self._critic_values(network, frozenset(), frozenset(), replace(batch, tensors=after))
-        return self._of_policy(at_least_float32(values).mean(0), batch.tensors[next_key(self._tensor_keys.action)])
+        mean = at_least_float32(values).mean(0)
+        return self._of_policy(mean, batch.tensors[next_key(self._tensor_keys.action)]).clamp(*self.value_range)
 
     def _of_policy(self, values: Tensor, next_action: Tensor) -> Tensor:
         return values.squeeze(-1)
@@ -40,7 +45,10 @@ class PolicyEvaluationLoss(_PolicyEvaluation, IQLLoss):
 
     .. math:: L_Q = \mathbb{E}\, d\big(Q(s, a),\, r + \gamma (1 - \text{terminated})\, \hat Q(s', \pi(s'))\big)
 
-    Le et al. 2019 (arXiv:1903.08738), algorithm 3, with target critics in the place of one regression after another.
+    Le et al. 2019 (arXiv:1903.08738), algorithm 3, with target critics in the place of one regression after another,
+    and :math:`\hat Q` within ``value_range``, by default everything: critics that are asked for actions which few data
+    have take the largest of their own errors for the truth, and grow without end.
+
     All else is :class:`~iql_plugins.IQLLoss`: with a temperature of 0 its actor is the behaviour that it clones.
 
     **Input** beside that of IQL: ``("next", "action")``, ``[*B, act]``: :math:`\pi(s')`, in the networks' units.

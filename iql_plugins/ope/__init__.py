@@ -22,6 +22,7 @@ from iql_plugins.ope.criteria import (
     importance_sampled_value,
     initial_qvalue,
     initial_value,
+    possible_returns,
     td_error,
 )
 from iql_plugins.ope.fqe import cloned_behaviour, evaluation_config, fitted_q_evaluation
@@ -44,5 +45,6 @@ __all__ = [
     "initial_qvalue",
     "initial_value",
     "labels",
+    "possible_returns",
     "td_error",
 ]

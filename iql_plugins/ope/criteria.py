@@ -4,6 +4,7 @@ Values of states are discounted returns from an episode's first state on. Which 
 ones depends on the data: see ``examples/choosing_a_policy.md``.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "importance_sampled_value",
     "initial_qvalue",
     "initial_value",
+    "possible_returns",
     "td_error",
 ]
 
@@ -74,6 +76,25 @@ def largest_return(dataset: TensorDictBase, discount: float) -> float:
         following = column + discount * following
         largest = max(largest, float(np.abs(following).max()))
     return largest
+
+
+def possible_returns(dataset: TensorDictBase, discount: float) -> tuple[float, float]:
+    r"""Between which a discounted return is whose rewards are the data's, however long it goes on.
+
+    .. math:: \Big[\frac{\min_t r_t}{1 - \gamma},\, \frac{\max_t r_t}{1 - \gamma}\Big]
+
+    with 0 in it where some state is terminal. Rewards of 1 alone at a discount of 0.99: 0 to 100 where poles fall, 100
+    where nothing ends.
+
+    Args:
+        dataset: see :func:`initial_value`.
+        discount: γ; of 1 there are no bounds.
+    """
+    if discount == 1.0:
+        return -math.inf, math.inf
+    rewards = dataset.get(REWARD)
+    low, high = (float(extreme) / (1.0 - discount) for extreme in (rewards.min(), rewards.max()))
+    return (min(low, 0.0), max(high, 0.0)) if dataset.get(TERMINATED).any() else (low, high)
 
 
 def initial_value(agent: Agent, dataset: TensorDictBase) -> Criterion:

@@ -8,7 +8,7 @@ from tensordict import TensorDictBase
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.policy_evaluation import DiscretePolicyEvaluationLoss, PolicyEvaluationLoss
-from iql_plugins.ope.criteria import largest_return
+from iql_plugins.ope.criteria import largest_return, possible_returns
 from iql_plugins.ope.policies import Policy, actions
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import Agent, seeded_loss
@@ -36,8 +36,9 @@ def fitted_q_evaluation(
         \big(Q(s, a) - r - \gamma (1 - \text{terminated})\, \mathbb{E}_{a' \sim \pi(s')} \hat Q(s', a')\big)^2
 
     Le et al. 2019 (arXiv:1903.08738); Voloshin et al. 2021 (arXiv:1911.06854) compare it with others. Targets are
-    averages of earlier critics, as in IQL. The policy is asked once for each transition, before the first step. Beside
-    it the actor clones the behaviour that the data are of, which importance sampling asks for.
+    averages of earlier critics, as in IQL, and within what rewards like the data's can come to, so that nothing
+    diverges where the data are few. The policy is asked once for each transition, before the first step. Beside it the
+    actor clones the behaviour that the data are of, which importance sampling asks for.
 
     One state, from which each action leads back with reward 1, at a discount of 0.9: Q = 1 + 0.9 Q = 10.
 
@@ -85,6 +86,9 @@ def fitted_q_evaluation(
     evaluators = []
     for seed in seeds:
         loss = seeded_loss(spaces, config, seed, (PolicyEvaluationLoss, DiscretePolicyEvaluationLoss)).to(device)
+        scale = float(normalizers.get_buffer("reward_scale"))
+        low, high = possible_returns(dataset, config.discount)
+        loss.value_range = (scale * low, scale * high)
         # Nobody asks for V.
         loss.value_network.requires_grad_(False)
         evaluators.append(Agent(spaces, config, normalizers=normalizers, loss=loss, seed=seed))

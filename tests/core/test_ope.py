@@ -183,6 +183,26 @@ def test_a_memory_mapped_dataset_stays_on_disk(tmp_path: Any) -> None:
     assert ("next", "action") not in mapped.keys(True, True)
 
 
+def test_few_data_do_not_let_values_grow_beyond_what_rewards_come_to() -> None:
+    dataset = make_dataset(SPACES["continuous"], 40)
+    dataset["next", "reward"] = torch.rand(40, 1)
+    config = IQLConfig(
+        n_steps=600, hidden_sizes=(32, 32), critic_learning_rate=1e-2, polyak=0.5, batch_size=32,
+        normalize_observations=True, compile="no",
+    )  # fmt: skip
+    # Its actions are none of the data's.
+    policy = Policy(lambda seen: 10.0 * seen[:, :2])
+    evaluators = ope.fitted_q_evaluation(policy, dataset, SPACES["continuous"], config, seeds=(0, 1))
+    low, high = ope.possible_returns(dataset, 0.99)
+    assert (low, high) == (0.0, pytest.approx(100.0 * float(dataset["next", "reward"].max())))
+    for evaluator in evaluators:
+        assert -10.0 < ope.fitted_value([evaluator], dataset, policy).value < high
+    endless = dataset.clone()
+    endless["next", "terminated"] = torch.zeros(40, 1, dtype=torch.bool)
+    assert ope.possible_returns(endless, 0.99)[0] == pytest.approx(100.0 * float(dataset["next", "reward"].min()))
+    assert ope.possible_returns(endless, 1.0) == (-math.inf, math.inf)
+
+
 def test_stable_baselines3s_and_d3rlpys_own_policies_are_judged_as_they_are() -> None:
     d3rlpy = pytest.importorskip("d3rlpy", reason="judges d3rlpy's policy")
     stable_baselines3 = pytest.importorskip("stable_baselines3", reason="judges Stable-Baselines3's policy")
