@@ -42,8 +42,11 @@ def train(options: dict[str, Any]) -> None:
     workers = synchronize(learner).count
     size, n_steps = options["batch_size"] // workers, options["n_steps"]
     while learner.step_count < n_steps:
-        epoch = ray.train.get_dataset_shard("train").iter_torch_batches(
-            batch_size=size, dtypes=torch.float32, drop_last=True, local_shuffle_buffer_size=20 * size
+        before, epoch = (
+            learner.step_count,
+            ray.train.get_dataset_shard("train").iter_torch_batches(
+                batch_size=size, dtypes=torch.float32, drop_last=True, local_shuffle_buffer_size=20 * size
+            ),
         )
         for batch in epoch:
             terminated = batch["terminals"].bool().reshape(size, 1)
@@ -62,6 +65,8 @@ def train(options: dict[str, Any]) -> None:
                     ray.train.report({"step": learner.step_count, **iql.metrics()}, checkpoint=made)
             if learner.step_count == n_steps:
                 break
+        if learner.step_count == before:
+            raise ValueError(f"each worker needs {size} rows, a batch's share: the data have fewer")
 
 
 if __name__ == "__main__":

@@ -178,6 +178,10 @@ _BY = (
     "What the best trial is chosen by where there is no environment, one of `iql-plugins select`, on held-out "
     "episodes: those of --hold-out, by default a tenth."
 )
+_SWEEP_STACK = (
+    "How many of a trial's seeds take their steps together; auto takes all where ASHA may stop it, so that it is "
+    "judged by all, if they can, and else what `train` takes."
+)
 _SWEEP_RESUME = (
     "Folder of a sweep to go on with: trials that are finished are not repeated, the others go on from their "
     "checkpoints. It holds pickles of Ray's, which can run any code: take folders of your own alone."
@@ -215,6 +219,7 @@ class Sweep(Train):
     """Trials at a time; auto takes as many as there are cores, and GPUs."""
     threads: Automatic = "auto"
     """Torch's threads in each trial; auto takes one."""
+    stack: Annotated[Automatic, tyro.conf.arg(help=_SWEEP_STACK)] = "auto"
     config: _Absent = None
     memmap_dir: _Absent = None
 

@@ -70,9 +70,13 @@ def search_space(arguments: Sweep, base: Sequence[str]) -> SearchSpace:
     values: dict[tuple[str, str], Any] = {}
     for text in arguments.grid:
         name = _name("--grid", text, base, [*grids])
-        grids[name] = list(dict.fromkeys(part.strip() for part in text.partition("=")[2].split(",")))
-        for value in grids[name]:
-            values[name, value] = _valid(f"--grid {name}={value}", name, value, base)
+        found: dict[str, Any] = {}
+        for value in (part.strip() for part in text.partition("=")[2].split(",")):
+            meant = _valid(f"--grid {name}={value}", name, value, base)
+            # 0.7 and 0.70 are one trial.
+            if meant not in found.values():
+                found[value] = values[name, value] = meant
+        grids[name] = list(found)
     for text in arguments.range:
         name = _name("--range", text, base, [*grids, *ranges])
         low, high, log = _bounds(text)
@@ -115,7 +119,7 @@ def _bounds(text: str) -> tuple[float, float, bool]:
     except ValueError:
         low = high = math.nan
     log = bool(found and found[3])
-    if not low < high or (log and low <= 0.0):
+    if not low < high or not math.isfinite(high - low) or (log and low <= 0.0):
         raise UserError(
             f"--range must be NAME=LOW..HIGH, or NAME=LOW..HIGH:log with LOW above 0, and LOW below HIGH; got {text!r}"
         )
@@ -124,6 +128,8 @@ def _bounds(text: str) -> tuple[float, float, bool]:
 
 def _valid(said: str, name: str, value: str, base: Sequence[str]) -> Any:
     """What a value on the command line of ``train`` means."""
+    if any(word.startswith("--") for word in value.split()):
+        raise UserError(f"{said}: a value is no option")
     try:
         return getattr(parsed([*base, *trial_options({name: value})]).hyperparameters, name)
     except UserError as error:

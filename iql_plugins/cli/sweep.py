@@ -20,7 +20,7 @@ from iql_plugins.cli.search_space import SearchSpace, parsed, search_space
 from iql_plugins.cli.settings import CONFIG, Settings
 from iql_plugins.cli.statistics import with_interval
 from iql_plugins.cli.training import HELD_OUT
-from iql_plugins.cli.trials import ERROR, MEAN_RETURN, ON_THE_WAY, RUNS, evaluated, trained
+from iql_plugins.cli.trials import ERROR, MEAN_RETURN, ON_THE_WAY, RUNS, evaluated, folder_name, trained
 from iql_plugins.cli.workers import locked
 from iql_plugins.limits import read_json
 
@@ -72,20 +72,31 @@ def run(arguments: Sweep, command_line: Sequence[str]) -> Result:
         raise UserError(f"{settings.dataset} is not what the sweep was begun with: its content has changed")
     train.check(settings, source)
     del source
-    base, settings = _judged(arguments, base, settings)
+    if sha256 is not None and settings.env != arguments.env:
+        raise UserError(
+            f"the sweep was begun in {arguments.env or 'no environment'}, and {settings.dataset} is evaluated in "
+            f"{settings.env or 'none'} here: install what the environment needs, or begin another sweep"
+        )
+    base, settings = _judged(arguments, base, settings, space, _split(given)[0])
     with mistakes(OSError):
         folder = train.made_folder(folder, settings.dataset, "sweeps").absolute()
+    with locked(folder, use="sweeping in"):
+        if sha256 is None:
+            train.empty_folder(folder, "sweep")
         state = {"format": FORMAT, "command": _kept(given, settings.dataset), "env": settings.env}
         state["dataset_sha256"] = settings.dataset_sha256
-        checkpoint.write_bytes(folder / STATE, (json_text(state) + "\n").encode())
-    note(f"sweep: {folder}")
-    with locked(folder, use="sweeping in"):
-        rows = [_row(result, space, folder / RUNS) for result in trained(arguments, base, space, settings, folder)]
-        selection = None if settings.env else _selected(arguments, rows, space, folder)
-        result = _result(arguments, rows, settings, selection, space, folder, [PROGRAM, "sweep", *given])
-    if any(row["status"] == "unfinished" for row in rows):
-        env = f" --env {settings.env}" if settings.env and ":" in settings.env else ""
-        raise train.InterruptedRun(f"sweep --resume {folder}{env}")
+        with mistakes(OSError):
+            checkpoint.write_bytes(folder / STATE, (json_text(state) + "\n").encode())
+        note(f"sweep: {folder}")
+        try:
+            rows = [_row(trial, space, folder / RUNS) for trial in trained(arguments, base, space, settings, folder)]
+            selection = None if settings.env else _selected(arguments, rows, space, folder)
+            result = _result(arguments, rows, settings, selection, space, folder, [PROGRAM, "sweep", *given])
+            if any(row["status"] == "unfinished" for row in rows):
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            env = f" --env {settings.env}" if settings.env and ":" in settings.env else ""
+            raise train.InterruptedRun(f"sweep --resume {folder}{env}") from None
     return replace(result, document={**result.document, "seconds": time.monotonic() - begin})
 
 
@@ -127,6 +138,8 @@ def _recorded(arguments: Sweep, given: Sequence[str], folder: Path) -> tuple[Swe
         if state["format"] != FORMAT:
             raise UserError(f"{path} has format {state['format']!r}, known is {FORMAT}: another release wrote it")
         kept, env, sha256 = [str(word) for word in state["command"]], state["env"], str(state["dataset_sha256"])
+    if wrong := [option(name) for name, value in vars(_split(kept)[0]).items() if value and name in BESIDE]:
+        raise UserError(f"{path} has {', '.join(wrong)}, about which no file decides")
     train.check_environment(env, arguments.env, path)
     kept += [] if env is None else ["--env", env]
     kept += [option(name) for name in FLAGS if getattr(arguments, name)]
@@ -142,6 +155,8 @@ def _base(arguments: Sweep, words: Sequence[str]) -> list[str]:
         value = getattr(arguments, name)
         if isinstance(value, int) and value < 1:
             raise UserError(f"{option(name)} must be at least 1, got {value}")
+    if ":" in arguments.device:
+        raise UserError(f"--device {arguments.device}: Ray gives each trial a GPU; --device cuda takes it")
     return [
         *("train", "--dataset", train.wherever(arguments.dataset), "--baseline", arguments.baseline, "--workers", "1"),
         *("--threads", "1" if arguments.threads == "auto" else str(arguments.threads)),
@@ -152,10 +167,20 @@ def _base(arguments: Sweep, words: Sequence[str]) -> list[str]:
     ]
 
 
-def _judged(arguments: Sweep, base: list[str], settings: Settings) -> tuple[list[str], Settings]:
+def _judged(
+    arguments: Sweep, base: list[str], settings: Settings, space: SearchSpace, given: argparse.Namespace
+) -> tuple[list[str], Settings]:
     """The same with an environment that was found, or held-out episodes where there is none."""
     if settings.env is not None:
+        if given.by or given.fqe_steps:
+            raise UserError(f"--by chooses where there is no environment; here it is the return in {settings.env}")
+        if "n_steps" in space.names:
+            raise UserError(
+                "n_steps: trials in an environment are compared on the way, after equal parts of the same steps"
+            )
         return [*base, "--env", settings.env], settings
+    if arguments.by in select.OWN_DISCOUNT and "discount" in space.names:
+        raise UserError(f"--by {arguments.by} compares no policies of different discounts: give another --by")
     if arguments.search == "optuna" and arguments.by not in ON_THE_WAY:
         raise UserError(
             f"--search optuna learns from each trial as it ends, and --by {arguments.by} is known when all have: "
@@ -170,13 +195,13 @@ def _judged(arguments: Sweep, base: list[str], settings: Settings) -> tuple[list
     return [*base, "--hold-out", str(settings.hold_out)], settings
 
 
-def _row(result: Any, space: SearchSpace, runs: Path) -> dict[str, Any]:
-    """A row of the table."""
-    folder, metrics = runs / Path(result.path).name, result.metrics or {}
+def _row(trial: Any, space: SearchSpace, runs: Path) -> dict[str, Any]:
+    """A row of the table, of a trial of Ray's."""
+    folder = runs / folder_name(trial)
     row: dict[str, Any] = {
         "trial": folder.name,
         "status": None,
-        **{name: space.values.get((name, value), value) for name, value in result.config.items()},
+        **{name: space.values.get((name, value), value) for name, value in trial.config.items()},
         **dict.fromkeys(COLUMNS),
         "run_dir": str(folder),
     }
@@ -190,10 +215,11 @@ def _row(result: Any, space: SearchSpace, runs: Path) -> dict[str, Any]:
             "hyperparameters": json.dumps(settings.hyperparameters.to_json()),
             "evaluation_episodes": 0 if settings.env else None,
         }
-        found = [entry for entry in evaluated(settings, folder) if entry["step"] <= min(run.steps.values())]
+        step = min(step for unit, step in run.steps.items() if unit.method == "iql")
+        found = [entry for entry in evaluated(settings, folder) if entry["step"] <= step]
         if found:
             row |= {"score": found[-1].get(MEAN_RETURN)} | {name: found[-1].get(name) for name in HELD_OUT}
-        row["step"] = min(run.steps.values())
+        row["step"] = step
         if settings.env:
             # Those on the way; and those that measure the last and the best policy.
             made = sum(len(returns) for each in run.evaluations.values() for _, returns in each)
@@ -205,9 +231,9 @@ def _row(result: Any, space: SearchSpace, runs: Path) -> dict[str, Any]:
         return row | {"status": "finished"}
     if (folder / ERROR).exists():
         row["error"] = (folder / ERROR).read_text().strip()
-    elif result.error is not None:
-        row["error"] = str(result.error).strip()
-    ended = "failed" if row["error"] else "stopped" if metrics.get("done") else "unfinished"
+    elif trial.status == "ERROR":
+        row["error"] = str(trial.get_error()).strip()
+    ended = "failed" if row["error"] else "stopped" if trial.status == "TERMINATED" else "unfinished"
     return row | {"status": ended}
 
 

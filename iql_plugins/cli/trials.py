@@ -1,12 +1,13 @@
 """The trials of a sweep: runs of ``train`` in processes of Ray's."""
 
 import contextlib
+import json
 import os
+import pickle
 import re
+import shutil
 import time
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from iql_plugins.cli.training import HELD_OUT, METRICS, Progress, metrics_rows
 from iql_plugins.cli.workers import locked
 from iql_plugins.training.learner import DivergenceError
 
-__all__ = ["ERROR", "MEAN_RETURN", "ON_THE_WAY", "RUNS", "evaluated", "trained"]
+__all__ = ["ERROR", "MEAN_RETURN", "ON_THE_WAY", "RUNS", "evaluated", "folder_name", "trained"]
 
 #: In a sweep's folder: run directories, and Ray's own state; and in one of the first, why its trial failed.
 RUNS, RAY, ERROR = "runs", "ray", "error.txt"
@@ -60,7 +61,8 @@ def _trial(point: Mapping[str, Any], *, base: Sequence[str], beside: Sequence[st
         base: the command of all trials.
         beside: what stands beside --resume.
         runs: the folder of all run directories.
-        together: whether seeds take their steps together, so that all are evaluated while there are steps to save.
+        together: whether seeds take their steps together where they can, so that all are evaluated while there are
+            steps to save.
     """
     tune = imported("ray.tune", "ray")
     folder = runs / Path(tune.get_context().get_trial_dir()).name
@@ -76,12 +78,15 @@ def _trial(point: Mapping[str, Any], *, base: Sequence[str], beside: Sequence[st
         try:
             arguments = parsed(given)
             if not begun and arguments.stack == "auto" and together and train.stack_obstacle(arguments) is None:
-                arguments = replace(arguments, stack=arguments.seeds)
+                given += ["--stack", str(arguments.seeds)]
+                arguments = parsed(given)
             train.run(arguments, given, partial(_reporter, folder, tune.report))
-        except Exception as error:
+        except (UserError, DivergenceError) as error:
+            if isinstance(error.__cause__, OSError):
+                # A full disk, say: it may go on later.
+                raise
             # Ray tries again what was killed; to try this again would come to the same.
-            known = isinstance(error, UserError | DivergenceError)
-            checkpoint.write_bytes(folder / ERROR, (str(error) if known else traceback.format_exc()).encode())
+            checkpoint.write_bytes(folder / ERROR, str(error).encode())
             return
     tune.report(evaluated(Settings.read(folder)[0], folder)[-1])
 
@@ -151,7 +156,7 @@ def _ray(address: str | None) -> Iterator[Any]:
 
 
 def trained(arguments: Sweep, base: Sequence[str], space: SearchSpace, settings: Settings, folder: Path) -> list[Any]:
-    """Runs the trials that have not come to their end; Ray's result of each.
+    """Runs the trials that have not come to their end; all of them, as Ray has them.
 
     Args:
         arguments: of the sweep.
@@ -173,13 +178,20 @@ def trained(arguments: Sweep, base: Sequence[str], space: SearchSpace, settings:
             arguments.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0
         )
         trial = partial(
-            _trial, base=base, beside=beside, runs=folder / RUNS, together=not train.has_images(settings.spaces)
+            _trial,
+            base=base,
+            beside=beside,
+            runs=folder / RUNS,
+            # Those that nobody stops on the way need not.
+            together=settings.env is not None and not train.has_images(settings.spaces),
         )
         trainable = tune.with_resources(trial, {"cpu": settings.threads, "gpu": int(on_gpu)})
         place = str(folder / RAY)
-        if tune.Tuner.can_restore(place):
+        if _restorable(folder / RAY):
             tuner = tune.Tuner.restore(place, trainable, resume_errored=True)
         else:
+            # Killed before Ray had begun: the same trials are drawn again.
+            shutil.rmtree(place, ignore_errors=True)
             tuner = tune.Tuner(
                 trainable,
                 param_space=space.domains(tune, arguments.samples is not None),
@@ -190,7 +202,7 @@ def trained(arguments: Sweep, base: Sequence[str], space: SearchSpace, settings:
                     max_concurrent_trials=None if arguments.workers == "auto" else arguments.workers,
                     search_alg=_searcher(arguments),
                     scheduler=_scheduler(settings),
-                    trial_dirname_creator=_folder_name,
+                    trial_dirname_creator=folder_name,
                 ),
                 run_config=tune.RunConfig(
                     name=RAY,
@@ -204,7 +216,19 @@ def trained(arguments: Sweep, base: Sequence[str], space: SearchSpace, settings:
                     verbose=1,
                 ),
             )
-        return list(tuner.fit())
+        tuner.fit()
+        # Not Ray's results: of trials that have not begun, or never reported, there are none.
+        return list(tune.ExperimentAnalysis(place).trials)
+
+
+def _restorable(place: Path) -> bool:
+    """Whether Ray's state is whole. Its files are not written in one step."""
+    try:
+        pickle.loads((place / "tuner.pkl").read_bytes())
+        json.loads(max(place.glob("experiment_state-*.json")).read_bytes())
+    except (OSError, EOFError, ValueError, pickle.UnpicklingError):
+        return False
+    return True
 
 
 def _searcher(arguments: Sweep) -> Any:
@@ -234,7 +258,7 @@ def _scheduler(settings: Settings) -> Any:
     )
 
 
-def _folder_name(trial: Any) -> str:
+def folder_name(trial: Any) -> str:
     """A trial's folder: its number, or what Optuna calls it, and its hyper-parameters."""
     values = (
         f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in trial.config.items()
