@@ -40,7 +40,7 @@ def plain() -> tuple[Settings, Dataset]:
     """The settings of a run, and its dataset."""
     arguments = parse(["train", "--seeds", "2", "--env", "Pendulum-v1"])
     assert isinstance(arguments, Train)
-    return train._settings(arguments)
+    return train.new_settings(arguments)
 
 
 @pytest.fixture

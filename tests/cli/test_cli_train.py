@@ -420,7 +420,7 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.time, "strftime", lambda format: "now")
-    assert [str(train._made(None, "a dataset")) for _ in range(3)] == [
+    assert [str(train.made_folder(None, "a dataset")) for _ in range(3)] == [
         f"runs/a-dataset-now{end}" for end in ("", "-2", "-3")
     ]
 

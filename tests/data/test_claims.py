@@ -706,10 +706,10 @@ def test_a_run_that_claims_the_world_is_refused(
     refused: Refused, loaded: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     from iql_plugins.cli.arguments import parse
-    from iql_plugins.cli.train import _settings
+    from iql_plugins.cli.train import new_settings
 
     arguments: Any = parse(["train", "--n-steps", "10", "--seeds", "1"])
-    settings, _ = _settings(arguments)
+    settings, _ = new_settings(arguments)
     settings.write(tmp_path, {}, {})
     path = tmp_path / "config.json"
     document = json.loads(path.read_text())
