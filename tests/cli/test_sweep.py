@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from requirements import needs_proc
 
 from iql_plugins.cli import main, trials
 from iql_plugins.cli.arguments import Sweep, Train, parse
+from iql_plugins.cli.errors import UserError
 from iql_plugins.config import preset
 
 TESTS = Path(__file__).parents[1]
@@ -136,6 +138,9 @@ def table(document: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, Any
         (["--range", "activation=1..2", "--samples", "2"], "activation is no number; give its values by --grid"),
         (["--grid", "expectile=0.7", "--samples", "0"], "--samples must be at least 1, got 0"),
         (["--grid", "expectile=0.7", "--search", "optuna"], "give their number by --samples"),
+        (["--range", "batch_size=1..1e999", "--samples", "2"], "--range must be NAME=LOW..HIGH"),
+        (["--grid", "batch_size=16 --seeds 9"], "a value is no option"),
+        (["--grid", "expectile=0.7", "--device", "cuda:1"], "Ray gives each trial a GPU"),
         (["--resume", "nowhere"], "there is no nowhere/sweep.json"),
         (["--resume", "nowhere", "--expectile", "0.7", "--seeds", "3"], "--expectile, --seeds: a sweep goes on as it"),
     ],
@@ -199,6 +204,57 @@ def test_a_trial_that_fails_says_why_and_one_that_has_results_is_not_trained_aga
     trials._trial({"batch_size": "8"}, **options)
     assert told[-1] == told[-2]
     assert (tmp_path / "00000" / "results.json").stat().st_mtime_ns == changed
+
+
+@pytest.mark.parametrize(
+    ("tuner", "state", "whole"),
+    [
+        (None, None, False),
+        (b"", "{}", False),
+        (pickle.dumps({})[:-1], "{}", False),
+        (pickle.dumps({}), None, False),
+        (pickle.dumps({}), '{"trials": ', False),
+        (pickle.dumps({}), "{}", True),
+    ],
+)
+def test_a_state_of_rays_that_a_kill_has_cut_is_begun_anew(
+    tuner: bytes | None, state: str | None, whole: bool, tmp_path: Path
+) -> None:
+    if tuner is not None:
+        (tmp_path / "tuner.pkl").write_bytes(tuner)
+    if state is not None:
+        (tmp_path / "experiment_state-2026.json").write_text(state)
+    assert trials._restorable(tmp_path) == whole
+
+
+def test_a_full_disk_does_not_end_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise UserError("no space left") from OSError(28, "No space left on device")
+
+    context = SimpleNamespace(get_trial_dir=lambda: str(tmp_path / "ray" / "00000"))
+    monkeypatch.setattr(trials, "imported", lambda *_: SimpleNamespace(get_context=lambda: context, report=None))
+    monkeypatch.setattr(trials.train, "run", full)
+    with pytest.raises(UserError, match="no space left"):
+        trials._trial({}, base=["train", *TINY], beside=[], runs=tmp_path, together=False)
+    assert not (tmp_path / "00000" / "error.txt").exists()
+
+
+@needs_proc
+def test_a_sweep_with_a_failed_trial_is_interrupted_and_goes_on_to_its_result(ray: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    (gate := tmp_path / "gate").write_text("sweep/runs/00001-*/seed-0/checkpoint.safetensors")
+    # The first one's batches fit in no memory; while the second one waits the third has not begun.
+    grid = ["--grid", "batch_size=1000000000000,16,8"]
+    options = [*TINY[:4], *TINY[6:], "--env", ENV, *grid, "--workers", "1", "--run-dir", folder]
+    process = started(tmp_path, *options, SWEEP_GATE=str(gate))
+    until(lambda: list(tmp_path.glob(gate.read_text())), process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert json.loads(out)["error"] == f"interrupted: go on with iql-plugins sweep --resume {folder} --env {ENV}"
+    gate.unlink()
+    document = ended(started(tmp_path, "--resume", folder, "--env", ENV), tmp_path)
+    assert sorted(trial["status"] for trial in document["trials"]) == ["failed", "finished", "finished"]
 
 
 @needs_proc
