@@ -1,9 +1,12 @@
 """Programs that run to their end, and whether processes have ended."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +20,30 @@ def run(*arguments: str | Path, folder: Path) -> str:
     )
     assert finished.returncode == 0, finished.stderr
     return finished.stdout
+
+
+@contextlib.contextmanager
+def ranks(program: Path, *arguments: str | Path) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Two processes of a program that can form a process group; killed in the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(ROOT / "tests"), *sys.path])
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": path}
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for rank in map(str, range(2)):
+            process = subprocess.Popen(
+                [sys.executable, program, *arguments],
+                env=os.environ | given | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            processes.append(process)
+        yield processes
 
 
 def alive(session: int) -> list[int]:

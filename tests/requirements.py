@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from browser import NAMES, chromium
 
 from iql_plugins.training.gradients import compiler_available
@@ -17,6 +18,12 @@ needs_proc = pytest.mark.skipif(
 #: The package itself trains without one, uncompiled.
 needs_compiler = pytest.mark.skipif(
     not compiler_available(torch.device("cpu")), reason="compiles, and there is no C++ compiler on the path"
+)
+
+#: Processes talk to each other by it on a CPU.
+needs_gloo = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()),
+    reason="trains by several processes, and this build of torch has no gloo, by which CPUs talk",
 )
 
 OTHERS = Path(__file__).parents[2] / "shared" / "data"

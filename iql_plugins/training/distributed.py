@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from iql_plugins.data.dataset import one_line
 from iql_plugins.losses.iql import IQLLoss
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def _partners(processes: Processes) -> Iterator[None]:
         raise ProcessLostError(
             f"process {processes.rank} of {processes.count}: another process has ended, has not answered within "
             f"{TIMEOUT.total_seconds() / 3600:.0f} hours, or does something else; what it said last tells why "
-            f"({str(error).splitlines()[0]})"
+            f"({one_line(error)})"
         ) from error
 
 

@@ -1,12 +1,7 @@
 """What the d3rlpy adapter trains: the core's losses, agents from elsewhere, several processes, compiled graphs."""
 
-import contextlib
 import copy
 import math
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +39,7 @@ from d3rlpy_helpers import (
     pixel_config,
     weights,
 )
+from processes import ranks
 from requirements import data_of_others
 from tensordict import TensorDict
 from torch import nn
@@ -454,23 +450,7 @@ d3rlpy.distributed.destroy_process_group()
 def test_processes_hold_equal_weights_and_draw_from_shares_of_their_own(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    path = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
-    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "PYTHONPATH": path}
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for rank in range(2):
-            process = subprocess.Popen(
-                [sys.executable, program, tmp_path],
-                env={**environment, "RANK": str(rank)},
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            stack.enter_context(process)
-            stack.callback(process.kill)
-            processes.append(process)
+    with ranks(program, tmp_path) as processes:
         errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], errors
     (first, first_seen), (second, second_seen) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -14,19 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from processes import children
-from requirements import needs_proc
+from requirements import needs_gloo, needs_proc
 
 from iql_plugins import checkpoint
 from iql_plugins.cli import main
 from iql_plugins.training import distributed
 from iql_plugins.training.distributed import Processes
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed"),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 #: How often a process is killed.
 KILLS = int(os.environ.get("IQL_PLUGINS_KILLS", "2"))
 SMALL = [

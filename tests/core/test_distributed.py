@@ -1,10 +1,8 @@
 """Processes that train together: the same steps as one process takes, and what happens when one of them strays."""
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +13,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from agents import SPACES, make_agent, make_dataset, same, weights
-from requirements import needs_proc
+from processes import ranks
+from requirements import needs_gloo, needs_proc
 
 from iql_plugins.data import Dataset, summary
 from iql_plugins.data.episodes import episode_returns
@@ -24,7 +23,7 @@ from iql_plugins.training.distributed import Processes, synchronize
 from iql_plugins.training.gradients import compiler_available
 from iql_plugins.training.learner import Learner
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this build of torch has no torch.distributed")
+pytestmark = needs_gloo
 TESTS = Path(__file__).parents[1]
 
 
@@ -301,19 +300,7 @@ with process_group() as processes:
 def test_who_is_left_by_another_process_says_so_at_once(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(LOST)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    environment = os.environ | given | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    with contextlib.ExitStack() as stack:
-        processes = []
-        for rank in range(2):
-            options: dict[str, Any] = {"env": {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}}
-            process = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True, **options)
-            stack.enter_context(process)
-            stack.callback(process.kill)
-            processes.append(process)
+    with ranks(program) as processes:
         assert processes[1].wait(timeout=120) == -signal.SIGKILL
         said, _ = processes[0].communicate(timeout=60)
     assert said.startswith("process 0 of 2: another process has ended")

@@ -9,16 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import keywords, make_batch, make_loss, total
+from requirements import needs_gloo
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from iql_plugins import HardUpdate, IQLLoss, SoftUpdate
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo, by which CPUs talk"),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 
 PROCESSES, STEPS = 2, 3
 State = dict[str, Tensor]
