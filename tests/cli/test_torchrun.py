@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from processes import children
 from requirements import needs_gloo, needs_proc
 
 from iql_plugins import checkpoint
-from iql_plugins.cli import main
+from iql_plugins.cli import main, train
+from iql_plugins.cli.errors import UserError
+from iql_plugins.cli.settings import Settings
 from iql_plugins.training import distributed
 from iql_plugins.training.distributed import Processes
 
@@ -196,3 +199,25 @@ def test_what_processes_cannot_do_together_is_refused(
     assert re.search(f"iql-plugins: .*{message}", capfd.readouterr().err)
     assert not (tmp_path / "runs").exists()
     assert not before or policies(tmp_path / "other") == before
+
+
+@pytest.mark.parametrize(("rank", "count", "speaks"), [("0", "0", False), ("0", "1", True), ("1", "1", False)], ids=str)
+def test_a_mistake_is_one_document_of_the_first_process_once_nothing_is_started_again(
+    rank: str, count: str, speaks: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = {"RUN_ID": "0", "RESTART_COUNT": count, "MAX_RESTARTS": "1"}
+    for name, value in given.items():
+        monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    monkeypatch.setenv("RANK", rank)
+    assert main(["train", *SMALL, "--json"]) == 2
+    out, err = capfd.readouterr()
+    assert "give --run-dir" in err
+    assert ("give --run-dir" in json.loads(out)["error"]) if speaks else not out
+
+
+def test_processes_on_one_machine_need_a_gpu_each(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SMALL, "--run-dir", str(tmp_path / "run"), "--stack", "1"]) == 0
+    settings, _ = Settings.read(tmp_path / "run" / "config.json")
+    train._check_processes(settings, "auto", Processes(0, 2))
+    with pytest.raises(UserError, match=r"a GPU of its own.* got --device cuda:0"):
+        train._check_processes(replace(settings, device="cuda:0"), "auto", Processes(0, 2))
