@@ -103,7 +103,7 @@ class PackedDataset:
         rows = {storage: matrix.index_select(0, index) for storage, matrix in self._matrices.items()}
         result = {}
         for name, storage, left, right, shape, dtype in self._columns:
-            columns = rows[storage][:, left:right]
+            columns = rows[storage].narrow(1, left, right - left)
             columns = columns if len(shape) == 1 else columns.reshape(len(index), *shape)
             result[name] = columns if dtype == storage else columns.to(dtype)
         return result

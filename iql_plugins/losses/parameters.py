@@ -236,12 +236,16 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
 
     def target_pairs(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
         """Pairs of a target critic's tensor and its source: those of parameters, and those of buffers."""
-        sources = parameters.leaves(self.qvalue_network)
-        full = parameters.full_leaves(self.qvalue_network, self._critic_count, self._tied)
         pairs: tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]] = ([], [])
-        for name, target in parameters.leaves(self._network("target_qvalue_network")).items():
-            is_parameter = isinstance(sources[name], nn.Parameter)
-            pairs[0 if is_parameter else 1].append((target, replicas.whole(full[name].detach())))
+        # The targets are a copy: the same modules in the same order, each once, however many names it has.
+        twins = zip(self.qvalue_network.named_modules(), self._network("target_qvalue_network").modules(), strict=True)
+        for (prefix, module), twin in twins:
+            for found, tensors in zip(pairs, (module._parameters, module._buffers), strict=True):
+                for key, tensor in tensors.items():
+                    target = twin._buffers.get(key)
+                    if tensor is not None and target is not None:
+                        full = parameters.full(f"{prefix}.{key}".lstrip("."), tensor, self._critic_count, self._tied)
+                        found.append((target, replicas.whole(full.detach())))
         return pairs
 
     @torch.no_grad()

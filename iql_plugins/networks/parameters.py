@@ -129,17 +129,18 @@ def frozen(module: nn.Module, count: int | None, tied: frozenset[str]) -> nn.Mod
     """The targets of stacked critics: a copy whose leaves are all buffers, tied ones stacked in full."""
     copied = stateful_copy(module)
     for name, tensor in leaves(module).items():
-        replace_leaf(copied, name, _full(name, tensor, count, tied).detach().clone())
+        replace_leaf(copied, name, full(name, tensor, count, tied).detach().clone())
     return copied
 
 
-def _full(name: str, tensor: Tensor, count: int | None, tied: frozenset[str]) -> Tensor:
+def full(name: str, tensor: Tensor, count: int | None, tied: frozenset[str]) -> Tensor:
+    """A leaf with N slices (a tied one is an expanded view); as it is when ``count`` is None."""
     return tensor.expand(count, *tensor.shape) if count is not None and name in tied else tensor
 
 
 def full_leaves(module: nn.Module, count: int | None, tied: frozenset[str]) -> Tensors:
-    """All leaves, each with N slices (tied ones are expanded views); as they are when ``count`` is None."""
-    return {name: _full(name, tensor, count, tied) for name, tensor in leaves(module).items()}
+    """All leaves, each by :func:`full`."""
+    return {name: full(name, tensor, count, tied) for name, tensor in leaves(module).items()}
 
 
 def call_critics(

@@ -263,12 +263,18 @@ def _trained(state: Mapping[str, Tensor]) -> list[str]:
 _NO_SETTING = vars(nn.Module()).keys() | {"_estimator_in_state"}
 
 
+#: Most settings: they are looked at in every step.
+_PLAIN = frozenset((bool, int, float, str, frozenset, type(None)))
+
+
 def _set_on(module: nn.Module) -> tuple[Hashable, ...]:
     return type(module), *[(name, _constant(value)) for name, value in vars(module).items() if name not in _NO_SETTING]
 
 
 def _constant(value: Any) -> Hashable:
     """A value that equals another one as long as code that reads it does the same."""
+    if type(value) in _PLAIN:
+        return value  # type: ignore[no-any-return]
     if isinstance(value, list | tuple):
         return tuple(map(_constant, value))
     if isinstance(value, dict):

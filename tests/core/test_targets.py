@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import OBSERVATION, make_batch, make_loss, total
+from conftest import ACTION, OBSERVATION, make_batch, make_loss, total
 from tensordict.nn import TensorDictModule
 from torch import nn
 
@@ -43,6 +43,27 @@ def test_polyak_moves_the_targets_of_a_shared_critic(kind: str) -> None:
     loss = moved(make_loss(kind, qvalue_network=[q, q]))
     SoftUpdate(loss, tau=0.5).step()
     assert distances(loss) == {0.5}
+
+
+class Recurrent(nn.Module):
+    """A critic that has one layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(OBSERVATION + ACTION, OBSERVATION + ACTION)
+        self.second = self.first
+        self.out = nn.Linear(OBSERVATION + ACTION, 1)
+
+    def forward(self, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        return self.out(self.second(self.first(torch.cat([observation, action], -1)).relu()).relu())
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_polyak_moves_a_layer_of_two_names_once(count: int) -> None:
+    critic = TensorDictModule(Recurrent(), ["observation", "action"], ["state_action_value"])
+    loss = moved(make_loss("continuous", qvalue_network=critic, num_qvalue_nets=count))
+    SoftUpdate(loss, tau=0.25).step()
+    assert distances(loss) == {0.75}
 
 
 @pytest.mark.parametrize("interval", [1, 3])

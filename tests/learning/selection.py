@@ -1,6 +1,6 @@
 """Asks which criteria of ``iql-plugins select`` choose good policies: a row is a task and a configuration.
 
-From the repository's root, after the README's installation (hours on two cores; goes on where it was stopped)::
+From the repository's root, after the README's installation (an hour on two cores; goes on where it was stopped)::
 
     python tests/learning/selection.py run
     python tests/learning/selection.py table
