@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,15 +70,24 @@ def test_every_example_is_run_by_a_test() -> None:
         assert f'"{example.name}"' in tests, example.name
 
 
-def test_the_page_on_hyper_parameters_shows_what_was_measured() -> None:
-    sys.path.insert(0, str(ROOT / "tests" / "learning"))
-    try:
-        from vary import CHANGES, RESULTS, table
-    finally:
-        sys.path.pop(0)
+def test_the_page_on_hyper_parameters_shows_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "learning")
+    from vary import CHANGES, RESULTS, table
+
     results = json.loads(RESULTS.read_text())
     assert [entry["change"] for entry in results] == CHANGES
     assert table(results) in (ROOT / "examples" / "choosing_hyperparameters.md").read_text(encoding="utf-8")
+
+
+def test_the_page_on_learning_shows_how_criteria_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "learning")
+    from selection import CONFIGURATIONS, RESULTS, results_of, table
+
+    measured = [results_of(str(RESULTS), file.stem).keys() for file in RESULTS.glob("*.json")]
+    assert measured == [CONFIGURATIONS.keys()] * 3
+    page = (ROOT / "tests" / "learning" / "README.md").read_text(encoding="utf-8")
+    assert table(str(RESULTS)) in page
+    assert table(str(RESULTS), ["all"]) in page
 
 
 def test_the_table_of_all_hyper_parameters_is_that_of_their_declarations() -> None:

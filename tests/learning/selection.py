@@ -204,9 +204,9 @@ def table(folder: str, lengths: Sequence[str] = tuple(LENGTHS)) -> str:
     cells: dict[str, list[str]] = {}
     for results in tasks.values():
         for name, correlation, regret in judged_criteria(results):
-            cells.setdefault(name, []).append(f"{correlation:.2f} | {regret:.1f}")
+            cells.setdefault(f"`{name}`", []).append(f"{correlation:.2f} | {regret:.1f}")
         best = max(row["mean_return"] for row in results.values())
-        for name, chosen in {"(at random)": LENGTHS, "(the last policy)": ("all",)}.items():
+        for name, chosen in {"one at random": LENGTHS, "the last policy": ("all",)}.items():
             regrets = [best - row["mean_return"] for row in results.values() if row["length"] in chosen]
             cells.setdefault(name, []).append(f"| {statistics.fmean(regrets):.1f}" if regrets else "|")
     titles = [
