@@ -47,6 +47,7 @@ from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.ope.intervals import bootstrap_interval
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import Agent
+from iql_plugins.training.multi_seed import fit_together
 
 RESULTS = Path(__file__).parent / "results" / "benchmark"
 EPISODES, EVALUATIONS, FIRST_SEED = 20, 10, 10_000
@@ -341,24 +342,40 @@ VARIATIONS = {
 METHODS = {**PEERS, **VARIATIONS}
 
 
-def learn(name: str, method: str, seed: int, file: Path) -> dict[str, Any]:
-    """Trains and evaluates a row."""
+def learn(name: str, method: str, seeds: Sequence[int], file: Path) -> dict[int, dict[str, Any]]:
+    """Trains and evaluates a method: a row for each seed."""
     torch.set_num_threads(1)
     task = TASKS[name]
     problem = problem_of(task, file, METHODS[method].changes)
-    fit, act = METHODS[method].start(problem, seed)
-    policy = problem.act(act)
-    starts = range(FIRST_SEED, FIRST_SEED + EPISODES)
-    curve: list[list[float]] = []
-    returns: list[float] = []
-    begin = time.perf_counter()
-    for evaluation in range(1, EVALUATIONS + 1):
-        fit(task.n_steps // EVALUATIONS)
-        returns = [episode.total for episode in rollouts(policy, problem.env, starts)]
-        curve.append([evaluation * (task.n_steps // EVALUATIONS), statistics.mean(returns)])
-    seconds = round(time.perf_counter() - begin)
     config = config_of(task, METHODS[method].changes).to_json()
-    return {"returns": returns, "curve": curve, "seconds": seconds, "config": config, "versions": versions()}
+    rows: dict[int, dict[str, Any]] = {seed: {"curve": []} for seed in seeds}
+    starts = range(FIRST_SEED, FIRST_SEED + EPISODES)
+    between = task.n_steps // EVALUATIONS
+    begin = time.perf_counter()
+
+    def evaluate(step: int, policies: Mapping[int, Act]) -> None:
+        for seed, act in policies.items():
+            returns = [episode.total for episode in rollouts(problem.act(act), problem.env, starts)]
+            rows[seed]["curve"].append([step, statistics.mean(returns)])
+            rows[seed]["returns"] = returns
+
+    if METHODS[method].start is _THROUGH_TENSOR and len(seeds) > 1:
+        agents = {seed: Agent(problem.spaces, problem.config, seed=seed) for seed in seeds}
+        policies = {seed: agent.act for seed, agent in agents.items()}
+        fit_together(
+            list(agents.values()),
+            problem.data,
+            EVALUATIONS * between,
+            lambda step: evaluate(step, policies) if step % between == 0 else None,
+        )
+    else:
+        for seed in seeds:
+            fit, act = METHODS[method].start(problem, seed)
+            for evaluation in range(1, EVALUATIONS + 1):
+                fit(between)
+                evaluate(evaluation * between, {seed: act})
+    seconds = round((time.perf_counter() - begin) / len(seeds))
+    return {seed: row | {"seconds": seconds, "config": config, "versions": versions()} for seed, row in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -392,16 +409,27 @@ def results_of(task: str) -> dict[str, dict[str, Any]]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def rows_of(arguments: Run) -> Iterator[tuple[str, str, int]]:
-    """Seed by seed, so that every task has something soon. A row of other hyper-parameters is none."""
-    for seed in range(arguments.seeds):
+def rows_of(arguments: Run) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Tasks, methods and the seeds that are trained in one go. A row of other hyper-parameters is none.
+
+    Seed by seed, so that every task has something soon; but for what can be trained over stacked parameters.
+    """
+    for first in range(arguments.seeds):
         for task in arguments.tasks:
             done = results_of(task)
             for method in arguments.methods:
+                stacked = METHODS[method].start is _THROUGH_TENSOR
+                if not METHODS[method].trains_on(task) or (stacked and first):
+                    continue
                 config = config_of(TASKS[task], METHODS[method].changes).to_json()
-                there = done.get(method, {}).get(str(seed), {}).get("config") == config
-                if METHODS[method].trains_on(task) and not there:
-                    yield task, method, seed
+                rows = done.get(method, {})
+                missing = tuple(
+                    seed
+                    for seed in (range(arguments.seeds) if stacked else [first])
+                    if rows.get(str(seed), {}).get("config") != config
+                )
+                if missing:
+                    yield task, method, missing
 
 
 def run(arguments: Run) -> None:
@@ -411,12 +439,13 @@ def run(arguments: Run) -> None:
     with ProcessPoolExecutor(arguments.workers) as pool:
         rows = {pool.submit(learn, *row, files[row[0]]): row for row in rows_of(arguments)}
         for finished in as_completed(rows):
-            task, method, seed = rows[finished]
+            task, method, _ = rows[finished]
             results = results_of(task)
-            results.setdefault(method, {})[str(seed)] = finished.result()
+            found = {str(seed): row for seed, row in finished.result().items()}
+            results.setdefault(method, {}).update(found)
             checkpoint.write_bytes(RESULTS / f"{task}.json", (json.dumps(results, indent=1) + "\n").encode())
-            mean = statistics.mean(results[method][str(seed)]["returns"])
-            sys.stdout.write(f"{task}, {method}, seed {seed}: {mean:.1f}\n")
+            means = ", ".join(f"{statistics.mean(row['returns']):.1f}" for row in found.values())
+            sys.stdout.write(f"{task}, {method}, seed {', '.join(found)}: {means}\n")
             sys.stdout.flush()
 
 
