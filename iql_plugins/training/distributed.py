@@ -115,7 +115,8 @@ class Processes:
 
         Networks' buffers (running statistics) become the first process's, as in torch's ``DistributedDataParallel``.
         """
-        gradients = [parameter.grad for parameter in loss.parameters() if parameter.grad is not None]
+        trained = [parameter for parameter in loss.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
         temperature = [] if loss.automatic_temperature is None else list(loss.automatic_temperature.buffers())
         tensors = [*gradients, *temperature]
         # One message: most parameters are small.
@@ -126,9 +127,15 @@ class Processes:
                 dist.broadcast(buffer, 0)
         added = sum(gradient.numel() for gradient in gradients) if loss.reduction == "sum" else 0
         flat[added:] /= self.count
-        # In place: fused optimisers walk a gradient in the order of its parameter's memory, whatever that is.
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for parameter, gradient, part in zip(trained, gradients, parts, strict=False):
+            if gradient.is_contiguous():
+                parameter.grad = part.view_as(gradient)
+            else:
+                # Fused optimisers walk a gradient in the order of its parameter's memory, whatever that is.
+                gradient.copy_(part.view_as(gradient))
+        for buffer, part in zip(temperature, parts[len(trained) :], strict=True):
+            buffer.copy_(part.view_as(buffer))
 
     @torch.no_grad()
     def check_equal(self, loss: IQLLoss) -> None:

@@ -7,7 +7,8 @@ From the repository's root, after the README's installation (some ten minutes on
 Theirs has d3rlpy's default networks, rate, batches and hard updates of the target, ours what ``iql-plugins select``
 has; both have Huber's loss, which is d3rlpy's. 10,000 steps are 100 of its updates, enough at a discount of 0.95. The
 policy is a clone of the data's behaviour by d3rlpy, greedy. ``results/fqe.json`` has the mean value of the episodes'
-first states in each fit, and the 95% intervals, over fits and episodes.
+first states in each fit, the 95% intervals, over fits and episodes, and what the policy returns from these states when
+it is played.
 """
 
 import contextlib
@@ -15,7 +16,9 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 import tyro
@@ -37,6 +40,21 @@ class Options:
     steps: int = 10_000
     fits: int = 5
     results: Path = Path(__file__).parent / "results" / "fqe.json"
+
+
+def played(policy: Any, starts: Any) -> list[float]:
+    """The discounted return from each first state: CartPole and a greedy policy leave nothing to chance."""
+    env = gymnasium.make("CartPole-v1").unwrapped
+    env.reset(seed=0)
+    returns = []
+    for start in starts:
+        env.state = observation = np.array(start)
+        total, weight, terminated = 0.0, 1.0, False
+        while not terminated and weight > 1e-6:
+            observation, reward, terminated, _, _ = env.step(int(policy.predict(observation[None])[0]))
+            total, weight = total + weight * float(reward), weight * DISCOUNT
+        returns.append(total)
+    return returns
 
 
 def main(options: Options) -> None:
@@ -69,10 +87,13 @@ def main(options: Options) -> None:
         "d3rlpy": theirs.as_dict() | {"fits": [float(value.mean()) for value in values]},
         "ours": ours.as_dict() | {"fits": [ope.fitted_value([one], data, policy).value for one in evaluators]},
         "difference": difference(ours, theirs).as_dict(),
+        "played": float(np.mean(played(clone, first))),
         "versions": versions()["packages"],
     }
     checkpoint.write_bytes(options.results, (json.dumps(document, indent=1) + "\n").encode())
-    sys.stdout.write(f"{json.dumps({name: document[name] for name in ('d3rlpy', 'ours', 'difference')}, indent=1)}\n")
+    sys.stdout.write(
+        f"{json.dumps({name: document[name] for name in ('d3rlpy', 'ours', 'difference', 'played')}, indent=1)}\n"
+    )
 
 
 if __name__ == "__main__":
