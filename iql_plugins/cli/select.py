@@ -82,7 +82,7 @@ def run(arguments: Select) -> Result:
     selection_page(f"{source}, discount {discount:g}", {short[each.name]: each.criteria for each in ranked}, plot)
     document: dict[str, Any] = {
         "dataset": source,
-        "episodes": data.sizes[0],
+        "episodes": data.episodes,
         "transitions": len(dataset),
         "discount": discount,
         "by": arguments.by,

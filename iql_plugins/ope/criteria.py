@@ -228,7 +228,7 @@ def importance_sampled_value(
         return estimators.weighted_importance_sampling(episodes, discount, _counts(drawn))
 
     effective = estimators.effective_episodes(episodes.log_ratios)
-    return Criterion.of(statistic, [len(episodes.rewards)], effective)
+    return Criterion.of(statistic, len(episodes.rewards), effective_episodes=effective)
 
 
 def doubly_robust_value(
@@ -253,24 +253,26 @@ def doubly_robust_value(
     episodes = _importance_sampled(policy, behaviour, dataset, spaces)
     lengths = _numbers(episode_lengths(dataset))
 
-    def mean(values: Sequence[Tensor]) -> Array:
-        by_seed = [_undone(agent, value.mean(0), np.zeros(1)) for agent, value in zip(evaluators, values, strict=True)]
-        total: Array = np.mean(by_seed, axis=0)
-        return total
+    goes_on = ~_numbers(dataset.get(TERMINATED).reshape(-1))
 
-    of_data = mean([_qvalues(agent, dataset, dataset.get("action")) for agent in evaluators])
-    values, following = (
-        mean([_distribution_qvalues(agent, dataset, policy, following=behind) for agent in evaluators])
-        for behind in (False, True)
-    )
-    following = following * ~_numbers(dataset.get(TERMINATED).reshape(-1))
-    q, v, after = (estimators.padded(part, lengths) for part in (of_data, values, following))
+    def of_fit(agent: Agent) -> tuple[Array, Array, Array]:
+        """Q of the data's actions, V of their states, and of the next ones, ``[E, T]`` each in return units."""
+        values = [
+            _qvalues(agent, dataset, dataset.get("action")),
+            *(_distribution_qvalues(agent, dataset, policy, following=behind) for behind in (False, True)),
+        ]
+        q, v, after = (_undone(agent, value.mean(0), np.zeros(1)) for value in values)
+        return tuple(estimators.padded(part, lengths) for part in (q, v, after * goes_on))  # type: ignore[return-value]
+
+    each = [of_fit(agent) for agent in evaluators]
+    q, v, after = (np.mean(parts, axis=0) for parts in zip(*each, strict=True))
+    fits = [float(estimators.doubly_robust(episodes, *parts, discount)) for parts in each]
 
     def statistic(drawn: Array) -> Any:
         return estimators.doubly_robust(episodes, q, v, after, discount, _counts(drawn))
 
     effective = estimators.effective_episodes(episodes.log_ratios)
-    return Criterion.of(statistic, [len(lengths)], effective)
+    return Criterion.of(statistic, len(lengths), fits, effective)
 
 
 def _importance_sampled(

@@ -1,4 +1,4 @@
-"""How sure of an estimate one can be: the bootstrap over episodes, and over seeds."""
+"""How sure of an estimate one can be: the bootstrap over episodes, and Student's t over seeds."""
 
 import math
 import warnings
@@ -38,19 +38,32 @@ def bootstrap_interval(sizes: Sequence[int], statistic: Callable[..., Any]) -> t
     Raises:
         ImportError: without scipy; says how to install it.
     """
+    return _interval(_drawn(sizes, statistic))
+
+
+def _interval(drawn: Array | None) -> tuple[float, float]:
+    """The ends between which 95% of drawn estimates are."""
+    if drawn is None:
+        return math.nan, math.nan
+    low, high = np.quantile(drawn, [(1.0 - CONFIDENCE) / 2.0, (1.0 + CONFIDENCE) / 2.0])
+    return float(low), float(high)
+
+
+def _drawn(sizes: Sequence[int], statistic: Callable[..., Any]) -> Array | None:
+    """The bootstrap's draws of a statistic, ``[RESAMPLES]``; None where there are none."""
     try:
         from scipy.stats import DegenerateDataWarning, bootstrap
     except ImportError as error:
         raise ImportError("intervals need scipy: pip install 'iql-plugins[cli]'") from error
     if min(sizes) < 2:
-        return math.nan, math.nan
+        return None
     point = float(statistic(*map(np.arange, sizes)))
     if not math.isfinite(point):
-        return math.nan, math.nan
+        return None
     with warnings.catch_warnings():
         # Of another method's interval; ours is NaN where a draw has none.
         warnings.simplefilter("ignore", DegenerateDataWarning)
-        result = bootstrap(
+        drawn: Array = bootstrap(
             [np.arange(size) for size in sizes],
             lambda *drawn, axis=-1: statistic(*drawn),
             n_resamples=RESAMPLES,
@@ -60,28 +73,41 @@ def bootstrap_interval(sizes: Sequence[int], statistic: Callable[..., Any]) -> t
             method="percentile",
             # Not "rng", the name of 1.15 and later: both take a generator.
             random_state=np.random.default_rng(0),
-        ).confidence_interval
-    return float(result.low), float(result.high)
+        ).bootstrap_distribution
+    return drawn
+
+
+def _drawn_means(fits: Sequence[float], point: float) -> Array:
+    r"""Draws of the mean of several seeds, around what it is: :math:`\bar x + t_{K-1}\, s / \sqrt K`.
+
+    Of three seeds the bootstrap would have intervals of half the width that they must have: all three are on the same
+    side by chance one time in four.
+    """
+    spread = float(np.std(fits, ddof=1)) / math.sqrt(len(fits))
+    return point + spread * np.random.default_rng(1).standard_t(len(fits) - 1, RESAMPLES)
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What a policy is judged by, with a 95% interval over episodes.
+    """What a policy is judged by, with a 95% interval over episodes and seeds.
 
     Attributes:
         value: the estimate.
         low: lower end of the interval; NaN where there is none.
         high: upper end.
-        sizes: episodes; before them seeds, where the estimate has several.
-        statistic: the estimate of drawn seeds and episodes, see :func:`bootstrap_interval`.
+        episodes: how many there are.
+        statistic: the estimate of drawn episodes, see :func:`bootstrap_interval`.
+        fits: of estimates by networks that are fitted for them, that of each seed alone; empty for others. What chance
+            does to a single one is not known: the interval is that over episodes.
         effective_episodes: of estimates by importance sampling, how many episodes carry it; None for others.
     """
 
     value: float
     low: float
     high: float
-    sizes: tuple[int, ...] = field(repr=False)
+    episodes: int = field(repr=False)
     statistic: Callable[..., Any] = field(repr=False, compare=False)
+    fits: tuple[float, ...] = ()
     effective_episodes: float | None = None
 
     @classmethod
@@ -92,31 +118,34 @@ class Criterion:
         2.0
 
         Args:
-            values: ``[E]``, or ``[seeds, E]``; the interval of a single seed's is over its episodes alone, and that of
-                a single episode over its seeds.
+            values: ``[E]``, or ``[seeds, E]``; the interval of a single episode's is over its seeds alone.
         """
         values = np.asarray(values, np.float64)
-        sizes = [size for size in values.shape if size > 1] or [1]
-        grid = values.reshape(sizes)
-
-        def statistic(*drawn: Array) -> Any:
-            if len(drawn) == 1:
-                return grid[drawn[0]].mean(-1)
-            return grid[drawn[0][..., :, None], drawn[1][..., None, :]].mean((-2, -1))
-
-        return cls.of(statistic, sizes)
+        fits = values.mean(1).tolist() if values.ndim == 2 else []
+        by_episode = values.reshape(-1, values.shape[-1]).mean(0)
+        return cls.of(lambda drawn: by_episode[drawn].mean(-1), len(by_episode), fits)
 
     @classmethod
     def of(
-        cls, statistic: Callable[..., Any], sizes: Sequence[int], effective_episodes: float | None = None
+        cls,
+        statistic: Callable[..., Any],
+        episodes: int,
+        fits: Sequence[float] = (),
+        effective_episodes: float | None = None,
     ) -> "Criterion":
         """The criterion that a statistic is of all episodes; arguments as the attributes."""
-        value = float(statistic(*map(np.arange, sizes)))
-        return cls(value, *bootstrap_interval(sizes, statistic), tuple(sizes), statistic, effective_episodes)
+        value = float(statistic(np.arange(episodes)))
+        drawn = _drawn([episodes], statistic)
+        if len(fits) > 1:
+            # Both causes of chance: each draw is as far off as one of the episodes, and one of the seeds.
+            drawn = _drawn_means(fits, value) + (0.0 if drawn is None else drawn - value)
+        return cls(value, *_interval(drawn), episodes, statistic, tuple(fits), effective_episodes)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         document: dict[str, Any] = {"value": self.value, "confidence_95": [self.low, self.high]}
+        if self.fits:
+            document["fits"] = list(self.fits)
         effective = self.effective_episodes
         return document if effective is None else document | {"effective_episodes": effective}
 
@@ -133,6 +162,10 @@ def difference(first: Criterion, second: Criterion) -> Criterion:
     Raises:
         ValueError: if they are of different numbers of episodes or seeds.
     """
-    if first.sizes != second.sizes:
-        raise ValueError(f"both must be of the same episodes and seeds, got {first.sizes} and {second.sizes}")
-    return Criterion.of(lambda *drawn: first.statistic(*drawn) - second.statistic(*drawn), first.sizes)
+    if (first.episodes, len(first.fits)) != (second.episodes, len(second.fits)):
+        raise ValueError(
+            f"both must be of the same episodes and seeds, got {first.episodes} and {second.episodes} episodes, "
+            f"{len(first.fits)} and {len(second.fits)} seeds"
+        )
+    fits = [one - other for one, other in zip(first.fits, second.fits, strict=True)]
+    return Criterion.of(lambda drawn: first.statistic(drawn) - second.statistic(drawn), first.episodes, fits)

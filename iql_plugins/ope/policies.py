@@ -114,6 +114,8 @@ def _action(given: Array, space: Space) -> Array:
 def log_probabilities(policy: Policy, dataset: TensorDictBase, space: Space) -> Array:
     """``[N]`` log-probability (nats; of continuous actions log-density) of a dataset's actions under a policy.
 
+    Of an action beyond the bounds, that of the action on the bounds that the environment makes of it.
+
     Args:
         policy: one whose distribution is known.
         dataset: see :func:`actions`.
@@ -129,7 +131,11 @@ def log_probabilities(policy: Policy, dataset: TensorDictBase, space: Space) -> 
     found = []
     for rows, seen in observations(dataset):
         action = dataset[rows].get("action")
-        action = action if isinstance(space, Box) else action.reshape(-1) - space.start
+        if isinstance(space, Box):
+            low, high = (torch.as_tensor(bound, dtype=action.dtype) for bound in (space.low, space.high))
+            action = action.cpu().clamp(low, high)
+        else:
+            action = action.reshape(-1) - space.start
         with torch.no_grad():
             density = policy.distribution(seen).log_prob(action.to(policy.device))
             found.append(density.double().cpu().numpy())

@@ -135,13 +135,18 @@ def test_several_seeds_are_an_ensemble_of_every_kind_of_space(kind: str) -> None
     policy = Policy.of(agent)
     evaluators = ope.fitted_q_evaluation(policy, dataset, agent.spaces, agent.config, seeds=(0, 1, 2))
     value = ope.fitted_value(evaluators, dataset, policy)
-    assert value.sizes == (3, 8)
+    assert value.episodes == 8
     assert value.low < value.value < value.high
     by_seed = [ope.fitted_value([evaluator], dataset, policy).value for evaluator in evaluators]
+    assert by_seed == pytest.approx(value.fits)
     assert np.mean(by_seed) == pytest.approx(value.value)
     assert len(set(by_seed)) == 3
-    robust = ope.doubly_robust_value(policy, ope.cloned_behaviour(evaluators), evaluators, dataset, 0.99)
+    behaviour = ope.cloned_behaviour(evaluators)
+    robust = ope.doubly_robust_value(policy, behaviour, evaluators, dataset, 0.99)
     assert math.isfinite(robust.value)
+    alone = [ope.doubly_robust_value(policy, behaviour, [each], dataset, 0.99).value for each in evaluators]
+    assert robust.fits == pytest.approx(alone)
+    assert np.mean(alone) == pytest.approx(robust.value)
     assert robust.effective_episodes is not None
     assert 1.0 <= robust.effective_episodes <= 8.0
 
@@ -356,6 +361,27 @@ def test_a_difference_knows_that_both_are_of_the_same_episodes() -> None:
     assert ope.difference(better, worse).low > 0.9
     with pytest.raises(ValueError, match="same episodes"):
         ope.difference(better, Criterion.mean(hard[:10]))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_fits_of_one_policy_are_told_apart_as_rarely_as_intervals_say(seeds: int) -> None:
+    random = np.random.default_rng(0)
+
+    def fits(episodes: np.ndarray) -> Criterion:
+        return Criterion.mean(episodes + random.normal(scale=2.0, size=(seeds, 1)))
+
+    told = []
+    for _ in range(100):
+        episodes = random.normal(size=30)
+        by = ope.difference(fits(episodes), fits(episodes))
+        told.append(not by.low < 0.0 < by.high)
+    assert np.mean(told) <= 0.1
+
+
+def test_a_single_episode_has_the_interval_of_its_seeds() -> None:
+    only = Criterion.mean(np.array([[1.0], [2.0], [3.0]]))
+    # Student's t of two degrees of freedom: 4.30 standard errors.
+    assert (only.low, only.high) == pytest.approx((2.0 - 4.30 / 3**0.5, 2.0 + 4.30 / 3**0.5), abs=0.4)
 
 
 @pytest.mark.filterwarnings("error")

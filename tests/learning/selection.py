@@ -181,13 +181,17 @@ def _finite(value: Any) -> Any:
 
 
 def judged_criteria(results: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, float, float]]:
-    """Each criterion's name, correlation with the returns, and regret@1; configurations of which it is NaN are last."""
+    """Each criterion's name, correlation with the returns, and regret@1.
+
+    Configurations of which it is NaN are last; among several that it ranks first, the regret is the mean of theirs.
+    """
     returns = [row["mean_return"] for row in results.values()]
     for name in next(iter(results.values()))["criteria"]:
         values = [row["criteria"][name]["value"] for row in results.values()]
         signed = [-math.inf if value is None else -value if name in DESCENDING else value for value in values]
         correlation = float(spearmanr(signed, returns).statistic) if len(set(signed)) > 1 else math.nan
-        yield name, correlation, max(returns) - returns[signed.index(max(signed))]
+        first = [returned for value, returned in zip(signed, returns, strict=True) if value == max(signed)]
+        yield name, correlation, max(returns) - statistics.fmean(first)
 
 
 def table(folder: str, lengths: Sequence[str] = tuple(LENGTHS)) -> str:
