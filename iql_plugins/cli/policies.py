@@ -40,7 +40,9 @@ def load_agent(path: str, adapter: str | None, trust_pickle: bool) -> Agent:
     """
     file = Path(path) / POLICY if Path(path).is_dir() else Path(path)
     if not file.is_file():
-        raise UserError(f"there is no policy {str(file)!r}")
+        seeds = [str(each.parent) for each in sorted(Path(path).glob(f"seed-*/{POLICY}"))]
+        several = f": {path} is a run of several seeds, give {' or '.join(seeds)}" if seeds else ""
+        raise UserError(f"there is no policy {str(file)!r}{several}")
     if adapter is None and file.suffix == COMMON_SUFFIX:
         with mistakes(CheckpointError, FileNotFoundError):
             return Agent.load(file)

@@ -31,6 +31,9 @@ DESCENDING = ("td-error",)
 #: In the units of discounted returns: of different discounts they are of different things.
 OWN_DISCOUNT = ("value", "qvalue")
 
+#: In a run lies the folder of a seed, in that the one of behaviour cloning, and in that a policy.
+DEPTH = 3
+
 #: Below these an estimate by importance sampling is that of single episodes.
 FEW_EPISODES = 10
 
@@ -56,6 +59,8 @@ def run(arguments: Select) -> Result:
     Raises:
         UserError: for policies or a dataset that cannot be read or do not fit together.
     """
+    if not arguments.policies:
+        raise UserError("which policies? iql-plugins select RUN [RUN ...] takes one run or policy, or more")
     plot = new_file("--plot", arguments.plot, ".png")
     if arguments.fqe_steps < 0 or arguments.fqe_seeds < 1:
         raise UserError("--fqe-steps must be at least 0, and --fqe-seeds at least 1")
@@ -160,7 +165,8 @@ def _short(names: Sequence[str]) -> dict[str, str]:
 def _compared(better: Candidate, worse: Candidate, name: str) -> dict[str, Any]:
     """How two policies of a ranking differ; an interval without 0 is beyond noise."""
     by = ope.difference(better.criteria[name], worse.criteria[name])
-    beyond = by.high < 0.0 if name in DESCENDING else by.low > 0.0
+    # What chance does to a single fit is not known.
+    beyond = len(by.fits) != 1 and (by.high < 0.0 if name in DESCENDING else by.low > 0.0)
     return {
         "better": better.name,
         "worse": worse.name,
@@ -185,6 +191,12 @@ def _is_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / CARD).exists()
 
 
+def _run_of(policy: str) -> Path | None:
+    """The run that a policy is of: its own folder, or one in which it lies; None for none."""
+    path = Path(os.path.abspath(policy))
+    return next((folder for folder in (path, *path.parents[:DEPTH]) if _is_run(folder)), None)
+
+
 def _policies(given: str) -> dict[str, str]:
     """Files of policies by what they are called: one, or that of each seed of a run."""
     run = Path(given)
@@ -197,16 +209,19 @@ def _policies(given: str) -> dict[str, str]:
 
 def _episodes(arguments: Select, agent: Agent) -> tuple[TensorDictBase, str]:
     """The episodes to judge by, and what they are called."""
-    if arguments.dataset is not None:
+    if arguments.dataset is not None and not _is_run(Path(arguments.dataset)):
         options = {"trust_pickle": arguments.trust_pickle, "discrete": agent.spaces.discrete}
         return load_source(arguments.dataset, **options).tensors, arguments.dataset
-    runs = {given: Settings.read(Path(given))[0] for given in arguments.policies if _is_run(Path(given))}
-    if len(runs) < len(set(arguments.policies)) or not all(settings.hold_out for settings in runs.values()):
-        raise UserError("give --dataset: not all of these are runs that held out episodes (train --hold-out)")
-    held = {(settings.dataset_sha256, settings.hold_out) for settings in runs.values()}
-    if len(held) > 1:
+    runs = [_run_of(given) for given in (arguments.policies if arguments.dataset is None else [arguments.dataset])]
+    found = [Settings.read(run)[0] for run in runs if run is not None]
+    if len(found) < len(runs) or not all(settings.hold_out for settings in found):
+        raise UserError(
+            "which episodes? Not all of these are of runs that held out some (train --hold-out): give --dataset, a "
+            "dataset or such a run"
+        )
+    if len({(settings.dataset_sha256, settings.hold_out) for settings in found}) > 1:
         raise UserError("give --dataset: these runs are of different data, or held out other shares of them")
-    settings = next(iter(runs.values()))
+    settings = found[0]
     aside = settings.split(settings.load(trust_pickle=arguments.trust_pickle))[1]
     assert aside is not None
     return aside, f"held-out episodes of {settings.dataset}"
@@ -244,7 +259,10 @@ def _lines(document: Mapping[str, Any], short: Mapping[str, str]) -> list[str]:
     def listed(names: Iterable[str]) -> str:
         return ", ".join(short[name] for name in names)
 
-    lines = [f"by {document['by']}, on {document['episodes']} episodes, 95% intervals:"]
+    episodes = document["episodes"]
+    lines = [f"by {document['by']}, on {episodes} episode{'s' if episodes > 1 else ''}, 95% intervals:"]
+    if any(len(each[document["by"]].get("fits", ())) == 1 for each in document["candidates"]):
+        lines.append("  one fit says nothing of its own noise, and nothing is beyond it: --fqe-seeds 3, or more")
     for each in document["candidates"]:
         name = each["policy"]
         mine = [pair for pair in document["differences"] if pair["better"] == name]

@@ -1,5 +1,6 @@
 """Means of returns, and how sure of them one can be; curves of them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,8 @@ def with_interval(value: float, low: float, high: float) -> str:
     >>> with_interval(1.0, 0.5, 1.25)
     '1 (0.5 to 1.25)'
     """
+    if math.isnan(low):
+        return f"{value:.4g}"
     return f"{value:.4g} ({low:.4g} to {high:.4g})"
 
 

@@ -59,7 +59,7 @@ PENDING = "checkpoint_pending.safetensors"
 SELECTION_SEED = 10_000
 #: Of the policy on held-out episodes, in units of a reward, in [0, 1], and in return units.
 HELD_OUT = ("held_out_td_error", "held_out_agreement", "held_out_value")
-#: What chooses the best policy where there is no environment to play it in.
+#: What chooses the best policy where there is no environment to play it in, once values have settled.
 CHOOSING = "held_out_value"
 #: Beside those after each evaluation, so that little is lost when a run is killed.
 SECONDS_BETWEEN_CHECKPOINTS = 30.0
@@ -119,6 +119,22 @@ class Outcome:
     steps: int
     changes: list[dict[str, Any]]
     held_out: dict[str, dict[str, Any]]
+
+
+def settling_steps(config: IQLConfig) -> float:
+    r"""Gradient steps until values are where the data's rewards lead them, but for a twentieth.
+
+    .. math:: n = \frac{3}{\tau (1 - \gamma)}, \qquad \big(1 - \tau (1 - \gamma)\big)^n \approx e^{-3}
+
+    They begin at 0, and come closer by a share of :math:`\tau (1 - \gamma)` at each step. Until then they tell how long
+    was trained, and not how well: the longer, the higher where returns are positive, and the lower where they are
+    negative.
+
+    >>> settling_steps(IQLConfig(polyak=0.005, discount=0.99))
+    60000.0
+    """
+    share = config.polyak * (1.0 - config.discount)
+    return round(3.0 / share, 6) if share else math.inf
 
 
 def evaluation_seeds(episodes: int, first: int = 0) -> range:
@@ -433,7 +449,7 @@ class _Trainer:
         row = dict(metrics)
         if evaluates:
             row |= {name: criterion.value for name, criterion in self._criteria(self.agent).items()}
-            score = row.get(CHOOSING)
+            score = self._told_by_critics(step, row.get(CHOOSING))
             if settings.env is not None:
                 returns = self._returns(self.agent, settings.evaluation_episodes, SELECTION_SEED)
                 score = row["mean_return"] = float(np.mean(returns))
@@ -444,6 +460,16 @@ class _Trainer:
         self.table.append(step, row)
         for name, value in row.items():
             self.events(name, value, step)
+
+    def _told_by_critics(self, step: int, value: float | None) -> float | None:
+        """A value that counts when the best policy is chosen; None for none. Until values have settled, the last is."""
+        settled, n_steps = settling_steps(self.settings.hyperparameters), self.settings.hyperparameters.n_steps
+        if step < settled and step != n_steps:
+            return None
+        if self.settings.env is None and self.state.best_step is not None and self.state.best_step < settled:
+            # An earlier end of a run that was prolonged.
+            self.state.best_score = -math.inf
+        return value
 
     def _returns(self, agent: Agent, episodes: int, first_seed: int = 0) -> list[float]:
         if self.settings.env is None:

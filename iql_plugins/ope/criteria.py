@@ -111,6 +111,9 @@ def initial_value(agent: Agent, dataset: TensorDictBase) -> Criterion:
     Args:
         agent: of any adapter.
         dataset: batch size ``[N]``, by the key layout, in the environment's units; episode after episode.
+
+    Returns:
+        The mean, with the interval over episodes, in return units.
     """
     first = _first_states(dataset)
     values = torch.cat([agent.loss.labels(batch).value for batch in batches(agent, first)])
@@ -122,13 +125,16 @@ def initial_qvalue(agent: Agent, dataset: TensorDictBase, policy: Policy | None 
 
     .. math:: \frac1E \sum_i \min_j Q_j(s_{i0}, \pi(s_{i0}))
 
-    As :func:`initial_value`, of which it has the units and the limits; min Q of 4 and 6, with rewards that were
-    doubled: (4 / 2 + 6 / 2) / 2 = 2.5.
+    As :func:`initial_value`, of which it has the units, the limits and the source; min Q of 4 and 6, with rewards that
+    were doubled: (4 / 2 + 6 / 2) / 2 = 2.5.
 
     Args:
         agent: of any adapter.
         dataset: see :func:`initial_value`.
         policy: whose actions; None takes the agent's.
+
+    Returns:
+        As :func:`initial_value`.
     """
     first = _first_states(dataset)
     values = _policy_qvalues(agent, first, policy or Policy.of(agent))
@@ -149,6 +155,9 @@ def fitted_value(evaluators: Sequence[Agent], dataset: TensorDictBase, policy: P
         evaluators: of :func:`~iql_plugins.ope.fqe.fitted_q_evaluation`.
         dataset: see :func:`initial_value`.
         policy: the one that they were fitted to.
+
+    Returns:
+        The mean, with the interval over episodes and, of several, seeds, in return units.
     """
     first = _first_states(dataset)
     taken = actions(policy, first, evaluators[0].spaces.action)
@@ -170,6 +179,9 @@ def td_error(agent: Agent, dataset: TensorDictBase) -> Criterion:
     Args:
         agent: of any adapter.
         dataset: see :func:`initial_value`.
+
+    Returns:
+        The mean, with the interval over episodes, in units of the environment's reward.
     """
     errors = []
     for batch in batches(agent, dataset):
@@ -192,6 +204,9 @@ def action_agreement(policy: Policy, dataset: TensorDictBase, spaces: Any) -> Cr
         policy: any.
         dataset: see :func:`initial_value`.
         spaces: of the environment, with bounds of actions.
+
+    Returns:
+        The mean, with the interval over episodes.
     """
     taken, space = actions(policy, dataset, spaces.action), spaces.action
     given = dataset.get("action").cpu().numpy()
@@ -206,7 +221,13 @@ def action_agreement(policy: Policy, dataset: TensorDictBase, spaces: Any) -> Cr
 def importance_sampled_value(
     policy: Policy, behaviour: Policy | Array, dataset: TensorDictBase, spaces: Any, discount: float
 ) -> Criterion:
-    """Per-decision weighted importance sampling, :func:`~iql_plugins.ope.estimators.weighted_importance_sampling`.
+    r"""Per-decision weighted importance sampling, :func:`~iql_plugins.ope.estimators.weighted_importance_sampling`.
+
+    .. math:: \sum_t \gamma^t \frac{\sum_i w_{it} r_{it}}{\sum_i w_{it}}, \qquad
+        w_{it} = \prod_{k \le t} \frac{\pi(a_{ik} \mid s_{ik})}{b(a_{ik} \mid s_{ik})}
+
+    Precup, Sutton and Singh 2000. Two episodes of one step with rewards 1 and 5, of which the policy makes the second
+    three times as likely as the behaviour did, the first as likely: (1 + 3 · 5) / (1 + 3) = 4.
 
     Of the policy's distribution, not of its likeliest actions: the two differ where it is not sure. Look at
     ``effective_episodes``: for long episodes it is near 1 unless the policy is close to the behaviour.
@@ -218,6 +239,9 @@ def importance_sampled_value(
         dataset: see :func:`initial_value`.
         spaces: of the environment.
         discount: γ.
+
+    Returns:
+        The estimate, with the interval over episodes, in return units.
 
     Raises:
         ValueError: for a policy without a distribution.
@@ -234,7 +258,13 @@ def importance_sampled_value(
 def doubly_robust_value(
     policy: Policy, behaviour: Policy | Array, evaluators: Sequence[Agent], dataset: TensorDictBase, discount: float
 ) -> Criterion:
-    """Weighted doubly robust, :func:`~iql_plugins.ope.estimators.doubly_robust`, over the mean of fitted critics.
+    r"""Weighted doubly robust, :func:`~iql_plugins.ope.estimators.doubly_robust`, over the mean of fitted critics.
+
+    .. math:: \frac1E \sum_i \hat V(s_{i0}) + \sum_t \gamma^t \frac{
+        \sum_i w_{it} \big(r_{it} + \gamma \hat V(s_{i,t+1}) - \hat Q(s_{it}, a_{it})\big)}{\sum_i w_{it}}
+
+    Thomas and Brunskill 2016 (arXiv:1604.00923), with the w of :func:`importance_sampled_value`. One episode of one
+    step that ends in a terminal state, reward 3, of which the critics expect 2: 2 + (3 - 2) = 3.
 
     The value V(s) is what the policy's distribution expects of Q(s, ·): all discrete actions, or 4 draws of continuous
     ones.
@@ -245,6 +275,9 @@ def doubly_robust_value(
         evaluators: of :func:`~iql_plugins.ope.fqe.fitted_q_evaluation`.
         dataset: see :func:`initial_value`.
         discount: γ, that of the evaluators.
+
+    Returns:
+        The estimate, with the interval over episodes and, of several, seeds, in return units.
 
     Raises:
         ValueError: for a policy without a distribution.
@@ -279,7 +312,10 @@ def _importance_sampled(
     policy: Policy, behaviour: Policy | Array, dataset: TensorDictBase, spaces: Any
 ) -> ImportanceSampled:
     lengths = _numbers(episode_lengths(dataset))
-    known = behaviour if isinstance(behaviour, np.ndarray) else log_probabilities(behaviour, dataset, spaces.action)
+    if isinstance(behaviour, Policy):
+        known = log_probabilities(behaviour, dataset, spaces.action)
+    else:
+        known = np.asarray(behaviour)
     if known.shape != (len(dataset),) or not np.isfinite(known).all():
         raise ValueError(
             f"the behaviour's log-probabilities of its own actions must be {len(dataset)} finite numbers, "

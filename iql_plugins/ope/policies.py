@@ -85,14 +85,22 @@ def actions(policy: Policy, dataset: TensorDictBase, space: Space, *, following:
     Raises:
         ValueError: for actions that the space does not have.
     """
-    found = [_action(np.asarray(policy.act(seen)), space) for _, seen in observations(dataset, following=following)]
-    result = np.concatenate(found)
-    if len(result) != len(dataset):
-        raise ValueError(f"the policy must return one action for each of {len(dataset)} states, got {len(result)}")
-    return result
+    found = [
+        _action(policy.act(seen), rows.stop - rows.start, space)
+        for rows, seen in observations(dataset, following=following)
+    ]
+    return np.concatenate(found)
 
 
-def _action(given: Array, space: Space) -> Array:
+def _action(returned: Any, count: int, space: Space) -> Array:
+    if isinstance(returned, tuple):
+        raise ValueError(
+            "the policy must return actions, got a tuple: of Stable-Baselines3's predict() take the first, "
+            "Policy(lambda observation: model.predict(observation, deterministic=True)[0])"
+        )
+    given = np.asarray(returned)
+    if given.shape[:1] != (count,):
+        raise ValueError(f"the policy must return one action for each of {count} states, got shape {given.shape}")
     if isinstance(space, Box):
         if given.shape[1:] != space.shape or not np.isfinite(given).all():
             raise ValueError(f"the policy's actions must be finite, of shape {space.shape}, got {given.shape[1:]}")
@@ -141,5 +149,8 @@ def log_probabilities(policy: Policy, dataset: TensorDictBase, space: Space) -> 
             found.append(density.double().cpu().numpy())
     result = np.concatenate(found)
     if result.shape != (len(dataset),) or np.isnan(result).any():
-        raise ValueError(f"log-probabilities must be {len(dataset)} numbers, got shape {result.shape}, NaN or not")
+        raise ValueError(
+            f"log-probabilities must be {len(dataset)} numbers, one a state, got shape {result.shape}, NaN or not: "
+            "torch.distributions.Independent(distribution, 1) has one for all entries of an action"
+        )
     return result

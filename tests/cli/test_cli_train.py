@@ -294,12 +294,19 @@ def test_a_run_with_held_out_episodes_goes_on_bit_for_bit(
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_without_an_environment_held_out_episodes_choose_the_best_policy(run: Run, tmp_path: Path) -> None:
-    dataset = write_dataset(tmp_path / "data.npz")
-    options = [*TINY, "--baseline", "none", "--dataset", dataset, "--hold-out", "0.2"]
-    assert run("train", *options, "--run-dir", "run")[0] == 0
+@pytest.mark.parametrize(("options", "settled"), [(["--polyak", "0.5", "--discount", "0.5"], 12), ([], 60_000)])
+def test_without_an_environment_held_out_episodes_choose_the_best_policy_once_values_have_settled(
+    options: list[str], settled: int, run: Run, tmp_path: Path
+) -> None:
+    # Its values fall from 0 on: that of the first step is the highest of all.
+    dataset = write_dataset(tmp_path / "data.npz", rewards=-np.ones(40, np.float32))
+    given = [*TINY, "--baseline", "none", "--dataset", dataset, "--hold-out", "0.2", "--evaluate-every", "4", *options]
+    assert run("train", *given, "--n-steps", "20", "--critic-learning-rate", "0.01", "--run-dir", "run")[0] == 0
     rows = [row for row in metrics_rows(tmp_path / "run" / "metrics.csv") if "held_out_value" in row]
-    best = max(rows, key=lambda row: row["held_out_value"])
+    assert len(rows) == 5
+    assert rows[0] == max(rows, key=lambda row: row["held_out_value"])
+    counted = [row for row in rows if row["step"] >= settled or row == rows[-1]]
+    best = max(counted, key=lambda row: row["held_out_value"])
     assert Agent.load("run/policy_best.safetensors").learner.step_count == best["step"]
 
 

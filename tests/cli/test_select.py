@@ -122,6 +122,26 @@ def test_runs_are_judged_on_the_episodes_that_they_held_out(run: Run, tmp_path: 
     assert "held out other shares" in run("select", "one", "three")[1]
     assert main(["train", *options, "--run-dir", "four"]) == 0
     assert "give --dataset" in run("select", "one", "four")[1]
+    # A policy in a run is of that run; and of any other, a run's episodes can be asked for.
+    quick = ["--fqe-steps", "0", "--by", "value"]
+    for given in (["two/policy.safetensors", "two/policy_best.safetensors", "one"], ["four", "--dataset", "two"]):
+        status, document = run("select", *given, *quick)
+        assert (status, document["episodes"]) == (0, 10)
+    # Of a run of several seeds, others than select take one.
+    assert "give one/seed-0 or one/seed-1" in run("label", "one", "pendulum-v1-sac")[1]
+
+
+def test_nothing_is_beyond_the_noise_of_a_single_fit(run: Run, episodes: Path, tmp_path: Path) -> None:
+    files = [write_agent(tmp_path / f"{action}.safetensors", action) for action in (-0.8, 0.8)]
+    given = ["select", *files, "--dataset", episodes, "--fqe-steps", "500"]
+    status, document = run(*given, "--fqe-seeds", "1")
+    assert status == 0
+    [pair] = document["differences"]
+    assert not pair["beyond_noise"]
+    assert pair["confidence_95"][0] > 0.0
+    arguments = parse([*map(str, given), "--fqe-seeds", "1", "--fqe-steps", "1"])
+    assert isinstance(arguments, Select)
+    assert "--fqe-seeds 3, or more" in "\n".join(map(str, select.run(arguments).parts))
 
 
 def test_discounts_that_differ_are_told_apart(
@@ -192,3 +212,9 @@ def test_mistakes_are_told_in_a_line(
     assert status == 2
     assert expected in error
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_policies_must_be_given(run: Run) -> None:
+    status, error = run("select")
+    assert status == 2
+    assert "which policies?" in error

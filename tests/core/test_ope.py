@@ -16,6 +16,7 @@ from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.ope import Criterion, Policy, estimators
 from iql_plugins.ope.estimators import Array, ImportanceSampled
 from iql_plugins.ope.intervals import bootstrap_interval
+from iql_plugins.ope.policies import log_probabilities
 from iql_plugins.spaces import Box, Discrete, Spaces
 from iql_plugins.training.agent import Agent
 
@@ -395,6 +396,19 @@ def test_a_single_episode_has_no_interval() -> None:
     assert math.isnan(bootstrap_interval([1], lambda rows: 0.0 * rows.mean(-1))[0])
 
 
+def test_importance_sampling_is_of_actions_as_the_environment_clips_them() -> None:
+    dataset = make_dataset(SPACES["continuous"])
+    agent = make_agent("continuous", dataset)
+    low, high = (torch.tensor(bound) for bound in (agent.spaces.action.low, agent.spaces.action.high))
+    beyond, clipped = dataset.clone(), dataset.clone()
+    beyond["action"] = dataset["action"] * 3.0
+    clipped["action"] = (dataset["action"] * 3.0).clamp(low, high)
+    assert not torch.equal(beyond["action"], clipped["action"])
+    policy = Policy.of(agent)
+    told = [log_probabilities(policy, each, agent.spaces.action) for each in (beyond, clipped)]
+    np.testing.assert_array_equal(*told)
+
+
 # What is refused
 
 
@@ -404,6 +418,8 @@ def test_a_single_episode_has_no_interval() -> None:
         ("continuous", lambda count: np.zeros((count, 3)), "shape"),
         ("continuous", lambda count: np.full((count, 2), np.nan), "finite"),
         ("continuous", lambda count: np.zeros((count + 1, 2)), "one action for each"),
+        ("continuous", lambda count: (np.zeros((count, 2)), None), "got a tuple: of Stable-Baselines3's predict"),
+        ("discrete", lambda count: 1, "one action for each"),
         ("discrete", lambda count: np.zeros(count, np.int64), "from 1 to 4"),
         ("discrete", lambda count: np.full((count, 4), 0.5), "add up to 1"),
     ],
