@@ -88,6 +88,11 @@ def test_the_page_on_learning_shows_how_criteria_chose(monkeypatch: pytest.Monke
     page = (ROOT / "tests" / "learning" / "README.md").read_text(encoding="utf-8")
     assert table(str(RESULTS)) in page
     assert table(str(RESULTS), ["all"]) in page
+    # Of the three tasks: numbers of one decimal are regrets.
+    regrets = [re.findall(r"(?<=\| )\d+\.\d(?= \|)", line) for line in table(str(RESULTS)).splitlines()[2:]]
+    choosing = (ROOT / "examples" / "choosing_a_policy.md").read_text(encoding="utf-8")
+    assert len(regrets) == 9
+    assert all(f"| {' | '.join(three)} |" in choosing for three in regrets)
 
 
 def test_the_table_of_all_hyper_parameters_is_that_of_their_declarations() -> None:
