@@ -321,7 +321,7 @@ class Select:
     policies: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run directories, all seeds of which take part, common checkpoints, or adapters' native files."""
     dataset: str | None = None
-    """File, folder or name of episodes; by default those that the runs held out."""
+    """File, folder or name of episodes, or a run for those that it held out; by default those of the runs to judge."""
     by: Offline = "fqe"
     """The criterion of the ranking."""
     fqe_steps: int = 10_000

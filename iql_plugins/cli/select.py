@@ -21,6 +21,7 @@ from iql_plugins.cli.settings import CONFIG, Settings, load_source
 from iql_plugins.cli.statistics import with_interval
 from iql_plugins.cli.train import device_name
 from iql_plugins.cli.training import POLICY
+from iql_plugins.limits import read_json
 from iql_plugins.ope import Criterion, Policy
 from iql_plugins.training.agent import Agent
 
@@ -187,8 +188,14 @@ def _other_criteria(candidates: Sequence[Candidate], by: str) -> dict[str, Any]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether it is one of ``train``: of a folder for the hub the ``config.json`` has no seeds."""
-    return (folder / CONFIG).is_file() and not (folder / CARD).exists()
+    """Whether it is one of ``train``: others have a ``config.json``, too, folders for the hub among them."""
+    if not (folder / CONFIG).is_file() or (folder / CARD).exists():
+        return False
+    try:
+        return "settings" in read_json(folder / CONFIG)
+    except ValueError:
+        # Settings.read says what is wrong with it.
+        return True
 
 
 def _run_of(policy: str) -> Path | None:
@@ -261,7 +268,8 @@ def _lines(document: Mapping[str, Any], short: Mapping[str, str]) -> list[str]:
 
     episodes = document["episodes"]
     lines = [f"by {document['by']}, on {episodes} episode{'s' if episodes > 1 else ''}, 95% intervals:"]
-    if any(len(each[document["by"]].get("fits", ())) == 1 for each in document["candidates"]):
+    single = any(len(each[document["by"]].get("fits", ())) == 1 for each in document["candidates"])
+    if single and len(document["candidates"]) > 1:
         lines.append("  one fit says nothing of its own noise, and nothing is beyond it: --fqe-seeds 3, or more")
     for each in document["candidates"]:
         name = each["policy"]

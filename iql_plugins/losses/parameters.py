@@ -242,10 +242,16 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
         for (prefix, module), twin in twins:
             for found, tensors in zip(pairs, (module._parameters, module._buffers), strict=True):
                 for key, tensor in tensors.items():
-                    target = twin._buffers.get(key)
-                    if tensor is not None and target is not None:
-                        full = parameters.full(f"{prefix}.{key}".lstrip("."), tensor, self._critic_count, self._tied)
-                        found.append((target, replicas.whole(full.detach())))
+                    if tensor is None:
+                        continue
+                    name, target = f"{prefix}.{key}".lstrip("."), twin._buffers.get(key)
+                    if target is None:
+                        raise RuntimeError(
+                            f"the targets have no {name!r}, which the critics have been given since the loss was made: "
+                            "change (prune, normalise) critics before"
+                        )
+                    full = parameters.full(name, tensor, self._critic_count, self._tied)
+                    found.append((target, replicas.whole(full.detach())))
         return pairs
 
     @torch.no_grad()

@@ -235,7 +235,8 @@ def importance_sampled_value(
     Args:
         policy: with a distribution.
         behaviour: that of the data: a policy with a distribution, as it is known or cloned
-            (:func:`~iql_plugins.ope.fqe.cloned_behaviour`); or ``[N]`` log-probabilities that were recorded.
+            (:func:`~iql_plugins.ope.fqe.cloned_behaviour`); or ``[N]`` log-probabilities that were recorded, of the
+            dataset's actions as they are, even where these are beyond the bounds.
         dataset: see :func:`initial_value`.
         spaces: of the environment.
         discount: γ.
@@ -321,7 +322,9 @@ def _importance_sampled(
             f"the behaviour's log-probabilities of its own actions must be {len(dataset)} finite numbers, "
             f"got shape {known.shape}"
         )
-    ratios = log_probabilities(policy, dataset, spaces.action) - known
+    # What was recorded is of actions as they were drawn.
+    clipped = isinstance(behaviour, Policy)
+    ratios = log_probabilities(policy, dataset, spaces.action, clipped=clipped) - known
     rewards = _numbers(dataset.get(REWARD).reshape(-1))
     return ImportanceSampled(estimators.padded(ratios, lengths), estimators.padded(rewards, lengths))
 

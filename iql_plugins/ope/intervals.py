@@ -83,8 +83,15 @@ def _drawn_means(fits: Sequence[float], point: float) -> Array:
     Of three seeds the bootstrap would have intervals of half the width that they must have: all three are on the same
     side by chance one time in four.
     """
+    from scipy.stats import t
+
+    if not np.isfinite(fits).all():
+        return np.full(RESAMPLES, math.nan)
     spread = float(np.std(fits, ddof=1)) / math.sqrt(len(fits))
-    return point + spread * np.random.default_rng(1).standard_t(len(fits) - 1, RESAMPLES)
+    # Its quantiles, in no order: so are the ends of an interval.
+    quantiles = t.ppf((np.arange(RESAMPLES) + 0.5) / RESAMPLES, len(fits) - 1)
+    drawn: Array = point + spread * np.random.default_rng(1).permutation(quantiles)
+    return drawn
 
 
 @dataclass(frozen=True)

@@ -119,15 +119,24 @@ def _action(returned: Any, count: int, space: Space) -> Array:
     return one_hot
 
 
-def log_probabilities(policy: Policy, dataset: TensorDictBase, space: Space) -> Array:
-    """``[N]`` log-probability (nats; of continuous actions log-density) of a dataset's actions under a policy.
+def _clipped(action: torch.Tensor, space: Box) -> torch.Tensor:
+    action = action if action.is_floating_point() else action.to(torch.get_default_dtype())
+    low, high = (
+        None if bound is None else torch.tensor(bound, dtype=action.dtype, device="cpu")
+        for bound in (space.low, space.high)
+    )
+    return action if low is None and high is None else action.clamp(low, high)
 
-    Of an action beyond the bounds, that of the action on the bounds that the environment makes of it.
+
+def log_probabilities(policy: Policy, dataset: TensorDictBase, space: Space, *, clipped: bool = True) -> Array:
+    """``[N]`` log-probability (nats; of continuous actions log-density) of a dataset's actions under a policy.
 
     Args:
         policy: one whose distribution is known.
         dataset: see :func:`actions`.
         space: of actions.
+        clipped: whether an action beyond the bounds is taken for the one on the bounds that the environment makes of
+            it, as it was for whoever learned from it.
 
     Raises:
         ValueError: for a policy that has no distribution, or of which densities are no numbers.
@@ -139,11 +148,10 @@ def log_probabilities(policy: Policy, dataset: TensorDictBase, space: Space) -> 
     found = []
     for rows, seen in observations(dataset):
         action = dataset[rows].get("action")
-        if isinstance(space, Box):
-            low, high = (torch.as_tensor(bound, dtype=action.dtype) for bound in (space.low, space.high))
-            action = action.cpu().clamp(low, high)
-        else:
+        if not isinstance(space, Box):
             action = action.reshape(-1) - space.start
+        elif clipped:
+            action = _clipped(action.cpu(), space)
         with torch.no_grad():
             density = policy.distribution(seen).log_prob(action.to(policy.device))
             found.append(density.double().cpu().numpy())

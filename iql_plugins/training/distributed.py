@@ -129,7 +129,7 @@ class Processes:
         flat[added:] /= self.count
         parts = flat.split([tensor.numel() for tensor in tensors])
         for parameter, gradient, part in zip(trained, gradients, parts, strict=False):
-            if gradient.is_contiguous():
+            if gradient.is_contiguous() and gradient.dtype == part.dtype:
                 parameter.grad = part.view_as(gradient)
             else:
                 # Fused optimisers walk a gradient in the order of its parameter's memory, whatever that is.
@@ -232,12 +232,31 @@ def process_group() -> Iterator[Processes]:
     """
     if torch.cuda.is_available() and (own := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
         torch.cuda.set_device(own)
-    with _partners(Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))):
-        dist.init_process_group(timeout=TIMEOUT)
+    processes = Processes(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    with _partners(processes):
+        if (store := _store()) is None:
+            dist.init_process_group(timeout=TIMEOUT)
+        else:
+            dist.init_process_group(timeout=TIMEOUT, store=store, rank=processes.rank, world_size=processes.count)
     try:
         yield Processes.of_group()
     finally:
         dist.destroy_process_group()
+
+
+def _store() -> Any:
+    """Where processes find each other, a place of its own for each time that they are started; None for torch's.
+
+    ``torchrun`` (torch 2.13) keeps one store over all starts, and in it the addresses of processes that are gone: one
+    that is early takes them for its partners'. Where several machines take part each counts its own starts.
+    """
+    environment = os.environ
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or environment.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=TIMEOUT)  # type: ignore[attr-defined]
+    start = f"start {environment['TORCHELASTIC_RESTART_COUNT']}"
+    return dist.PrefixStore(start, store)  # type: ignore[attr-defined]
 
 
 @contextmanager

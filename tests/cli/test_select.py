@@ -1,6 +1,7 @@
 """`iql-plugins select`: which policy, without its environment, and where nobody can tell."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,15 @@ def test_runs_are_judged_on_the_episodes_that_they_held_out(run: Run, tmp_path: 
     for given in (["two/policy.safetensors", "two/policy_best.safetensors", "one"], ["four", "--dataset", "two"]):
         status, document = run("select", *given, *quick)
         assert (status, document["episodes"]) == (0, 10)
+    # A configuration of something else makes no run of a folder, nor of those inside.
+    Path("config.json").write_text("{}")
+    for folder in ("others", "parquet"):
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text("{}")
+    shutil.copy("four/policy.safetensors", "others")
+    assert "give --dataset" in run("select", "others/policy.safetensors")[1]
+    assert main(["convert-dataset", "pendulum-v1-sac", "parquet/data.parquet"]) == 0
+    assert run("select", "two", "--dataset", "parquet", *quick)[0] == 0
     # Of a run of several seeds, others than select take one.
     assert "give one/seed-0 or one/seed-1" in run("label", "one", "pendulum-v1-sac")[1]
 

@@ -19,7 +19,7 @@ from requirements import needs_gloo, needs_proc
 from iql_plugins.data import Dataset, summary
 from iql_plugins.data.episodes import episode_returns
 from iql_plugins.spaces import Box, Spaces
-from iql_plugins.training.distributed import Processes, synchronize
+from iql_plugins.training.distributed import Processes, _store, synchronize
 from iql_plugins.training.gradients import compiler_available
 from iql_plugins.training.learner import Learner
 
@@ -35,6 +35,22 @@ def group() -> Iterator[Processes]:
         yield Processes.of_group()
     finally:
         dist.destroy_process_group()
+
+
+def test_processes_that_are_started_again_do_not_find_those_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+                   "GROUP_WORLD_SIZE": "1", "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    first, partner = _store(), _store()
+    first.set("address", "here")
+    assert partner.get("address") == b"here"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not _store().check(["address"])
+    # Machines count their own starts: what they have in common is torch's own.
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert _store() is None
 
 
 # One batch among all

@@ -9,6 +9,7 @@ import torch
 from agents import SPACES, make_agent, make_dataset
 from requirements import needs_compiler
 from tensordict import TensorDict
+from torch.distributions import Independent, Normal
 
 from iql_plugins import ope
 from iql_plugins.config import IQLConfig
@@ -382,7 +383,7 @@ def test_fits_of_one_policy_are_told_apart_as_rarely_as_intervals_say(seeds: int
 def test_a_single_episode_has_the_interval_of_its_seeds() -> None:
     only = Criterion.mean(np.array([[1.0], [2.0], [3.0]]))
     # Student's t of two degrees of freedom: 4.30 standard errors.
-    assert (only.low, only.high) == pytest.approx((2.0 - 4.30 / 3**0.5, 2.0 + 4.30 / 3**0.5), abs=0.4)
+    assert (only.low, only.high) == pytest.approx((2.0 - 4.303 / 3**0.5, 2.0 + 4.303 / 3**0.5), abs=0.03)
 
 
 @pytest.mark.filterwarnings("error")
@@ -407,6 +408,20 @@ def test_importance_sampling_is_of_actions_as_the_environment_clips_them() -> No
     policy = Policy.of(agent)
     told = [log_probabilities(policy, each, agent.spaces.action) for each in (beyond, clipped)]
     np.testing.assert_array_equal(*told)
+    # What was recorded is of the actions as they are: a policy's own record is worth what its data returned.
+    recorded = log_probabilities(policy, beyond, agent.spaces.action, clipped=False)
+    assert not np.array_equal(recorded, told[0])
+    own = ope.importance_sampled_value(policy, recorded, beyond, agent.spaces, 0.9)
+    assert own.value == pytest.approx(ope.discounted_returns(beyond, 0.9).mean())
+    assert own.effective_episodes == pytest.approx(own.episodes)
+
+
+def test_importance_sampling_takes_actions_without_bounds() -> None:
+    space, dataset = Box((2,)), make_dataset(SPACES["continuous"])
+    policy = Policy(len, lambda observation: Independent(Normal(torch.zeros(len(observation), 2), 1.0), 1))
+    given = dataset["action"].double().numpy()
+    expected = -0.5 * (given**2).sum(1) - np.log(2 * np.pi)
+    np.testing.assert_allclose(log_probabilities(policy, dataset, space), expected, rtol=1e-5)
 
 
 # What is refused

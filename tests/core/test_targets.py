@@ -7,6 +7,7 @@ import torch
 from conftest import ACTION, OBSERVATION, make_batch, make_loss, total
 from tensordict.nn import TensorDictModule
 from torch import nn
+from torch.nn.utils import prune
 
 from iql_plugins import HardUpdate, IQLLoss, SoftUpdate
 
@@ -64,6 +65,14 @@ def test_polyak_moves_a_layer_of_two_names_once(count: int) -> None:
     loss = moved(make_loss("continuous", qvalue_network=critic, num_qvalue_nets=count))
     SoftUpdate(loss, tau=0.25).step()
     assert distances(loss) == {0.75}
+
+
+def test_critics_that_were_given_other_parameters_are_refused(kind: str) -> None:
+    loss = make_loss(kind, num_qvalue_nets=1)
+    layer = next(module for module in loss.qvalue_network.modules() if isinstance(module, nn.Linear))
+    prune.l1_unstructured(layer, "weight", 0.5)
+    with pytest.raises(RuntimeError, match=r"the targets have no 'module.*weight_orig'"):
+        SoftUpdate(loss, tau=0.5).step()
 
 
 @pytest.mark.parametrize("interval", [1, 3])
