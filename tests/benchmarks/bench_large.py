@@ -78,7 +78,7 @@ def main(options: Options) -> None:
 
 def write(file: Path, size: Size) -> None:
     """An ``.npz`` of random numbers, written a chunk at a time."""
-    rows, random = size.transitions, np.random.default_rng(0)
+    rows = size.transitions
     shapes = {
         "observations": (rows, size.observation),
         "actions": (rows, size.action),
@@ -91,6 +91,10 @@ def write(file: Path, size: Size) -> None:
     with zipfile.ZipFile(file, "w") as archive:
         for name, shape in shapes.items():
             flags = name in ("terminals", "timeouts")
+            random = np.random.default_rng(0)
+            if name == "next_observations":
+                # The same numbers, a row ahead.
+                random.random(shapes[name][1:], np.float32)
             dtype = np.dtype(bool if flags else np.float32)
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
