@@ -64,6 +64,7 @@ def _bars(settings: Settings) -> Iterator[Callable[[Progress], None]]:
 
 def _losses(progress: Progress) -> str:
     losses = [f"{name} {progress.metrics[name]:.3g}" for name in LOSSES if name in progress.metrics]
+    losses += [f"{name} {value:.3g}" for name, value in progress.held_out.items()]
     if progress.mean_return is not None:
         losses.append(f"return {progress.mean_return:.1f}")
     return ", ".join(losses)

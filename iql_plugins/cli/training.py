@@ -76,6 +76,7 @@ class Progress:
         step: gradient steps taken.
         rate: gradient steps a second since it was started, evaluations included.
         metrics: the latest losses; empty before the first.
+        held_out: of the latest evaluation, what held-out episodes tell, see :data:`HELD_OUT`; empty without them.
         mean_return: of the latest evaluation; None before the first.
         evaluated: whether that evaluation has just been made.
     """
@@ -84,6 +85,7 @@ class Progress:
     step: int
     rate: float
     metrics: Mapping[str, float]
+    held_out: Mapping[str, float]
     mean_return: float | None
     evaluated: bool
 
@@ -348,6 +350,7 @@ class _Trainer:
         self.settings = settings.at(0)
         self.state = _State()
         self.metrics: dict[str, float] = {}
+        self.told: dict[str, float] = {}
         torch.manual_seed(unit.seed)
         path = self.folder / CHECKPOINT
         if path.exists():
@@ -442,13 +445,14 @@ class _Trainer:
             rate = (step - self.first_step) / max(now - self.begin, 1e-9)
             evaluations = self.state.evaluations
             mean_return = float(np.mean(evaluations[-1][1])) if evaluations else None
-            self.report(Progress(self.unit, step, rate, self.metrics, mean_return, evaluates))
+            self.report(Progress(self.unit, step, rate, self.metrics, self.told, mean_return, evaluates))
 
     def _log(self, step: int, evaluates: bool) -> None:
         settings, metrics = self.settings, self.agent.learner.metrics()
         row = dict(metrics)
         if evaluates:
-            row |= {name: criterion.value for name, criterion in self._criteria(self.agent).items()}
+            self.told = {name: criterion.value for name, criterion in self._criteria(self.agent).items()}
+            row |= self.told
             score = self._told_by_critics(step, row.get(CHOOSING))
             if settings.env is not None:
                 returns = self._returns(self.agent, settings.evaluation_episodes, SELECTION_SEED)

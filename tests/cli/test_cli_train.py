@@ -260,8 +260,10 @@ def test_without_an_environment_there_are_losses_and_no_evaluations(run: Run, tm
 
 
 def test_held_out_episodes_are_left_aside_and_judge_the_policies(run: Run, tmp_path: Path) -> None:
-    status, out, _ = run("train", *SMALL, "--hold-out", "0.1", "--normalize-observations", "--run-dir", "run")
+    status, out, err = run("train", *SMALL, "--hold-out", "0.1", "--normalize-observations", "--run-dir", "run")
     assert status == 0
+    evaluated = [line for line in err.splitlines() if " steps/s, " in line]
+    assert ["held_out_value" in line for line in evaluated] == [True, True]
     assert "held-out episodes, IQL, seed 0: held_out_td_error" in out
     source = load_dataset("pendulum-v1-sac")
     aside = held_out(source, 0.1)
