@@ -43,6 +43,8 @@ def with_interval(value: float, low: float, high: float) -> str:
 
     >>> with_interval(1.0, 0.5, 1.25)
     '1 (0.5 to 1.25)'
+    >>> with_interval(1.0, math.nan, math.nan)
+    '1'
     """
     if math.isnan(low):
         return f"{value:.4g}"

@@ -453,27 +453,22 @@ class _Trainer:
         if evaluates:
             self.told = {name: criterion.value for name, criterion in self._criteria(self.agent).items()}
             row |= self.told
-            score = self._told_by_critics(step, row.get(CHOOSING))
-            if settings.env is not None:
+            state, n_steps, settled = self.state, settings.hyperparameters.n_steps, 0.0
+            score = row.get(CHOOSING)
+            if settings.env is None:
+                # Until values have settled, the last policy is the best: that of an earlier end, if it was prolonged.
+                settled = settling_steps(settings.hyperparameters)
+                score = score if step >= settled or step == n_steps else None
+            else:
                 returns = self._returns(self.agent, settings.evaluation_episodes, SELECTION_SEED)
                 score = row["mean_return"] = float(np.mean(returns))
-                self.state.evaluations.append((step, returns))
-            if score is not None and (self.state.best_step is None or score > self.state.best_score):
-                self.state.best_step, self.state.best_score = step, score
+                state.evaluations.append((step, returns))
+            if score is not None and (state.best_step is None or state.best_step < settled or score > state.best_score):
+                state.best_step, state.best_score = step, score
         self.metrics = metrics
         self.table.append(step, row)
         for name, value in row.items():
             self.events(name, value, step)
-
-    def _told_by_critics(self, step: int, value: float | None) -> float | None:
-        """A value that counts when the best policy is chosen; None for none. Until values have settled, the last is."""
-        settled, n_steps = settling_steps(self.settings.hyperparameters), self.settings.hyperparameters.n_steps
-        if step < settled and step != n_steps:
-            return None
-        if self.settings.env is None and self.state.best_step is not None and self.state.best_step < settled:
-            # An earlier end of a run that was prolonged.
-            self.state.best_score = -math.inf
-        return value
 
     def _returns(self, agent: Agent, episodes: int, first_seed: int = 0) -> list[float]:
         if self.settings.env is None:

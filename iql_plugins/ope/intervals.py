@@ -77,8 +77,8 @@ def _drawn(sizes: Sequence[int], statistic: Callable[..., Any]) -> Array | None:
     return drawn
 
 
-def _drawn_means(fits: Sequence[float], point: float) -> Array:
-    r"""Draws of the mean of several seeds, around what it is: :math:`\bar x + t_{K-1}\, s / \sqrt K`.
+def _drawn_errors(fits: Sequence[float]) -> Array:
+    r"""Draws of how far off the mean of several seeds is, :math:`t_{K-1}\, s / \sqrt K`: ``[RESAMPLES]``.
 
     Of three seeds the bootstrap would have intervals of half the width that they must have: all three are on the same
     side by chance one time in four.
@@ -90,7 +90,7 @@ def _drawn_means(fits: Sequence[float], point: float) -> Array:
     spread = float(np.std(fits, ddof=1)) / math.sqrt(len(fits))
     # Its quantiles, in no order: so are the ends of an interval.
     quantiles = t.ppf((np.arange(RESAMPLES) + 0.5) / RESAMPLES, len(fits) - 1)
-    drawn: Array = point + spread * np.random.default_rng(1).permutation(quantiles)
+    drawn: Array = spread * np.random.default_rng(1).permutation(quantiles)
     return drawn
 
 
@@ -145,7 +145,7 @@ class Criterion:
         drawn = _drawn([episodes], statistic)
         if len(fits) > 1:
             # Both causes of chance: each draw is as far off as one of the episodes, and one of the seeds.
-            drawn = _drawn_means(fits, value) + (0.0 if drawn is None else drawn - value)
+            drawn = (value if drawn is None else drawn) + _drawn_errors(fits)
         return cls(value, *_interval(drawn), episodes, statistic, tuple(fits), effective_episodes)
 
     def as_dict(self) -> dict[str, Any]:

@@ -312,6 +312,21 @@ def test_without_an_environment_held_out_episodes_choose_the_best_policy_once_va
     assert Agent.load("run/policy_best.safetensors").learner.step_count == best["step"]
 
 
+def test_a_prolonged_run_forgets_a_policy_that_was_best_before_values_had_settled(run: Run, tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "data.npz", rewards=-np.ones(40, np.float32))
+    given = [*TINY, "--baseline", "none", "--dataset", dataset, "--hold-out", "0.2", "--evaluate-every", "4"]
+    given += ["--polyak", "0.5", "--discount", "0.5", "--critic-learning-rate", "0.01"]
+    assert run("train", *given, "--n-steps", "8", "--run-dir", "run")[0] == 0
+    assert Agent.load("run/policy_best.safetensors").learner.step_count == 8
+    assert run("train", "--resume", "run", "--n-steps", "20")[0] == 0
+    rows = [row for row in metrics_rows(tmp_path / "run" / "metrics.csv") if "held_out_value" in row]
+    settled = [row for row in rows if row["step"] >= 12]
+    best = max(settled, key=lambda row: row["held_out_value"])
+    # That of the earlier end was higher, and is none.
+    assert rows[1]["held_out_value"] > best["held_out_value"]
+    assert Agent.load("run/policy_best.safetensors").learner.step_count == best["step"]
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
