@@ -453,13 +453,10 @@ class _Trainer:
         if evaluates:
             self.told = {name: criterion.value for name, criterion in self._criteria(self.agent).items()}
             row |= self.told
-            state, n_steps, settled = self.state, settings.hyperparameters.n_steps, 0.0
-            score = row.get(CHOOSING)
-            if settings.env is None:
-                # Until values have settled, the last policy is the best: that of an earlier end, if it was prolonged.
-                settled = settling_steps(settings.hyperparameters)
-                score = score if step >= settled or step == n_steps else None
-            else:
+            state, score = self.state, row.get(CHOOSING)
+            # Until values have settled, the latest policy is the best.
+            settled = settling_steps(settings.hyperparameters) if settings.env is None else 0.0
+            if settings.env is not None:
                 returns = self._returns(self.agent, settings.evaluation_episodes, SELECTION_SEED)
                 score = row["mean_return"] = float(np.mean(returns))
                 state.evaluations.append((step, returns))
