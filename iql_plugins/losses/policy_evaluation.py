@@ -19,7 +19,7 @@ __all__ = ["DiscretePolicyEvaluationLoss", "PolicyEvaluationLoss"]
 
 
 class _PolicyEvaluation(NetworkQuantities):
-    #: What no value is beyond, in the critics' rewards; targets are brought into it.
+    #: Into which the target critics' values of next states are brought, in the critics' rewards.
     value_range: tuple[float, float] = (-math.inf, math.inf)
 
     @property

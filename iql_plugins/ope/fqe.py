@@ -36,8 +36,10 @@ def fitted_q_evaluation(
         \big(Q(s, a) - r - \gamma (1 - \text{terminated})\, \mathbb{E}_{a' \sim \pi(s')} \hat Q(s', a')\big)^2
 
     Le et al. 2019 (arXiv:1903.08738); Voloshin et al. 2021 (arXiv:1911.06854) compare it with others. Targets are
-    averages of earlier critics, as in IQL, and within what rewards like the data's can come to, so that nothing
-    diverges where the data are few. The policy is asked once for each transition, before the first step. Beside it the
+    averages of earlier critics, as in IQL. What these say of next states is brought into what rewards like the data's
+    can come to (:func:`~iql_plugins.ope.possible_returns`), widened by its own width on either side: nothing diverges
+    where the data are few, and values at a bound, as those of a policy that always gets the largest reward, are still
+    means of errors to either side. The policy is asked once for each transition, before the first step. Beside it the
     actor clones the behaviour that the data are of, which importance sampling asks for.
 
     One state, from which each action leads back with reward 1, at a discount of 0.9: Q = 1 + 0.9 Q = 10.
@@ -88,7 +90,9 @@ def fitted_q_evaluation(
         loss = seeded_loss(spaces, config, seed, (PolicyEvaluationLoss, DiscretePolicyEvaluationLoss)).to(device)
         scale = float(normalizers.get_buffer("reward_scale"))
         low, high = possible_returns(dataset, config.discount)
-        loss.value_range = (scale * low, scale * high)
+        # Exactly these bounds would cut errors off on one side only: where values are near one, they would be biased.
+        margin = high - low
+        loss.value_range = (scale * (low - margin), scale * (high + margin))
         # Nobody asks for V.
         loss.value_network.requires_grad_(False)
         evaluators.append(Agent(spaces, config, normalizers=normalizers, loss=loss, seed=seed))
