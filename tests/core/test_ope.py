@@ -210,6 +210,22 @@ def test_few_data_do_not_let_values_grow_beyond_what_rewards_come_to() -> None:
     assert ope.possible_returns(endless, 1.0) == (-math.inf, math.inf)
 
 
+def test_errors_of_values_at_a_bound_have_two_sides() -> None:
+    dataset = make_dataset(SPACES["continuous"], 40)
+    dataset["next", "reward"] = torch.linspace(-1.0, 2.0, 40)[:, None]
+    config = IQLConfig(n_steps=1, discount=0.9, hidden_sizes=(8,), reward_scale=2.0, compile="no")
+    policy = Policy(lambda seen: seen[:, :2])
+
+    def bounds(discount: float) -> tuple[float, float]:
+        changed = config.replace(discount=discount)
+        [evaluator] = ope.fitted_q_evaluation(policy, dataset, SPACES["continuous"], changed, seeds=(0,))
+        return evaluator.loss.value_range
+
+    # Returns are from -10 to 20, thirty apart, and rewards are doubled.
+    assert bounds(0.9) == pytest.approx((2.0 * (-10.0 - 30.0), 2.0 * (20.0 + 30.0)))
+    assert bounds(1.0) == (-math.inf, math.inf)
+
+
 def test_stable_baselines3s_and_d3rlpys_own_policies_are_judged_as_they_are() -> None:
     d3rlpy = pytest.importorskip("d3rlpy", reason="judges d3rlpy's policy")
     stable_baselines3 = pytest.importorskip("stable_baselines3", reason="judges Stable-Baselines3's policy")

@@ -12,8 +12,9 @@ A million steps on HalfCheetah, three seeds, hours each::
 All methods get the same rows, normalised beforehand (observations standardised, actions in [-1, 1], rewards by the
 task's scale), the same networks, batches of 256, rates of 3e-4 without a schedule, and the same gradient steps; those
 that vary one of these say so by their name. What counts is the last policy, over 20 episodes that start the same for
-every method. ``results/benchmark/TASK.json`` has the returns, the curve and the versions of each row. Datasets are made
-by ``iql-plugins make-dataset`` in the folder that ``--made`` names, or are those of others in ``--data``.
+every method; a seed that diverged counts as it was last seen, and is counted. ``results/benchmark/TASK.json`` has the
+returns, the curve and the versions of each row. Datasets are made by ``iql-plugins make-dataset`` in the folder that
+``--made`` names, or are those of others in ``--data``.
 """
 
 import contextlib
@@ -47,6 +48,7 @@ from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.ope.intervals import bootstrap_interval
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import Agent
+from iql_plugins.training.learner import DivergenceError
 from iql_plugins.training.multi_seed import fit_together
 
 RESULTS = Path(__file__).parent / "results" / "benchmark"
@@ -348,18 +350,19 @@ def learn(name: str, method: str, seeds: Sequence[int], file: Path) -> dict[int,
     task = TASKS[name]
     problem = problem_of(task, file, METHODS[method].changes)
     config = config_of(task, METHODS[method].changes).to_json()
-    rows: dict[int, dict[str, Any]] = {seed: {"curve": []} for seed in seeds}
+    rows: dict[int, dict[str, Any]] = {}
     starts = range(FIRST_SEED, FIRST_SEED + EPISODES)
     between = task.n_steps // EVALUATIONS
     begin = time.perf_counter()
 
     def evaluate(step: int, policies: Mapping[int, Act]) -> None:
         for seed, act in policies.items():
+            row = rows.setdefault(seed, {"curve": []})
             returns = [episode.total for episode in rollouts(problem.act(act), problem.env, starts)]
-            rows[seed]["curve"].append([step, statistics.mean(returns)])
-            rows[seed]["returns"] = returns
+            row["curve"].append([step, statistics.mean(returns)])
+            row["returns"] = returns
 
-    if METHODS[method].start is _THROUGH_TENSOR and len(seeds) > 1:
+    def together() -> None:
         agents = {seed: Agent(problem.spaces, problem.config, seed=seed) for seed in seeds}
         policies = {seed: agent.act for seed, agent in agents.items()}
         fit_together(
@@ -368,12 +371,27 @@ def learn(name: str, method: str, seeds: Sequence[int], file: Path) -> dict[int,
             EVALUATIONS * between,
             lambda step: evaluate(step, policies) if step % between == 0 else None,
         )
-    else:
-        for seed in seeds:
-            fit, act = METHODS[method].start(problem, seed)
+
+    def alone(seed: int) -> None:
+        fit, act = METHODS[method].start(problem, seed)
+        try:
             for evaluation in range(1, EVALUATIONS + 1):
                 fit(between)
                 evaluate(evaluation * between, {seed: act})
+        except DivergenceError as error:
+            if seed not in rows:
+                evaluate(0, {seed: METHODS[method].start(problem, seed)[1]})
+            rows[seed]["diverged"] = str(error)
+
+    if METHODS[method].start is _THROUGH_TENSOR and len(seeds) > 1:
+        try:
+            together()
+        except DivergenceError:
+            # One takes the others down with it: each on its own.
+            rows.clear()
+    for seed in seeds:
+        if seed not in rows:
+            alone(seed)
     seconds = round((time.perf_counter() - begin) / len(seeds))
     return {seed: row | {"seconds": seconds, "config": config, "versions": versions()} for seed, row in rows.items()}
 
@@ -517,6 +535,9 @@ def interquartile_table(seeds: int) -> Iterator[str]:
         given = [scores_of(task, name, seeds) for task in SHOWN]
         if any(given):
             cells = [_cell([np.array(scores)]) if scores else "" for scores in given]
+            for column, task in enumerate(SHOWN):
+                if diverged := sum("diverged" in row for row in results_of(task).get(name, {}).values()):
+                    cells[column] += f", {diverged} diverged"
             all_of_them = matrix(name, shared, seeds)
             yield f"| {name} | {' | '.join(cells)} | {'' if all_of_them is None else _cell(list(all_of_them.T))} |"
 
