@@ -7,6 +7,7 @@ python tests/benchmarks/bench_large.py --rows 1000000      # and what the same t
 import re
 import resource
 import shutil
+import statistics
 import tempfile
 import time
 import zipfile
@@ -42,8 +43,10 @@ class Options:
     """Where the data are written, and deleted again."""
     adapters: tuple[str, ...] = ("tensor", "sb3", "d3rlpy", "torchrl")
     """Whose training is measured."""
-    steps: int = 2000
-    """Gradient steps of each, the first thousand of which warm up."""
+    steps: int = 1000
+    """Gradient steps of each round, the first half of which warms up."""
+    rounds: int = 5
+    """Of shards and memory in turn; medians are shown."""
     threads: int = 1
     """Of torch."""
 
@@ -69,11 +72,16 @@ def main(options: Options) -> None:
             tensors = read_dataset(shards).tensors
             first, rate = measured(adapter, tensors, size, options.steps)
             memory = resident()
-            compared = "-"
+            rates, ratios = [rate], []
             if options.rows <= IN_MEMORY:
-                _, other = measured(adapter, tensors.clone(), size, options.steps)
-                compared = f"{rate / other:.2f}"
-            print(f"{adapter:>12} {first - begin:>9.2f} s {rate:>15.1f} {compared:>10} {memory:>20}")
+                copied = tensors.clone()
+                for _ in range(options.rounds):
+                    rates.append(measured(adapter, tensors, size, options.steps)[1])
+                    ratios.append(rates[-1] / measured(adapter, copied, size, options.steps)[1])
+            compared = f"{statistics.median(ratios):.2f}" if ratios else "-"
+            print(
+                f"{adapter:>12} {first - begin:>9.2f} s {statistics.median(rates):>15.1f} {compared:>10} {memory:>20}"
+            )
 
 
 def write(file: Path, size: Size) -> None:
