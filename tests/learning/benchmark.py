@@ -565,7 +565,7 @@ def variation_table(seeds: int) -> Iterator[str]:
                 cells.append("")
                 continue
             point, low, high = interval([np.array(theirs), np.array(ours)], gain)
-            text = f"{point:+.0f} ({low:+.0f} to {high:+.0f})"
+            text = f"{point:+.1f} ({low:+.1f} to {high:+.1f})"
             cells.append(f"**{text}**" if low > 0.0 or high < 0.0 else text)
         if any(cells):
             yield f"| {name} | {' | '.join(cells)} |"
