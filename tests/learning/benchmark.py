@@ -108,6 +108,7 @@ TASKS = {
     "ogbench-pointmaze-stitch": _ogbench("ogbench-pointmaze-stitch"),
     "hopper-medium": _mujoco("hopper-medium", _HOPPER),
     "hopper-replay": _mujoco("hopper-replay", _HOPPER),
+    "hopper-replay-300k": _mujoco("hopper-replay", _HOPPER, n_steps=300_000),
     "halfcheetah-medium": _mujoco("halfcheetah-medium", _HALFCHEETAH),
     "halfcheetah-medium-300k": Task("halfcheetah-medium", _HALFCHEETAH, n_steps=300_000),
     "halfcheetah-medium-1m": Task("halfcheetah-medium", _HALFCHEETAH, n_steps=1_000_000),
@@ -525,17 +526,23 @@ def probability_of_improvement(*scores: Array) -> Array:
     return np.mean(chances, 0)
 
 
+def shown(seeds: int) -> list[str]:
+    """Tasks of which some method has all seeds."""
+    return [task for task in SHOWN if any(scores_of(task, name, seeds) for name in METHODS)]
+
+
 def interquartile_table(seeds: int) -> Iterator[str]:
-    """A row a method, a column a task: interquartile means over seeds; and over the tasks that all methods have."""
-    shared = [task for task in SHOWN if not TASKS[task].discrete and not TASKS[task].cut_at_success]
-    heads = [f"{task} ({TASKS[task].n_steps:,} steps)" for task in SHOWN]
+    """A row a peer, a column a task: interquartile means over seeds; and over the tasks that all of them have."""
+    tasks = shown(seeds)
+    shared = [task for task in tasks if not TASKS[task].discrete and not TASKS[task].cut_at_success]
+    heads = [f"{task} ({TASKS[task].n_steps:,} steps)" for task in tasks]
     yield f"| | {' | '.join(heads)} | {', '.join(shared)} |"
-    yield f"| --- |{' --- |' * (len(SHOWN) + 1)}"
-    for name in METHODS:
-        given = [scores_of(task, name, seeds) for task in SHOWN]
+    yield f"| --- |{' --- |' * (len(tasks) + 1)}"
+    for name in PEERS:
+        given = [scores_of(task, name, seeds) for task in tasks]
         if any(given):
             cells = [_cell([np.array(scores)]) if scores else "" for scores in given]
-            for column, task in enumerate(SHOWN):
+            for column, task in enumerate(tasks):
                 if diverged := sum("diverged" in row for row in results_of(task).get(name, {}).values()):
                     cells[column] += f", {diverged} diverged"
             all_of_them = matrix(name, shared, seeds)
@@ -555,11 +562,12 @@ def gain(scores: Array, others: Array) -> Array:
 
 def variation_table(seeds: int) -> Iterator[str]:
     """A row a variation, a column a task: what it brings over IQL (tensor); bold where that is beyond the noise."""
-    yield f"| | {' | '.join(SHOWN)} |"
-    yield f"| --- |{' --- |' * len(SHOWN)}"
+    tasks = shown(seeds)
+    yield f"| | {' | '.join(tasks)} |"
+    yield f"| --- |{' --- |' * len(tasks)}"
     for name in VARIATIONS:
         cells = []
-        for task in SHOWN:
+        for task in tasks:
             ours, theirs = scores_of(task, "IQL (tensor)", seeds), scores_of(task, name, seeds)
             if ours is None or theirs is None:
                 cells.append("")
@@ -578,7 +586,9 @@ def improvement_table(seeds: int) -> Iterator[str]:
     yield "| --- | --- | --- |"
     for name in METHODS:
         both = [
-            task for task in SHOWN if name != ours and scores_of(task, name, seeds) and scores_of(task, ours, seeds)
+            task
+            for task in shown(seeds)
+            if name != ours and scores_of(task, name, seeds) and scores_of(task, ours, seeds)
         ]
         if both:
             pairs = [np.array(scores_of(task, method, seeds)) for method in (ours, name) for task in both]
@@ -588,11 +598,11 @@ def improvement_table(seeds: int) -> Iterator[str]:
 
 def draw(file: Path, seeds: int) -> None:
     """Learning curves of every task, and the share of runs above each score."""
-    shown = [task for task in SHOWN if any(scores_of(task, name, seeds) for name in PEERS)]
-    figure = Figure(figsize=(12, 3.2 * ((len(shown) + 3) // 3)), layout="constrained")
-    axes = list(figure.subplots((len(shown) + 3) // 3, 3).flat)
+    tasks = shown(seeds)
+    figure = Figure(figsize=(12, 3.2 * ((len(tasks) + 3) // 3)), layout="constrained")
+    axes = list(figure.subplots((len(tasks) + 3) // 3, 3).flat)
     colours = dict(zip(PEERS, ("C7", "C5", "C0", "C9", "C6", "C1", "C2"), strict=True))
-    for task, axis in zip(shown, axes, strict=False):
+    for task, axis in zip(tasks, axes, strict=False):
         axis.set_title(task)
         axis.set_xlabel("gradient steps")
         axis.set_ylabel("return of 20 episodes")
@@ -603,11 +613,11 @@ def draw(file: Path, seeds: int) -> None:
                 values = np.array([[value for _, value in curve] for curve in curves])
                 axis.plot(steps, values.mean(0), color=colour, label=name)
                 axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-    continuous = [task for task in shown if not TASKS[task].discrete and not TASKS[task].cut_at_success]
+    continuous = [task for task in tasks if not TASKS[task].discrete and not TASKS[task].cut_at_success]
     matrices = {name: matrix(name, continuous, seeds) for name in PEERS}
     whole = {name: each for name, each in matrices.items() if each is not None}
     thresholds = np.linspace(0.0, 110.0, 56)
-    axis = axes[len(shown)]
+    axis = axes[len(tasks)]
     axis.set_title(f"performance profile of {len(continuous)} tasks")
     axis.set_xlabel("score")
     axis.set_ylabel("share of runs above it")
@@ -616,7 +626,7 @@ def draw(file: Path, seeds: int) -> None:
         axis.plot(thresholds, share, color=colours[name], label=name)
         axis.fill_between(thresholds, low, high, color=colours[name], alpha=0.15, linewidth=0)
     handles = {label: handle for each in axes for handle, label in zip(*each.get_legend_handles_labels(), strict=True)}
-    for axis in axes[len(shown) + 1 :]:
+    for axis in axes[len(tasks) + 1 :]:
         axis.set_axis_off()
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles))
     figure.savefig(file, metadata={"Date": None} if file.suffix == ".svg" else None)
