@@ -314,7 +314,7 @@ class Method:
 
 
 #: The same loss: one task shows it.
-_ADAPTERS_ON = ("pendulum-mixed",)
+_ADAPTERS_ON = ("reagent-pendulum",)
 PEERS = {
     "BC": Method(changes={"temperature": 0.0}),
     "10% BC": Method(best_cloned, {"temperature": 0.0}, ranks_episodes=True),
