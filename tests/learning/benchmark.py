@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +75,8 @@ class Task:
         preset: of IQL's hyper-parameters, and of its relatives'.
         config: what differs from the preset.
         discrete: whether actions are.
-        cut_at_success: whether each row at the goal is an episode of its own, so that no episode is a good one.
+        comparable: whether an episode of a higher return is a better one: not where episodes differ by how near to the
+            goal they begin, and not where each row at the goal is an episode of its own.
     """
 
     dataset: str
@@ -85,7 +87,7 @@ class Task:
     preset: str = "locomotion"
     config: Mapping[str, Any] = field(default_factory=dict)
     discrete: bool = False
-    cut_at_success: bool = False
+    comparable: bool = True
 
 
 # Scores: D4RL's random and expert policies for MuJoCo; the mean over 20 starts of random actions, and of what made the
@@ -93,11 +95,9 @@ class Task:
 _UMAZE, _MEDIUM, _OGBENCH = (10.0, 235.7), (2.2, 451.5), (-1000.0, -161.4)
 _HOPPER, _HALFCHEETAH = (-20.3, 3234.3), (-280.2, 12135.0)
 _PENDULUM, _CARTPOLE_V0, _CARTPOLE = (-1148.3, -150.0), (24.1, 200.0), (24.1, 500.0)
-_maze = partial(Task, hidden=128, preset="maze2d")
+_maze = partial(Task, hidden=128, preset="maze2d", comparable=False)
 # Its rewards are -1 and 0 already, which the preset's shift makes of antmaze's.
-_ogbench = partial(
-    Task, scale=_OGBENCH, hidden=128, preset="antmaze", config={"reward_shift": 0.0}, cut_at_success=True
-)
+_ogbench = partial(Task, scale=_OGBENCH, hidden=128, preset="antmaze", config={"reward_shift": 0.0}, comparable=False)
 _mujoco = partial(Task, hidden=128)
 _pendulum = partial(Task, scale=_PENDULUM, n_steps=10_000, hidden=128, config={"expectile": 0.9})
 _cartpole = partial(Task, hidden=128, discrete=True)
@@ -134,6 +134,7 @@ class Problem:
 
     Attributes:
         data: normalised transitions by the key layout, observations as vectors.
+        sha256: of the dataset, as ``inspect`` and run directories have it.
         spaces: of these.
         config: IQL's hyper-parameters.
         env: gymnasium's id.
@@ -141,6 +142,7 @@ class Problem:
     """
 
     data: TensorDict
+    sha256: str
     spaces: Spaces
     config: IQLConfig
     env: str
@@ -215,7 +217,7 @@ def problem_of(task: Task, file: Path, changes: Mapping[str, Any]) -> Problem:
     normalized = Spaces(Box((observations.shape[1],)), unit)
     # The data are normalised: IQL's own normalisers have nothing to do.
     config = config.replace(reward_scale=1.0, reward_shift=0.0, normalize_observations=False)
-    return Problem(flat, normalized, config, env, of_environment)
+    return Problem(flat, source.sha256, normalized, config, env, of_environment)
 
 
 def through(adapter: str, problem: Problem, seed: int) -> Trainer:
@@ -229,13 +231,9 @@ def through(adapter: str, problem: Problem, seed: int) -> Trainer:
 
 
 def best_cloned(problem: Problem, seed: int) -> Trainer:
-    """Behaviour cloning of the tenth of the episodes with the highest discounted returns.
-
-    Discounted, because episodes of a maze end at its goal: those that come there sooner are the better ones.
-    """
+    """Behaviour cloning of the tenth of the episodes with the highest returns."""
     lengths = episode_lengths(problem.data)
-    discounts = torch.cat([problem.config.discount ** torch.arange(int(length)) for length in lengths])
-    rewards = problem.data["next", "reward"].reshape(-1) * discounts
+    rewards = problem.data["next", "reward"].reshape(-1)
     returns = torch.stack([episode.double().sum() for episode in rewards.split(lengths.tolist())])
     kept = returns >= returns.quantile(0.9)
     agent = Agent(problem.spaces, problem.config, seed=seed)
@@ -308,7 +306,7 @@ class Method:
         return (
             (self.discrete or not task.discrete)
             and (self.tasks is None or name in self.tasks)
-            and not (self.ranks_episodes and task.cut_at_success)
+            and (task.comparable or not self.ranks_episodes)
             and not (self.changes and config_of(task, self.changes) == config_of(task, {}))
         )
 
@@ -394,7 +392,10 @@ def learn(name: str, method: str, seeds: Sequence[int], file: Path) -> dict[int,
         if seed not in rows:
             alone(seed)
     seconds = round((time.perf_counter() - begin) / len(seeds))
-    return {seed: row | {"seconds": seconds, "config": config, "versions": versions()} for seed, row in rows.items()}
+    used = versions()
+    used["packages"] |= {name: version(name) for name in ("d3rlpy", "stable-baselines3")}
+    about = {"seconds": seconds, "config": config, "dataset_sha256": problem.sha256, "versions": used}
+    return {seed: row | about for seed, row in rows.items()}
 
 
 @dataclass(frozen=True)
@@ -428,24 +429,33 @@ def results_of(task: str) -> dict[str, dict[str, Any]]:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def rows_of(arguments: Run) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """Tasks, methods and the seeds that are trained in one go. A row of other hyper-parameters is none.
+def rows_of(task: str, method: str) -> dict[int, dict[str, Any]]:
+    """A method's rows by seed, those of other hyper-parameters left out."""
+    config = config_of(TASKS[task], METHODS[method].changes).to_json()
+    return {
+        int(seed): row
+        for seed, row in results_of(task).get(method, {}).items()
+        # Hyper-parameters that came later have defaults that change nothing.
+        if all(config.get(key) == value for key, value in row["config"].items())
+    }
+
+
+def missing_rows(arguments: Run, digests: Mapping[str, str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Tasks, methods and the seeds that are trained in one go. A row of another dataset is none.
 
     Seed by seed, so that every task has something soon; but for what can be trained over stacked parameters.
     """
     for first in range(arguments.seeds):
         for task in arguments.tasks:
-            done = results_of(task)
             for method in arguments.methods:
                 stacked = METHODS[method].start is _THROUGH_TENSOR
                 if not METHODS[method].trains_on(task) or (stacked and first):
                     continue
-                config = config_of(TASKS[task], METHODS[method].changes).to_json()
-                rows = done.get(method, {})
+                rows = rows_of(task, method)
                 missing = tuple(
                     seed
                     for seed in (range(arguments.seeds) if stacked else [first])
-                    if rows.get(str(seed), {}).get("config") != config
+                    if seed not in rows or rows[seed]["dataset_sha256"] != digests[task]
                 )
                 if missing:
                     yield task, method, missing
@@ -455,10 +465,15 @@ def run(arguments: Run) -> None:
     """Writes each row as soon as it is there."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     files = {task: file_of(TASKS[task], arguments.data, arguments.made) for task in arguments.tasks}
+    digests = {task: read_dataset(file).sha256 for task, file in files.items()}
+    failed: list[str] = []
     with ProcessPoolExecutor(arguments.workers) as pool:
-        rows = {pool.submit(learn, *row, files[row[0]]): row for row in rows_of(arguments)}
+        rows = {pool.submit(learn, *row, files[row[0]]): row for row in missing_rows(arguments, digests)}
         for finished in as_completed(rows):
-            task, method, _ = rows[finished]
+            task, method, seeds = rows[finished]
+            if (error := finished.exception()) is not None:
+                failed.append(f"{task}, {method}, seed {', '.join(map(str, seeds))}: {type(error).__name__}: {error}")
+                continue
             results = results_of(task)
             found = {str(seed): row for seed, row in finished.result().items()}
             results.setdefault(method, {}).update(found)
@@ -466,15 +481,17 @@ def run(arguments: Run) -> None:
             means = ", ".join(f"{statistics.mean(row['returns']):.1f}" for row in found.values())
             sys.stdout.write(f"{task}, {method}, seed {', '.join(found)}: {means}\n")
             sys.stdout.flush()
+    if failed:
+        raise SystemExit("\n".join(failed))
 
 
 def scores_of(task: str, method: str, seeds: int) -> list[float] | None:
     """Mean score of each seed's episodes, from 0 to 100 as the task has it; None unless all seeds are there."""
     low, high = TASKS[task].scale
-    rows = results_of(task).get(method, {})
-    if any(str(seed) not in rows for seed in range(seeds)):
+    rows = rows_of(task, method)
+    if any(seed not in rows for seed in range(seeds)):
         return None
-    return [100.0 * (statistics.mean(rows[str(seed)]["returns"]) - low) / (high - low) for seed in range(seeds)]
+    return [100.0 * (statistics.mean(rows[seed]["returns"]) - low) / (high - low) for seed in range(seeds)]
 
 
 def matrix(method: str, tasks: Sequence[str], seeds: int) -> Array | None:
@@ -534,7 +551,7 @@ def shown(seeds: int) -> list[str]:
 def interquartile_table(seeds: int) -> Iterator[str]:
     """A row a peer, a column a task: interquartile means over seeds; and over the tasks that all of them have."""
     tasks = shown(seeds)
-    shared = [task for task in tasks if not TASKS[task].discrete and not TASKS[task].cut_at_success]
+    shared = [task for task in tasks if TASKS[task].comparable and not TASKS[task].discrete]
     heads = [f"{task} ({TASKS[task].n_steps:,} steps)" for task in tasks]
     yield f"| | {' | '.join(heads)} | {', '.join(shared)} |"
     yield f"| --- |{' --- |' * (len(tasks) + 1)}"
@@ -543,7 +560,7 @@ def interquartile_table(seeds: int) -> Iterator[str]:
         if any(given):
             cells = [_cell([np.array(scores)]) if scores else "" for scores in given]
             for column, task in enumerate(tasks):
-                if diverged := sum("diverged" in row for row in results_of(task).get(name, {}).values()):
+                if diverged := sum("diverged" in row for seed, row in rows_of(task, name).items() if seed < seeds):
                     cells[column] += f", {diverged} diverged"
             all_of_them = matrix(name, shared, seeds)
             yield f"| {name} | {' | '.join(cells)} | {'' if all_of_them is None else _cell(list(all_of_them.T))} |"
@@ -607,13 +624,13 @@ def draw(file: Path, seeds: int) -> None:
         axis.set_xlabel("gradient steps")
         axis.set_ylabel("return of 20 episodes")
         for name, colour in colours.items():
-            curves = [row["curve"] for row in results_of(task).get(name, {}).values()]
+            curves = [row["curve"] for row in rows_of(task, name).values()]
             if curves:
                 steps = [step for step, _ in curves[0]]
                 values = np.array([[value for _, value in curve] for curve in curves])
                 axis.plot(steps, values.mean(0), color=colour, label=name)
                 axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-    continuous = [task for task in tasks if not TASKS[task].discrete and not TASKS[task].cut_at_success]
+    continuous = [task for task in tasks if TASKS[task].comparable and not TASKS[task].discrete]
     matrices = {name: matrix(name, continuous, seeds) for name in PEERS}
     whole = {name: each for name, each in matrices.items() if each is not None}
     thresholds = np.linspace(0.0, 110.0, 56)
