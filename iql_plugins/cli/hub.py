@@ -171,7 +171,7 @@ def _card(method: str, env: str | None, evaluation: Mapping[str, Any] | None, da
             f"the deterministic policy: **{shown(evaluation)}** (their standard deviation)."
         )
         if low == low:
-            measured += f" The mean's 95% bootstrap interval is {low:.2f} to {high:.2f}."
+            measured += f" The mean's 95% confidence interval is {low:.2f} to {high:.2f}."
         if "normalized_score" in evaluation:
             measured += f" D4RL's normalised score: {evaluation['normalized_score']:.1f}."
     # Values of JSON are values of YAML: no text of a stranger ends what it is in.

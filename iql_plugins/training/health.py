@@ -34,7 +34,8 @@ LEAST_SIGNAL = 2.0
 MOST_MOVEMENT = 0.1
 
 #: Metrics that the warnings are about.
-_METRICS = ("mean_value", "mean_qvalue", "effective_sample_size", "share_at_max_weight", "signal_to_noise")
+_VALUES = ("mean_value", "mean_qvalue")
+_METRICS = (*_VALUES, "effective_sample_size", "share_at_max_weight", "signal_to_noise")
 #: One row of a training's metrics, with its ``"step"``.
 Look = Mapping[str, float]
 
@@ -83,7 +84,7 @@ def health_warnings(
     ========================= ==================================================================
     code                      found
     ========================= ==================================================================
-    ``diverged-values``       mean V or mean Q in the last quarter is beyond ``value_range``
+    ``diverged-values``       mean V or mean Q is not finite, or in the last quarter beyond ``value_range``
     ``unsettled-values``      mean V or mean Q has moved by more than a tenth in the last quarter
     ``few-effective-samples`` fewer than a tenth of the transitions teach the policy
     ``clipped-weights``       more than a fifth of the weights are clipped at ``max_weight``
@@ -106,6 +107,9 @@ def health_warnings(
         value_range: what the rewards can come to, :math:`r / (1 - \gamma)` of the smallest and the largest one, in the
             networks' units; None if they are not known.
     """
+    endless = [name for name in _VALUES if not all(map(math.isfinite, _column(looks, name)))]
+    if endless:
+        return [_diverged(f"values were no longer finite: {', '.join(endless)}", of.value_objective)]
     found = [] if value_range is None else list(_diverged_values(looks, of.value_objective, *value_range))
     # Values that no rewards explain need no more steps.
     unsettled = None if found else _unsettled_values(looks, of.value_objective)
@@ -137,31 +141,38 @@ class Looks:
 
 def _diverged_values(looks: Sequence[Look], objective: str, low: float, high: float) -> Iterator[HealthWarning]:
     beyond = []
-    for name in ("mean_value", "mean_qvalue"):
+    for name in _VALUES:
         mean, error = _end(looks, name)
         margin = MOST_MOVEMENT * (high - low) + STANDARD_ERRORS * error
         if not low - margin <= mean <= high + margin and not math.isnan(mean):
             beyond.append(f"{name} {mean:.3g}")
     if beyond:
-        yield HealthWarning(
-            "diverged-values",
+        yield _diverged(
             f"values were beyond what these rewards can come to, {low:.3g} to {high:.3g}, in the last quarter: "
             f"{', '.join(beyond)}",
-            f"try {_calmer(objective)}, because errors of Q have been learned from as if they were rewards",
+            objective,
         )
+
+
+def _diverged(found: str, objective: str) -> HealthWarning:
+    because = "because errors of Q have been learned from as if they were rewards"
+    return HealthWarning("diverged-values", found, f"try {_calmer(objective)}, {because}")
 
 
 def _calmer(objective: str) -> str:
     """What keeps V from growing by the errors of Q."""
     if objective == "gumbel":
         return "a larger loss_temperature or a smaller max_clip among the `objective_options`, or `critic_layer_norm`"
-    lower = "`expectile`, `discount` or" if objective == "expectile" else "`discount` or"
-    return f"a lower {lower} `critic_learning_rate`"
+    if objective == "expectile":
+        return "a lower `expectile`, `discount` or `critic_learning_rate`"
+    own = {"sparse": "a larger alpha", "exponential": "a larger alpha", "quantile": "a lower quantile"}.get(objective)
+    option = f"{own} among the `objective_options`, or " if own else ""
+    return f"{option}a lower `discount` or `critic_learning_rate`"
 
 
 def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | None:
     moved = []
-    for name in ("mean_value", "mean_qvalue"):
+    for name in _VALUES:
         quarters = [_column(quarter, name) for quarter in _quarters(looks)]
         if min(map(len, quarters)) < FEWEST_LOOKS:
             continue
@@ -172,10 +183,10 @@ def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | 
             moved.append(f"{name} {medians[2]:.3g} to {medians[3]:.3g}")
     if not moved:
         return None
-    lower = {
-        "expectile": "a lower `expectile` or `discount`, because both decide",
-        "gumbel": f"{_calmer(objective)}, because these decide",
-    }.get(objective, "a lower `discount`, because it decides")
+    if objective == "expectile":
+        lower = "a lower `expectile` or `discount`, because both decide"
+    else:
+        lower = f"{_calmer(objective)}, because these decide"
     return HealthWarning(
         "unsettled-values",
         f"values had not settled from the third to the last quarter of the training: {', '.join(moved)}",
@@ -213,6 +224,8 @@ def _of_weights(looks: Sequence[Look], temperature: float | str, threshold: floa
             f"{lower} clipped weights no longer tell the best actions from good ones",
         )
     if effective - STANDARD_ERRORS * effective_error > MOST_EFFECTIVE_SAMPLES:
+        if threshold:
+            higher = f"try a noise_threshold below {threshold:g} among the `objective_options`, because"
         yield HealthWarning(
             "equal-weights",
             f"all actions weighed about the same: the effective sample size was {effective:.3f} of a batch in the last "

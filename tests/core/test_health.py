@@ -136,19 +136,38 @@ def test_values_within_what_rewards_come_to_or_the_noise_are_no_sign() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "named"),
+    ("objective", "option", "named"),
     [
-        ("expectile", ["expectile", "discount", "critic_learning_rate"]),
-        ("gumbel", ["objective_options", "critic_layer_norm"]),
-        ("sparse", ["discount", "critic_learning_rate"]),
+        ("expectile", "a lower `expectile`", ["expectile", "discount", "critic_learning_rate"]),
+        ("gumbel", "a larger loss_temperature", ["objective_options", "critic_layer_norm"]),
+        ("sparse", "a larger alpha", ["objective_options", "discount", "critic_learning_rate"]),
+        ("exponential", "a larger alpha", ["objective_options", "discount", "critic_learning_rate"]),
+        ("quantile", "a lower quantile", ["objective_options", "discount", "critic_learning_rate"]),
     ],
 )
-def test_what_keeps_values_from_diverging_is_the_objectives_own(objective: str, named: list[str]) -> None:
+def test_what_keeps_values_from_diverging_is_the_objectives_own(objective: str, option: str, named: list[str]) -> None:
     (warning,) = warnings(looks(**TRIPPED["diverged-values"]), value_objective=objective)
     assert re.findall(r"`(.*?)`", warning.suggestion) == named
-    assert ("loss_temperature" in warning.suggestion) == (objective == "gumbel")
+    assert option in warning.suggestion
     (unsettled,) = warnings(looks(**TRIPPED["unsettled-values"]), value_objective=objective)
-    assert ("loss_temperature" in unsettled.suggestion) == (objective == "gumbel")
+    assert option in unsettled.suggestion
+
+
+@pytest.mark.parametrize("value_range", [VALUES, None])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_no_longer_finite_have_diverged(value: float, value_range: tuple[float, float] | None) -> None:
+    rows = looks(mean_value=lambda share: value if share > 0.5 else -20.0, effective_sample_size=value)
+    (warning,) = health_warnings(rows, IQLConfig(value_objective="gumbel"), value_range)
+    assert warning.code == "diverged-values"
+    assert warning.message == "values were no longer finite: mean_value"
+
+
+def test_weights_that_a_threshold_makes_equal_are_told_a_lower_one() -> None:
+    for temperature in (3.0, "auto"):
+        (warning,) = warnings(
+            looks(**TRIPPED["equal-weights"]), temperature=temperature, objective_options={"noise_threshold": 2.0}
+        )
+        assert "try a noise_threshold below 2 among the `objective_options`" in warning.suggestion
 
 
 @pytest.mark.parametrize(("signal", "told"), [(1.2, True), (1.98, True), (2.5, False), (0.0, False)])
