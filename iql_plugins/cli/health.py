@@ -129,11 +129,7 @@ def _of_returns(estimates: Mapping[str, Estimate], config: IQLConfig) -> Iterato
         yield HealthWarning(
             "below-behaviour-cloning",
             f"IQL's last policy returns {_text(final)}, less than behaviour cloning, {_text(cloned)}",
-            "try a lower `temperature`, because V and Q prefer the wrong actions, and count for less then; or an "
-            "`expectile` closer to 0.5, because a high one takes noise for skill"
-            if (config.value_objective, config.policy_extraction) == ("expectile", "awr")
-            else "try `value_objective` expectile and `policy_extraction` awr, or other `objective_options`, because V "
-            "and Q prefer the wrong actions, and count for too much",
+            _nearer_to_behaviour(config),
         )
     best = estimates["IQL best"]
     if final.high < best.low:
@@ -143,6 +139,26 @@ def _of_returns(estimates: Mapping[str, Estimate], config: IQLConfig) -> Iterato
             "try a lower `actor_learning_rate`, because the policy got worse as it went on; until then take the better "
             f"one, {BEST}",
         )
+
+
+def _nearer_to_behaviour(config: IQLConfig) -> str:
+    """What lets V and Q count for less."""
+    if (config.value_objective, config.policy_extraction) != ("expectile", "awr"):
+        return (
+            "try `value_objective` expectile and `policy_extraction` awr, or other `objective_options`, because V and "
+            "Q prefer the wrong actions, and count for too much"
+        )
+    if config.temperature == 0.0:
+        return "try more `n_steps`, because with a `temperature` of 0 both learn the same"
+    less = (
+        f"a higher target than `temperature` {config.temperature} has"
+        if isinstance(config.temperature, str)
+        else "a lower `temperature`, or auto"
+    )
+    return (
+        f"try {less}, because V and Q prefer the wrong actions, and count for less then; or an `expectile` closer to "
+        "0.5, because a high one takes noise for skill"
+    )
 
 
 def _of_rewards(settings: Settings, source: Dataset) -> Iterator[HealthWarning]:

@@ -113,6 +113,21 @@ def test_each_sign_is_found_alone_and_names_options_that_there_are(code: str, wa
     assert "`" not in str(warning)
 
 
+@pytest.mark.parametrize(
+    ("temperature", "suggestion"),
+    [
+        (3.0, "try a lower --temperature, or auto, because"),
+        ("auto_0.5", "try a higher target than --temperature auto_0.5 has, because"),
+        (0.0, "try more --n-steps, because with a --temperature of 0"),
+    ],
+)
+def test_a_policy_below_behaviour_cloning_is_told_what_its_temperature_leaves_to_try(
+    temperature: float | str, suggestion: str, warnings: Warnings
+) -> None:
+    (warning,) = warnings(**TRIPPED["below-behaviour-cloning"], hyperparameters={"temperature": temperature})
+    assert warning["suggestion"].startswith(suggestion)
+
+
 def test_the_signs_are_those_of_the_documentation() -> None:
     documented = re.findall(r"^``([a-z-]+)`` ", inspect.getdoc(run_warnings) or "", re.MULTILINE)
     assert documented[: len(TRIPPED)] == list(TRIPPED)
