@@ -273,6 +273,14 @@ def test_data_of_lerobot_are_refused_with_how_to_convert_them(tmp_path: Path) ->
         assert "\n" not in message
 
 
+def test_a_file_of_lerobots_that_is_alone_is_refused_with_how_to_convert_it(tmp_path: Path) -> None:
+    frames = {"observation.state": [[0.0]], "action": [[0.0]], "episode_index": [0], "frame_index": [0]}
+    path = write(tmp_path / "episode_000000.parquet", frames)
+    assert error(path).startswith(
+        f"{path} is LeRobot's (by 'episode_index' and 'frame_index'), which is not read: write"
+    )
+
+
 def test_what_was_made_of_lerobots_data_may_lie_beside_them(tmp_path: Path, expected: Any) -> None:
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "info.json").write_text("{}")
@@ -286,7 +294,7 @@ def test_data_of_rlds_are_refused_with_how_to_convert_them(tmp_path: Path) -> No
     shard = folder / "d4rl_mujoco_hopper-train.tfrecord-00000-of-00001"
     for file in (shard, folder / "features.json", folder / "dataset_info.json"):
         file.write_text(json.dumps({}))
-    for source in (folder, shard):
+    for source in (folder.parent, folder, shard):
         with pytest.raises(UnknownSourceError) as raised:
             load_dataset(source)
         message = str(raised.value)

@@ -84,6 +84,8 @@ def _load(path: Path, parts: Sequence[Path], options: Options) -> Dataset:
         if not groups:
             raise DatasetError(f"{name} is empty: it has no transition")
         columns = _by_key(name, leaves)
+        if {"episode_index", "frame_index"} <= columns.keys():
+            raise DatasetError(f"{name} {foreign.LEROBOT_FRAMES}")
         require_any(name, columns)
         read = readable(name, columns)
         stored = {key: _Stored(f"{name}: {key!r}", columns[key], groups) for key in read}
