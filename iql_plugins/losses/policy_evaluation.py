@@ -19,7 +19,7 @@ __all__ = ["DiscretePolicyEvaluationLoss", "PolicyEvaluationLoss"]
 
 
 class _PolicyEvaluation(NetworkQuantities):
-    #: Into which the target critics' values of next states are brought, in the critics' rewards.
+    #: What no value is beyond, in the critics' rewards.
     value_range: tuple[float, float] = (-math.inf, math.inf)
 
     @property
@@ -29,12 +29,15 @@ class _PolicyEvaluation(NetworkQuantities):
 
     @torch.no_grad()
     def _next_value(self, batch: Batch) -> Tensor:
-        """``[*B]`` Q'(s', π(s')) of the target critics, their mean, within :attr:`value_range`."""
+        """``[*B]`` Q'(s', π(s')) of the target critics, their mean, within :attr:`value_range` and as much again."""
         network = self._network("target_qvalue_network")
         after = {key: batch.tensors[next_key(key)] for key in in_keys_of(network)}
         values = self._critic_values(network, frozenset(), frozenset(), replace(batch, tensors=after))
         mean = at_least_float32(values).mean(0)
-        return self._of_policy(mean, batch.tensors[next_key(self._tensor_keys.action)]).clamp(*self.value_range)
+        # Exactly its bounds would cut errors off on one side only: values near one would be biased.
+        low, high = self.value_range
+        width = high - low
+        return self._of_policy(mean, batch.tensors[next_key(self._tensor_keys.action)]).clamp(low - width, high + width)
 
     def _of_policy(self, values: Tensor, next_action: Tensor) -> Tensor:
         return values.squeeze(-1)
@@ -46,8 +49,8 @@ class PolicyEvaluationLoss(_PolicyEvaluation, IQLLoss):
     .. math:: L_Q = \mathbb{E}\, d\big(Q(s, a),\, r + \gamma (1 - \text{terminated})\, \hat Q(s', \pi(s'))\big)
 
     Le et al. 2019 (arXiv:1903.08738), algorithm 3, with target critics in the place of one regression after another,
-    and :math:`\hat Q` within ``value_range``, by default everything: critics that are asked for actions which few data
-    have take the largest of their own errors for the truth, and grow without end.
+    and :math:`\hat Q` within ``value_range``, by default everything, or its own width beyond it: critics that are asked
+    for actions which few data have take the largest of their own errors for the truth, and grow without end.
 
     All else is :class:`~iql_plugins.IQLLoss`: with a temperature of 0 its actor is the behaviour that it clones.
 

@@ -144,10 +144,11 @@ def initial_qvalue(agent: Agent, dataset: TensorDictBase, policy: Policy | None 
 def fitted_value(evaluators: Sequence[Agent], dataset: TensorDictBase, policy: Policy) -> Criterion:
     r"""The value of initial states under critics that were fitted to the policy, the mean over their seeds.
 
-    .. math:: \frac1{SE} \sum_{k,i} Q^\pi_k(s_{i0}, \pi(s_{i0}))
+    .. math:: \frac1S \sum_k \operatorname{clip}\Big(\frac1E \sum_i Q^\pi_k(s_{i0}, \pi(s_{i0}))\Big)
 
-    Le et al. 2019 (arXiv:1903.08738). The interval is over seeds and episodes: it knows what chance does, and not what
-    the critics do not know of actions that the data do not have.
+    Le et al. 2019 (arXiv:1903.08738). Each seed's mean is clipped to the :func:`possible_returns` of the data that its
+    critics were fitted to: beyond them it is an error, which is smaller at the bound. The interval is over seeds and
+    episodes: it knows what chance does, and not what the critics do not know of actions that the data do not have.
 
     Two seeds that say 1 and 3 of the first state, 2 and 4 of the second: 2.5.
 
@@ -162,7 +163,11 @@ def fitted_value(evaluators: Sequence[Agent], dataset: TensorDictBase, policy: P
     first = _first_states(dataset)
     taken = actions(policy, first, evaluators[0].spaces.action)
     rows = [_undone(agent, _expected_qvalues(agent, first, taken).mean(0), np.zeros(1)) for agent in evaluators]
-    return Criterion.mean(np.stack(rows))
+    values = np.stack(rows).astype(np.float64)
+    scale = float(evaluators[0].normalizers.get_buffer("reward_scale"))
+    bounds = [bound / scale for bound in evaluators[0].loss.value_range]
+    fits = values.mean(1).clip(*bounds).tolist()
+    return Criterion.of(lambda drawn: values[:, drawn].mean(-1).clip(*bounds).mean(0), values.shape[1], fits)
 
 
 def td_error(agent: Agent, dataset: TensorDictBase) -> Criterion:

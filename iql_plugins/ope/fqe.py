@@ -90,9 +90,7 @@ def fitted_q_evaluation(
         loss = seeded_loss(spaces, config, seed, (PolicyEvaluationLoss, DiscretePolicyEvaluationLoss)).to(device)
         scale = float(normalizers.get_buffer("reward_scale"))
         low, high = possible_returns(dataset, config.discount)
-        # Exactly these bounds would cut errors off on one side only: where values are near one, they would be biased.
-        margin = high - low
-        loss.value_range = (scale * (low - margin), scale * (high + margin))
+        loss.value_range = (scale * low, scale * high)
         # Nobody asks for V.
         loss.value_network.requires_grad_(False)
         evaluators.append(Agent(spaces, config, normalizers=normalizers, loss=loss, seed=seed))
