@@ -356,8 +356,11 @@ def learn(name: str, method: str, seeds: Sequence[int], file: Path) -> dict[int,
 
     def evaluate(step: int, policies: Mapping[int, Act]) -> None:
         for seed, act in policies.items():
-            row = rows.setdefault(seed, {"curve": []})
             returns = [episode.total for episode in rollouts(problem.act(act), problem.env, starts)]
+            if not np.isfinite(returns).all():
+                # Peers look at no losses: what they do shows it.
+                raise DivergenceError(f"returns not finite at step {step}")
+            row = rows.setdefault(seed, {"curve": []})
             row["curve"].append([step, statistics.mean(returns)])
             row["returns"] = returns
 
@@ -544,14 +547,23 @@ def probability_of_improvement(*scores: Array) -> Array:
 
 
 def shown(seeds: int) -> list[str]:
-    """Tasks of which some method has all seeds."""
-    return [task for task in SHOWN if any(scores_of(task, name, seeds) for name in METHODS)]
+    """Tasks of which some method has all seeds.
+
+    Raises:
+        ValueError: if rows of a task are of different datasets.
+    """
+    tasks = [task for task in SHOWN if any(scores_of(task, name, seeds) for name in METHODS)]
+    for task in tasks:
+        digests = {row["dataset_sha256"] for name in METHODS for row in rows_of(task, name).values()}
+        if len(digests) > 1:
+            raise ValueError(f"rows of {task} are of {len(digests)} datasets: train all of them on one")
+    return tasks
 
 
 def interquartile_table(seeds: int) -> Iterator[str]:
-    """A row a peer, a column a task: interquartile means over seeds; and over the tasks that all of them have."""
+    """A row a peer, a column a task: interquartile means over seeds; and over all tasks of continuous actions."""
     tasks = shown(seeds)
-    shared = [task for task in tasks if TASKS[task].comparable and not TASKS[task].discrete]
+    shared = [task for task in tasks if not TASKS[task].discrete]
     heads = [f"{task} ({TASKS[task].n_steps:,} steps)" for task in tasks]
     yield f"| | {' | '.join(heads)} | {', '.join(shared)} |"
     yield f"| --- |{' --- |' * (len(tasks) + 1)}"
@@ -626,11 +638,15 @@ def draw(file: Path, seeds: int) -> None:
         for name, colour in colours.items():
             curves = [row["curve"] for row in rows_of(task, name).values()]
             if curves:
-                steps = [step for step, _ in curves[0]]
-                values = np.array([[value for _, value in curve] for curve in curves])
+                steps = [TASKS[task].n_steps // EVALUATIONS * evaluation for evaluation in range(1, EVALUATIONS + 1)]
+                # One that diverged stays where it was last seen.
+                last = [[curve[-1]] * (EVALUATIONS - len(curve)) for curve in curves]
+                values = np.array(
+                    [[value for _, value in curve + more] for curve, more in zip(curves, last, strict=True)]
+                )
                 axis.plot(steps, values.mean(0), color=colour, label=name)
                 axis.fill_between(steps, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
-    continuous = [task for task in tasks if TASKS[task].comparable and not TASKS[task].discrete]
+    continuous = [task for task in tasks if not TASKS[task].discrete]
     matrices = {name: matrix(name, continuous, seeds) for name in PEERS}
     whole = {name: each for name, each in matrices.items() if each is not None}
     thresholds = np.linspace(0.0, 110.0, 56)
