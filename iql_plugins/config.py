@@ -42,8 +42,6 @@ _NAME = Range("a name", lambda value: isinstance(value, str))
 _OPTIONS = Range("a mapping", lambda value: isinstance(value, Mapping))
 _NONE = Range("None", lambda value: value is None)
 _RETURN_RANGE = Range("'return_range'", lambda value: isinstance(value, str) and value == "return_range")
-# A bool or a string is no scale, whatever it compares with.
-_SCALE = Range(POSITIVE.words, lambda value: isinstance(value, int | float) and POSITIVE.holds(value))
 
 
 def _declared(default: Any, valid: Range, home: Home, description: str) -> Any:
@@ -77,8 +75,8 @@ class IQLConfig:
         3.0,
         TEMPERATURE | AUTOMATIC,
         "loss",
-        "inverse temperature β >= 0, relative to the scale of returns; 0 is behaviour cloning. auto moves it until 0.7 "
-        "of a batch, or another share, is its effective sample size. Sparse, exponential and ddpg_bc do without.",
+        "inverse temperature β >= 0, relative to the scale of returns; 0 is behaviour cloning. auto moves it until the "
+        "effective sample size is 0.7 of a batch, auto_0.5 0.5. Sparse, exponential and ddpg_bc do without.",
     )
     max_weight: float = _declared(100.0, POSITIVE, "loss", "the largest weight of an action in the policy's loss.")
     loss_function: LossFunction = _declared(
@@ -115,6 +113,9 @@ class IQLConfig:
     )
     critic_layer_norm: bool = _declared(
         False, FLAG, "networks", "whether LayerNorm comes before each activation of the critics and of V."
+    )
+    value_layer_norm: bool | None = _declared(
+        None, FLAG | _NONE, "networks", "whether it comes before each activation of V; None for critic_layer_norm."
     )
     actor_dropout: float = _declared(
         0.0, PROBABILITY, "networks", "probability of dropping a hidden unit of the actor while it trains."
@@ -154,7 +155,7 @@ class IQLConfig:
     )
     reward_scale: float | Literal["return_range"] = _declared(
         1.0,
-        _SCALE | _RETURN_RANGE,
+        POSITIVE | _RETURN_RANGE,
         "data",
         'factor of rewards, or "return_range": 1000 over the range of the dataset\'s returns.',
     )
@@ -212,12 +213,19 @@ class IQLConfig:
         own = self.actor_hidden_sizes if role == "actor" else self.critic_hidden_sizes
         return self.hidden_sizes if own is None else own
 
+    def layer_norm_of(self, role: Role) -> bool:
+        """Whether a network has LayerNorm; V has it as the critics do, unless it is said of V."""
+        if role == "actor":
+            return self.actor_layer_norm
+        own = self.value_layer_norm if role == "value" else None
+        return self.critic_layer_norm if own is None else own
+
     def network(self, role: Role) -> dict[str, Any]:
         """The arguments of a builder of :mod:`iql_plugins.networks`; ``networks_for`` takes the actor's dropout."""
         options = {
             "hidden_sizes": self.sizes_of(role),
             "activation": ACTIVATIONS[self.activation],
-            "layer_norm": self.actor_layer_norm if role == "actor" else self.critic_layer_norm,
+            "layer_norm": self.layer_norm_of(role),
             "initialization": self.initialization,
         }
         return options | ({"dropout": self.value_dropout} if role == "value" else {})
@@ -288,19 +296,33 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 _IVR_ANTMAZE = dict.fromkeys(("actor_learning_rate", "critic_learning_rate", "value_learning_rate"), 2e-4)
-#: What the authors of a value objective change of a preset: IVR's configurations and scripts for "sparse" and
-#: "exponential", XQL's (``offline/reproduce``, the consistent ones) for "gumbel".
-OF_OBJECTIVES: Mapping[tuple[str, str], Mapping[str, Any]] = MappingProxyType(
+#: What the authors of a value objective change of a preset: the configurations and scripts of github.com/ryanxhr/IVR
+#: for "sparse" and "exponential", those of github.com/Div99/XQL (``offline/reproduce``, the consistent ones) for
+#: "gumbel". Under ``""`` what they have everywhere; of the other presets they have no numbers.
+OF_OBJECTIVES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
-        ("locomotion", "gumbel"): {"objective_options": {"loss_temperature": 2.0}},
-        ("antmaze", "gumbel"): {"objective_options": {"loss_temperature": 0.6}, "actor_schedule": "constant"},
-        ("kitchen", "gumbel"): {"objective_options": {"loss_temperature": 5.0}},
-        ("locomotion", "sparse"): {"objective_options": {"alpha": 1.0}},
-        ("antmaze", "sparse"): {"objective_options": {"alpha": 0.1}, **_IVR_ANTMAZE},
-        ("kitchen", "sparse"): {"objective_options": {"alpha": 0.5}},
-        ("locomotion", "exponential"): {"objective_options": {"alpha": 2.0}},
-        ("antmaze", "exponential"): {"objective_options": {"alpha": 0.5}, **_IVR_ANTMAZE},
-        ("kitchen", "exponential"): {"objective_options": {"alpha": 2.0}},
+        "gumbel": {
+            "": {"value_layer_norm": True},
+            "locomotion": {"objective_options": {"loss_temperature": 2.0}},
+            "antmaze": {"objective_options": {"loss_temperature": 0.6}, "actor_schedule": "constant"},
+            "antmaze-finetune": {"objective_options": {"loss_temperature": 0.6}},
+            "kitchen": {"objective_options": {"loss_temperature": 5.0}},
+            "adroit": {"objective_options": {"loss_temperature": 5.0}},
+        },
+        "sparse": {
+            "": {"value_layer_norm": True},
+            "locomotion": {"objective_options": {"alpha": 1.0}},
+            "antmaze": {"objective_options": {"alpha": 0.1}, **_IVR_ANTMAZE},
+            "antmaze-finetune": {"objective_options": {"alpha": 0.1}, **_IVR_ANTMAZE},
+            "kitchen": {"objective_options": {"alpha": 0.5}},
+        },
+        "exponential": {
+            "": {"value_layer_norm": True},
+            "locomotion": {"objective_options": {"alpha": 2.0}},
+            "antmaze": {"objective_options": {"alpha": 0.5}, **_IVR_ANTMAZE},
+            "antmaze-finetune": {"objective_options": {"alpha": 0.5}, **_IVR_ANTMAZE},
+            "kitchen": {"objective_options": {"alpha": 2.0}},
+        },
     }
 )
 
@@ -319,10 +341,11 @@ def preset(name: str, **changes: Any) -> IQLConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    of_objective = OF_OBJECTIVES.get((name, changes.get("value_objective", "")), {})
-    if of_objective and "objective_options" in changes:
-        changes["objective_options"] = {**of_objective["objective_options"], **changes["objective_options"]}
-    return IQLConfig().replace(**{**PRESETS[name], **of_objective, **changes})
+    of_objective = OF_OBJECTIVES.get(changes.get("value_objective", ""), {})
+    own = {**of_objective.get("", {}), **of_objective.get(name, {})}
+    if "objective_options" in changes:
+        changes["objective_options"] = {**own.get("objective_options", {}), **changes["objective_options"]}
+    return IQLConfig().replace(**{**PRESETS[name], **own, **changes})
 
 
 def _check_names(changes: Mapping[str, Any]) -> None:

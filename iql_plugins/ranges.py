@@ -80,16 +80,21 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _number(words: str, holds: Callable[[Any], bool], hint: str = "") -> Range:
+    """A range that True and False are not in, which compare with numbers."""
+    return Range(words, lambda value: not isinstance(value, bool) and holds(value), hint)
+
+
 COUNT = Range("an integer >= 1", _is_count)
 COUNTS = Range("a tuple of integers >= 1", lambda v: isinstance(v, list | tuple) and all(map(_is_count, v)))
 FLAG = Range("True or False", lambda v: isinstance(v, bool))
-FINITE = Range("a finite number", lambda v: math.isfinite(v))
-POSITIVE = Range("a finite number > 0", lambda v: 0.0 < v < math.inf)
-NON_NEGATIVE = Range("a finite number >= 0", lambda v: 0.0 <= v < math.inf)
-SHARE = Range("in [0, 1]", lambda v: 0.0 <= v <= 1.0)
-PROBABILITY = Range("in [0, 1)", lambda v: 0.0 <= v < 1.0)
-QUANTILE = Range("in (0, 1)", lambda v: 0.0 < v < 1.0)
-EXPECTILE = Range("in (0, 1]", lambda v: 0.0 < v <= 1.0, "; the paper uses 0.7 to 0.9")
+FINITE = _number("a finite number", lambda v: math.isfinite(v))
+POSITIVE = _number("a finite number > 0", lambda v: 0.0 < v < math.inf)
+NON_NEGATIVE = _number("a finite number >= 0", lambda v: 0.0 <= v < math.inf)
+SHARE = _number("in [0, 1]", lambda v: 0.0 <= v <= 1.0)
+PROBABILITY = _number("in [0, 1)", lambda v: 0.0 <= v < 1.0)
+QUANTILE = _number("in (0, 1)", lambda v: 0.0 < v < 1.0)
+EXPECTILE = _number("in (0, 1]", lambda v: 0.0 < v <= 1.0, "; the paper uses 0.7 to 0.9")
 TEMPERATURE = Range(
     "a finite number >= 0 (it is the inverse temperature beta: 0 is behaviour cloning, 3 and 10 are the paper's)",
     NON_NEGATIVE.holds,

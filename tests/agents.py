@@ -41,6 +41,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "activation": "gelu",
         "actor_layer_norm": True,
         "critic_layer_norm": True,
+        "value_layer_norm": True,
         "value_dropout": 0.5,
         "initialization": "torch",
     }.items()

@@ -6,6 +6,7 @@ import functools
 import inspect
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
@@ -32,6 +33,7 @@ from iql_plugins import checkpoint
 from iql_plugins.config import IQLConfig as Hyperparameters
 from iql_plugins.config import hyperparameters
 from iql_plugins.data.intake import check_columns
+from iql_plugins.losses.functional import Health
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
 from iql_plugins.training import distributed
 from iql_plugins.training.agent import Agent
@@ -92,6 +94,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         activation: what comes behind each hidden layer.
         actor_layer_norm: whether LayerNorm comes before each activation of the policy.
         critic_layer_norm: whether LayerNorm comes before each activation of the critics and of V.
+        value_layer_norm: whether it comes before each activation of V; None for ``critic_layer_norm``.
         value_dropout: probability of dropping a hidden unit of V in V's own loss.
         initialization: ``"orthogonal"``, the authors', or ``"torch"``.
         actor_schedule_steps: steps in which the policy's rate falls to 0 along half a cosine, and stays there; None
@@ -133,6 +136,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
     critic_layer_norm: bool = False
     value_dropout: float = 0.0
     initialization: str = "orthogonal"
+    value_layer_norm: Optional[bool] = None  # noqa: UP045
 
     def __post_init__(self) -> None:
         self.hyperparameters()
@@ -163,8 +167,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
             alike = {name: getattr(self, theirs) for name, theirs in named(type(self)).items()}
             return base.replace(**{**alike, **differing})
         except ValueError as error:
-            name, _, expected = str(error).partition(" ")
-            raise ValueError(f"{_D3RLPY_NAMES.get(name, name)} {expected}") from error
+            raise ValueError(re.sub(r"^\w+", lambda name: _D3RLPY_NAMES.get(name[0], name[0]), str(error))) from error
 
 
 def named(config: type[BaseIQLConfig]) -> dict[str, str]:
@@ -259,6 +262,9 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
     def fitter(self, dataset: Any, *args: Any, **options: Any) -> Any:
         """As d3rlpy's, but that mini-batches come from contiguous arrays if they are the same ones.
 
+        Beside the losses, the health of each epoch's last batch is logged
+        (:class:`~iql_plugins.losses.functional.Health`), as ``temperature`` and ``effective_sample_size`` are.
+
         With ``enable_ddp``, each process then draws from its own share of the transitions. Evaluators are given the
         dataset itself.
 
@@ -276,11 +282,17 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
             fast = copy.copy(fast)
             fast.draw = draw_share
         given = inspect.signature(super().fitter).bind(fast, *args, **options)
-        given.arguments["epoch_callback"] = functools.partial(_after_epoch, given.arguments.get("epoch_callback"))
-        if evaluators := given.arguments.get("evaluators"):
-            given.arguments["evaluators"] = {
-                name: functools.partial(_evaluate, evaluator, dataset) for name, evaluator in evaluators.items()
-            }
+        health: dict[str, float] = {}
+        callback = given.arguments.get("epoch_callback")
+        given.arguments["epoch_callback"] = functools.partial(_after_epoch, callback, health)
+        # What evaluators return is logged, and nothing else that is not of each step.
+        given.arguments["evaluators"] = {
+            **{name: functools.partial(_logged, health, name) for name in Health._fields},
+            **{
+                name: functools.partial(_evaluate, evaluator, dataset)
+                for name, evaluator in (given.arguments.get("evaluators") or {}).items()
+            },
+        }
         return super().fitter(*given.args, **given.kwargs)
 
     def fit_online(self, env: Any, buffer: Any = None, *args: Any, **options: Any) -> None:
@@ -409,9 +421,13 @@ def _evaluate(evaluator: Any, dataset: Any, algorithm: Any, _: Any) -> Any:
     return evaluator(algorithm, dataset)
 
 
-def _after_epoch(callback: Any, algorithm: Any, epoch: int, total_step: int) -> None:
-    """Before d3rlpy saves the model."""
-    implementation(algorithm).agent.learner.check_finite()
+def _logged(values: Mapping[str, float], name: str, *_: Any) -> float:
+    return values[name]
+
+
+def _after_epoch(callback: Any, health: dict[str, float], algorithm: Any, epoch: int, total_step: int) -> None:
+    """Before d3rlpy logs what evaluators say, and saves the model."""
+    health.update(implementation(algorithm).agent.learner.metrics())
     if callback is not None:
         callback(algorithm, epoch, total_step)
 

@@ -143,6 +143,7 @@ class IQLPolicy(Loaded, BasePolicy):
         critic_hidden_sizes: its ``qf``.
         actor_layer_norm: whether LayerNorm comes before each activation of the actor.
         critic_layer_norm: whether LayerNorm comes before each activation of the critics and of V.
+        value_layer_norm: whether it comes before each activation of V; None for ``critic_layer_norm``.
         value_dropout: probability of dropping a hidden unit of V in V's own loss.
         initialization: of the perceptrons, ``"orthogonal"`` or ``"torch"``.
 
@@ -191,6 +192,7 @@ class IQLPolicy(Loaded, BasePolicy):
         critic_layer_norm: bool = False,
         value_dropout: float = 0.0,
         initialization: Initialization = "orthogonal",
+        value_layer_norm: bool | None = None,
     ) -> None:
         if use_sde:
             raise ValueError(NO_EXPLORATION)
@@ -220,6 +222,7 @@ class IQLPolicy(Loaded, BasePolicy):
             "critic_hidden_sizes": critic_hidden_sizes,
             "actor_layer_norm": actor_layer_norm,
             "critic_layer_norm": critic_layer_norm,
+            "value_layer_norm": value_layer_norm,
             "value_dropout": value_dropout,
             "initialization": initialization,
         }

@@ -95,7 +95,7 @@ def quantile_loss(diff: Tensor, quantile: float) -> Tensor:
     .. math:: |\tau - \mathbb{1}(u < 0)|\, |u|
 
     Koenker and Bassett 1978, with :math:`u = Q(s, a) - V(s)`. IDQL (Hansen-Estruch et al. 2023, arXiv:2304.10573)
-    compares it with the expectile: ``jaxrl5/agents/ddpm_iql/ddpm_iql_learner.py``, lines 20 to 22, of
+    compares it with the expectile: ``jaxrl5/agents/ddpm_iql/ddpm_iql_learner.py``, lines 21 to 23, of
     github.com/philippe-eecs/IDQL.
 
     >>> quantile_loss(torch.tensor([2.0, -2.0]), quantile=0.75)  # V too low by 2, V too high by 2

@@ -109,12 +109,17 @@ class ValueObjective:
         loss: ``[*B]`` of V, per sample.
         weight: ``[*B]`` of the action in a policy extraction that weighs actions; without gradient.
         options: by name.
+        remedy: what keeps V from growing by the errors of Q, as advice to a user whose values diverge; hyper-parameters
+            are in backticks.
+        softened_by: the option that makes the weights of actions more equal as it grows, if there is one.
     """
 
     name: str
     loss: Callable[[Quantities], Tensor]
     weight: Callable[[Quantities], Tensor]
     options: Mapping[str, Option] = field(default_factory=dict)
+    remedy: str = "a lower `discount` or `critic_learning_rate`"
+    softened_by: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,14 +183,21 @@ def _ddpg_bc(of: Quantities) -> Tensor:
 
 Objective = ValueObjective | PolicyExtraction
 _Kind = TypeVar("_Kind", ValueObjective, PolicyExtraction)
+_LARGER_ALPHA = "a larger alpha among the `objective_options`, or a lower `discount` or `critic_learning_rate`"
 #: The entries that need no plugin.
 SHIPPED = (
-    ValueObjective("expectile", _expectile_regression, exponential_weight),
+    ValueObjective(
+        "expectile",
+        _expectile_regression,
+        exponential_weight,
+        remedy="a lower `expectile`, `discount` or `critic_learning_rate`",
+    ),
     ValueObjective(
         "quantile",
         _quantile_regression,
         exponential_weight,
         {"quantile": Option(0.7, QUANTILE, "τ of the returns that V is, in (0, 1).")},
+        "a lower quantile among the `objective_options`, `discount` or `critic_learning_rate`",
     ),
     ValueObjective(
         "gumbel",
@@ -195,18 +207,22 @@ SHIPPED = (
             "loss_temperature": Option(1.0, POSITIVE, "β > 0 of V, in return units; small, V is close to the maximum."),
             "max_clip": Option(7.0, POSITIVE, "the largest exponent, advantage / loss_temperature, that counts."),
         },
+        "a larger loss_temperature or a smaller max_clip among the `objective_options`, or `value_layer_norm`",
     ),
     ValueObjective(
         "sparse",
         _sparse_regression,
         _sparse_weight,
         {"alpha": Option(1.0, POSITIVE, "α > 0, in return units; small, V is close to the maximum.")},
+        _LARGER_ALPHA,
     ),
     ValueObjective(
         "exponential",
         _exponential_regression,
         _sharp_exponential_weight,
         {"alpha": Option(2.0, POSITIVE, "α > 0, in return units; small, V is close to the maximum.")},
+        _LARGER_ALPHA,
+        softened_by="alpha",
     ),
     PolicyExtraction(
         "awr",

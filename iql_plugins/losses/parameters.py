@@ -17,6 +17,7 @@ __all__ = ["LossParameters"]
 NETWORKS = ("actor_network", "value_network", "qvalue_network")
 #: The name of the value estimator among the modules, and in ``state_dict()``.
 ESTIMATOR = "_value_estimator"
+_TEMPERATURE = "automatic_temperature.log_value"
 
 
 class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
@@ -381,9 +382,10 @@ def _raise_differences(what: str, own: Mapping[str, Any], given: Mapping[str, An
     """Raises ``RuntimeError`` that lists missing and unexpected names (if ``strict``) and differing shapes."""
     problems = []
     if strict and (missing := own.keys() - given.keys()):
-        problems.append(f"it has no {', '.join(sorted(missing))}")
+        hint = " (saved with a number for a temperature: set it first)" if _TEMPERATURE in missing else ""
+        problems.append(f"it has no {', '.join(sorted(missing))}{hint}")
     if strict and (unexpected := given.keys() - own.keys()):
-        hint = ""
+        hint = " (saved with an automatic temperature: set it to 'auto' first)" if _TEMPERATURE in unexpected else ""
         if any(key.startswith(ESTIMATOR) for key in unexpected):
             hint = " (saved with another value estimator: call make_value_estimator first)"
         problems.append(f"it has unexpected {', '.join(sorted(unexpected))}{hint}")

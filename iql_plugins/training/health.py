@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from iql_plugins.losses.objectives import reads_temperature
+from iql_plugins.losses.objectives import policy_extraction, reads_temperature, value_objective
 
 __all__ = ["HealthWarning", "Looks", "health_warnings"]
 
@@ -91,8 +91,9 @@ def health_warnings(
     ``equal-weights``         the weights differ by less than a tenth: it is behaviour cloning
     ========================= ==================================================================
 
-    The last three are of the weights in the last quarter, where a policy is learned by weights of the temperature, and
-    that is not 0. Each is told if it is beyond the noise from batch to batch, and from 5 looks on (20 for the second).
+    The last three are of the weights in the last quarter, where a policy is learned by weights of a temperature that is
+    not 0, or of an option that does the same. Each is told if it is beyond the noise from batch to batch, and from 5
+    looks on (20 for the second).
 
     >>> from iql_plugins.config import IQLConfig
     >>> looks = [{"step": step, "mean_value": -0.1 * step, "mean_qvalue": -5.0} for step in range(100)]
@@ -114,8 +115,8 @@ def health_warnings(
     # Values that no rewards explain need no more steps.
     unsettled = None if found else _unsettled_values(looks, of.value_objective)
     found += [] if unsettled is None else [unsettled]
-    if reads_temperature(of.value_objective, of.policy_extraction) and of.temperature != 0.0:
-        found += _of_weights(looks, of.temperature, of.objective_options.get("noise_threshold", 0.0))
+    if (advice := _of_sharpness(of)) is not None:
+        found += _of_weights(looks, *advice, of.objective_options.get("noise_threshold", 0.0))
     return found
 
 
@@ -156,18 +157,7 @@ def _diverged_values(looks: Sequence[Look], objective: str, low: float, high: fl
 
 def _diverged(found: str, objective: str) -> HealthWarning:
     because = "because errors of Q have been learned from as if they were rewards"
-    return HealthWarning("diverged-values", found, f"try {_calmer(objective)}, {because}")
-
-
-def _calmer(objective: str) -> str:
-    """What keeps V from growing by the errors of Q."""
-    if objective == "gumbel":
-        return "a larger loss_temperature or a smaller max_clip among the `objective_options`, or `critic_layer_norm`"
-    if objective == "expectile":
-        return "a lower `expectile`, `discount` or `critic_learning_rate`"
-    own = {"sparse": "a larger alpha", "exponential": "a larger alpha", "quantile": "a lower quantile"}.get(objective)
-    option = f"{own} among the `objective_options`, or " if own else ""
-    return f"{option}a lower `discount` or `critic_learning_rate`"
+    return HealthWarning("diverged-values", found, f"try {value_objective(objective).remedy}, {because}")
 
 
 def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | None:
@@ -183,54 +173,68 @@ def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | 
             moved.append(f"{name} {medians[2]:.3g} to {medians[3]:.3g}")
     if not moved:
         return None
-    if objective == "expectile":
-        lower = "a lower `expectile` or `discount`, because both decide"
-    else:
-        lower = f"{_calmer(objective)}, because these decide"
     return HealthWarning(
         "unsettled-values",
         f"values had not settled from the third to the last quarter of the training: {', '.join(moved)}",
         "try more `n_steps`, because V and Q do not yet know what the states are worth; if they never settle, "
-        f"{lower} how far values can grow",
+        f"{value_objective(objective).remedy}, because these decide how far values can grow",
     )
 
 
-def _of_weights(looks: Sequence[Look], temperature: float | str, threshold: float) -> Iterator[HealthWarning]:
+def _of_sharpness(of: Weighted) -> tuple[str, str] | None:
+    """What makes the weights of actions more equal, and what less; None where nobody says so."""
+    if not policy_extraction(of.policy_extraction).weighs or of.temperature == 0.0:
+        return None
+    if not reads_temperature(of.value_objective, of.policy_extraction):
+        option = value_objective(of.value_objective).softened_by
+        return (
+            None
+            if option is None
+            else (
+                f"try a larger {option} among the `objective_options`, or smaller rewards (`reward_scale`)",
+                f"try a smaller {option} among the `objective_options`, or larger rewards (`reward_scale`)",
+            )
+        )
+    if isinstance(of.temperature, str):
+        return (
+            f"try a higher target than `temperature` {of.temperature} has, or more `n_steps` to reach it in",
+            f"try more `n_steps`, because `temperature` {of.temperature} is far from its target",
+        )
+    return (
+        f"try a `temperature` below {of.temperature:g}, or auto, or smaller rewards (`reward_scale`)",
+        f"try a `temperature` above {of.temperature:g}, or auto, or larger rewards (`reward_scale`)",
+    )
+
+
+def _of_weights(looks: Sequence[Look], softer: str, sharper: str, threshold: float) -> Iterator[HealthWarning]:
     """What has no end of five looks is NaN, and beyond no limit."""
     effective, effective_error = _end(looks, "effective_sample_size")
     clipped, clipped_error = _end(looks, "share_at_max_weight")
     signal, signal_error = _end(looks, "signal_to_noise")
-    if isinstance(temperature, str):
-        lower = f"try a higher target than `temperature` {temperature} has, or more `n_steps` to reach it in, because"
-        higher = f"try more `n_steps`, because `temperature` {temperature} is far from its target, and"
-    else:
-        lower = f"try a `temperature` below {temperature:g}, or auto, or smaller rewards (`reward_scale`), because"
-        higher = f"try a `temperature` above {temperature:g}, or auto, or larger rewards (`reward_scale`), because"
     if effective + STANDARD_ERRORS * effective_error < FEWEST_EFFECTIVE_SAMPLES:
         found = f"the effective sample size was {effective:.2g} of a batch in the last quarter"
-        reason = "the few transitions with the largest exp(temperature × advantage) decided what the policy learned"
+        reason = "the few transitions with the largest weights decided what the policy learned"
+        noisy = softer
         # 0 is that of critics that do not differ.
-        noisy = lower
         if signal > 0.0 and signal + STANDARD_ERRORS * signal_error < LEAST_SIGNAL:
             found += f", and advantages spread only {signal:.2g} times as far as the critics disagree"
-            larger = f"noise_threshold {2.0 * (threshold or 1.0):g} among the `objective_options`"
-            noisy = lower.replace("because", f"or {larger}, because")
+            noisy += f", or noise_threshold {2.0 * (threshold or 1.0):g} among the `objective_options`"
             reason += ", and these are the critics' errors as much as good actions"
-        yield HealthWarning("few-effective-samples", found, f"{noisy} {reason}")
+        yield HealthWarning("few-effective-samples", found, f"{noisy}, because {reason}")
     if clipped - STANDARD_ERRORS * clipped_error > MOST_AT_MAX_WEIGHT:
         yield HealthWarning(
             "clipped-weights",
             f"{clipped:.0%} of the weights were clipped at the largest one in the last quarter",
-            f"{lower} clipped weights no longer tell the best actions from good ones",
+            f"{softer}, because clipped weights no longer tell the best actions from good ones",
         )
     if effective - STANDARD_ERRORS * effective_error > MOST_EFFECTIVE_SAMPLES:
         if threshold:
-            higher = f"try a noise_threshold below {threshold:g} among the `objective_options`, because"
+            sharper = f"try a noise_threshold below {threshold:g} among the `objective_options`"
         yield HealthWarning(
             "equal-weights",
             f"all actions weighed about the same: the effective sample size was {effective:.3f} of a batch in the last "
             "quarter",
-            f"{higher} advantages this small make behaviour cloning of it",
+            f"{sharper}, because advantages this small make behaviour cloning of it",
         )
 
 

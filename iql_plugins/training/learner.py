@@ -14,6 +14,7 @@ from iql_plugins import _compat
 from iql_plugins.config import IQLConfig
 from iql_plugins.keys import flat_name
 from iql_plugins.losses.iql import IQLLoss
+from iql_plugins.losses.objectives import value_objective
 from iql_plugins.losses.targets import SoftUpdate
 from iql_plugins.networks import calls
 from iql_plugins.training.cuda_graph import CapturedStep
@@ -475,7 +476,8 @@ class Learner:
         if wrong := [name for name, value in read.items() if not math.isfinite(value)]:
             raise DivergenceError(
                 f"{', '.join(wrong)} not finite at step {self.step_count}: lower the learning rates, set "
-                "max_grad_norm, or look at the dataset with `iql-plugins inspect`"
+                f"max_grad_norm, try {value_objective(self.loss.value_objective).remedy}, or look at the dataset with "
+                "`iql-plugins inspect`"
             )
         return {name: read[name] for name in told}
 

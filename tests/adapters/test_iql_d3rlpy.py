@@ -80,6 +80,7 @@ from torch import nn
 import iql_d3rlpy
 from iql_d3rlpy import BoundedActionScaler, IQLConfig
 from iql_plugins.checkpoint import CheckpointError
+from iql_plugins.losses.functional import Health
 
 # torch deprecates TorchScript, which is d3rlpy's format.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -212,6 +213,11 @@ def test_a_discrete_algorithm_takes_no_action_scaler() -> None:
 def test_a_value_out_of_range_is_refused_by_d3rlpys_name(kind: str, field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field} must be"):
         config(kind, **{field: value})
+
+
+def test_an_automatic_temperature_that_nothing_reads_is_refused_by_d3rlpys_name(kind: str) -> None:
+    with pytest.raises(ValueError, match=r"^weight_temp='auto' does not go with 'expectile' and 'ddpg_bc'"):
+        config(kind, weight_temp="auto", policy_extraction="ddpg_bc")
 
 
 def test_an_expectile_of_one_is_for_continuous_actions_only() -> None:
@@ -506,7 +512,9 @@ def test_evaluators_loggers_and_callbacks(kind: str, tmp_path: Path, place: str)
     assert seen == [(1, 1), (1, 2), 1, (2, 3), (2, 4), 2]
     assert [epoch for epoch, _ in history] == [1, 2]
     losses = {"critic_loss", "q_loss", "v_loss", "actor_loss", "entropy"}
-    assert losses | set(evaluators) <= set(history[0][1])
+    assert losses | set(evaluators) | set(Health._fields) <= set(history[0][1])
+    assert history[1][1]["temperature"] == algorithm.config.weight_temp
+    assert 0.0 < history[1][1]["effective_sample_size"] <= 1.0
     assert all(np.isfinite(value) for value in history[1][1].values())
     files = set(os.listdir(tmp_path / "run"))
     assert {"params.json", "q_loss.csv", "td_error.csv", "model_2.d3", "model_4.d3"} <= files

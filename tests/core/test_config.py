@@ -24,6 +24,7 @@ from iql_plugins.config import PRESETS, IQLConfig, preset
         ("activation", "swish", "one of 'relu', .*'tanh'"),
         ("actor_layer_norm", 1, "True or False"),
         ("critic_layer_norm", "yes", "True or False"),
+        ("value_layer_norm", 0, "True or False or None"),
         ("value_dropout", 1.0, r"in \[0, 1\)"),
         ("initialization", "xavier", "one of 'orthogonal', 'torch'"),
         ("discount", 1.01, r"in \[0, 1\]"),
@@ -33,6 +34,8 @@ from iql_plugins.config import PRESETS, IQLConfig, preset
         ("temperature", -1.0, "a finite number >= 0"),
         ("temperature", "auto_1", "a finite number >= 0 .*or 'auto', or 'auto_0.5'"),
         ("temperature", "automatic", "a finite number >= 0 .*or 'auto', or 'auto_0.5'"),
+        ("temperature", True, "a finite number >= 0 .*or 'auto', or 'auto_0.5'"),
+        ("expectile", True, r"in \(0, 1\]"),
         ("temperature", "0.5", "a finite number >= 0 .*or 'auto', or 'auto_0.5'"),
         ("max_weight", math.inf, "a finite number > 0"),
         ("loss_function", "huber", "one of 'l1', 'l2', 'smooth_l1'"),
@@ -47,6 +50,7 @@ from iql_plugins.config import PRESETS, IQLConfig, preset
         ("normalize_observations", 1, "True or False"),
         ("clip_all_actions", "yes", "True or False"),
         ("reward_scale", 0.0, "a finite number > 0 or 'return_range'"),
+        ("reward_scale", True, "a finite number > 0 or 'return_range'"),
         ("reward_scale", "max", "a finite number > 0 or 'return_range'"),
         ("reward_shift", math.inf, "a finite number"),
         ("compile", True, "one of 'auto', 'yes', 'no'"),
@@ -107,12 +111,18 @@ def test_presets_are_those_of_their_sources(name: str) -> None:
 OF_OBJECTIVES: dict[tuple[str, str], tuple[dict[str, float], float, str]] = {
     ("locomotion", "gumbel"): ({"loss_temperature": 2.0}, 3e-4, "cosine"),
     ("antmaze", "gumbel"): ({"loss_temperature": 0.6}, 3e-4, "constant"),
+    ("antmaze-finetune", "gumbel"): ({"loss_temperature": 0.6}, 3e-4, "constant"),
     ("kitchen", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
+    ("adroit", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
+    ("maze2d", "gumbel"): ({}, 3e-4, "cosine"),
     ("locomotion", "sparse"): ({"alpha": 1.0}, 3e-4, "cosine"),
     ("antmaze", "sparse"): ({"alpha": 0.1}, 2e-4, "cosine"),
+    ("antmaze-finetune", "sparse"): ({"alpha": 0.1}, 2e-4, "constant"),
     ("kitchen", "sparse"): ({"alpha": 0.5}, 3e-4, "cosine"),
+    ("adroit", "sparse"): ({}, 3e-4, "cosine"),
     ("locomotion", "exponential"): ({"alpha": 2.0}, 3e-4, "cosine"),
     ("antmaze", "exponential"): ({"alpha": 0.5}, 2e-4, "cosine"),
+    ("antmaze-finetune", "exponential"): ({"alpha": 0.5}, 2e-4, "constant"),
     ("kitchen", "exponential"): ({"alpha": 2.0}, 3e-4, "cosine"),
 }
 
@@ -124,6 +134,7 @@ def test_a_preset_with_a_value_objective_is_that_of_its_authors(name: str, value
     assert config.objective_options == options
     assert {config.actor_learning_rate, config.critic_learning_rate, config.value_learning_rate} == {rate}
     assert config.actor_schedule == schedule
+    assert [config.layer_norm_of(role) for role in ("actor", "critic", "value")] == [False, False, True]
     others = preset(name).of()
     shared = {"expectile", "temperature", "actor_dropout", "reward_shift", "reward_scale", "batch_size", "polyak"}
     assert all(getattr(config, key) == others[key] for key in shared)

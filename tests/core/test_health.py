@@ -139,7 +139,7 @@ def test_values_within_what_rewards_come_to_or_the_noise_are_no_sign() -> None:
     ("objective", "option", "named"),
     [
         ("expectile", "a lower `expectile`", ["expectile", "discount", "critic_learning_rate"]),
-        ("gumbel", "a larger loss_temperature", ["objective_options", "critic_layer_norm"]),
+        ("gumbel", "a larger loss_temperature", ["objective_options", "value_layer_norm"]),
         ("sparse", "a larger alpha", ["objective_options", "discount", "critic_learning_rate"]),
         ("exponential", "a larger alpha", ["objective_options", "discount", "critic_learning_rate"]),
         ("quantile", "a lower quantile", ["objective_options", "discount", "critic_learning_rate"]),
@@ -227,6 +227,20 @@ def test_weights_that_no_temperature_makes_are_no_sign(code: str) -> None:
     assert codes(looks(**TRIPPED[code]), value_objective="sparse") == []
     assert codes(looks(**TRIPPED[code]), policy_extraction="ddpg_bc") == []
     assert codes(looks(**TRIPPED[code]), value_objective="gumbel") == [code]
+
+
+@pytest.mark.parametrize(
+    ("code", "advice"),
+    [
+        ("few-effective-samples", "try a larger alpha among the `objective_options`"),
+        ("clipped-weights", "try a larger alpha among the `objective_options`"),
+        ("equal-weights", "try a smaller alpha among the `objective_options`"),
+    ],
+)
+def test_weights_that_an_option_makes_are_told_that_option(code: str, advice: str) -> None:
+    (warning,) = warnings(looks(**TRIPPED[code]), value_objective="exponential")
+    assert (warning.code, warning.suggestion.split(", or")[0]) == (code, advice)
+    assert codes(looks(**TRIPPED[code]), value_objective="exponential", policy_extraction="ddpg_bc") == []
 
 
 # What a learner keeps

@@ -34,8 +34,11 @@ def test_only_an_automatic_temperature_has_a_state(kind: str) -> None:
     assert plain.inverse_temperature == 1.0
     assert automatic.inverse_temperature == 1.0
     assert not any(name.startswith("automatic") for name, _ in automatic.named_parameters())
-    for given, loss in ((automatic, plain), (plain, automatic)):
-        with pytest.raises(RuntimeError, match=NAME):
+    for given, loss, hint in (
+        (automatic, plain, "an automatic temperature: set it to 'auto' first"),
+        (plain, automatic, "a number for a temperature: set it first"),
+    ):
+        with pytest.raises(RuntimeError, match=rf"{NAME} \(saved with {hint}\)"):
             loss.load_state_dict(given.state_dict())
 
 
