@@ -327,7 +327,7 @@ PEERS = {
     "d3rlpy's IQL": Method(of_d3rlpy, discrete=False),
     "plain IQL": Method(plain, discrete=False),
 }
-#: Each changes one thing of IQL (tensor).
+#: Each changes one thing of IQL (tensor); an objective brings the options and the LayerNorm in V of its authors.
 VARIATIONS = {
     "raw observations": Method(changes={"normalize_observations": False}),
     "raw rewards": Method(changes={"reward_scale": 1.0}),
@@ -344,6 +344,11 @@ VARIATIONS = {
     "SQL": Method(changes={"value_objective": "sparse"}),
     "EQL": Method(changes={"value_objective": "exponential"}),
     "DDPG+BC": Method(changes={"policy_extraction": "ddpg_bc"}),
+    # Its source's for point mazes (OGBench's hyperparameters.sh); the default is its source's for ants.
+    "DDPG+BC, 0.003": Method(
+        changes={"policy_extraction": "ddpg_bc", "objective_options": {"bc_coefficient": 0.003}},
+        tasks=("pointmaze-umaze", "ogbench-pointmaze-navigate"),
+    ),
 }
 METHODS = {**PEERS, **VARIATIONS}
 
