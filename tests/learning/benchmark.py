@@ -449,7 +449,7 @@ def rows_of(task: str, method: str) -> dict[int, dict[str, Any]]:
         int(seed): row
         for seed, row in results_of(task).get(method, {}).items()
         # Hyper-parameters that came later have defaults that change nothing.
-        if all(config.get(key) == value for key, value in row["config"].items())
+        if IQLConfig().to_json() | row["config"] == config
     }
 
 
