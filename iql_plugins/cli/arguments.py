@@ -566,4 +566,6 @@ def _one_line(message: str) -> str:
     title, *rest = [section for section in sections if section] or ["the command line cannot be parsed"]
     text = rest[0] if rest else title
     text = text if text.startswith(title) else f"{title}: {text}"
+    # Objectives have the only option whose value is a mapping.
+    text = text.replace("Failed to parse key-value pairs!", "expected names and numbers, such as alpha 0.5")
     return f"{text.rstrip('.')} (see {PROGRAM} --help)"

@@ -167,6 +167,7 @@ def test_a_reader_that_goes_away_is_no_error_of_ours() -> None:
         ([], "which command"),
         (["fly"], "fly"),
         (["train", "--wings", "2"], "Unrecognized options: --wings, 2"),
+        (["train", "--objective-options", "alpha"], "--objective-options: expected names and numbers, such as alpha"),
         (["train", "--expectile", "high"], "--expectile"),
         (["train", "--expectile", "3"], "expectile must be in (0, 1], got 3.0"),
         (["train", "--preset", "moon"], "preset must be one of locomotion"),

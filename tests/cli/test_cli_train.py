@@ -906,6 +906,7 @@ OTHERS = {
     "reward_scale": 0.5,
     "seeds": [0],
     "spaces": Spaces(Box((3,)), Discrete(2)).to_json(),
+    "value_layer_norm": True,
     "value_objective": "sparse",
 }
 
