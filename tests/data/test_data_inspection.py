@@ -206,6 +206,72 @@ def test_ends_after_which_the_episode_goes_on() -> None:
     assert "1 of them terminated" in found.message
 
 
+def trajectories(parts: int = 10, steps: int = 1000, seed: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+    """A point that is pushed from goal to goal, by the columns of a file; ``goals`` are those of each step."""
+    random = np.random.default_rng(seed)
+    rows: list[tuple[Any, ...]] = []
+    for _ in range(parts):
+        place, velocity, goal = random.uniform(-2, 2, 2), np.zeros(2), random.uniform(-2, 2, 2)
+        for step in range(steps):
+            action = (goal - place - velocity + 0.5 * random.standard_normal(2)).clip(-1, 1)
+            state = np.concatenate([place, velocity])
+            velocity = 0.9 * velocity + 0.1 * action
+            place = place + 0.3 * velocity
+            reached = bool(np.linalg.norm(goal - place) < 0.2)
+            rows.append((state, np.concatenate([place, velocity]), goal, action, reached, step == steps - 1))
+            if reached:
+                goal = random.uniform(-2, 2, 2)
+    names = ("observations", "next_observations", "goals", "actions", "reached", "last")
+    return {name: np.array(column, np.float32) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+
+
+@pytest.mark.parametrize(("late", "found"), [(0, False), (1, True), (-1, True)])
+def test_features_across_goals_that_change_are_shifted_only_if_they_jump(late: int, found: bool) -> None:
+    """An episode that goes on from where the one before stopped, with a velocity that is noisy, but for its goal."""
+    columns = trajectories()
+    goals = np.roll(columns["goals"], late, 0)
+    done = columns["reached"] + columns["last"] > 0
+    columns = {
+        "observations": np.concatenate([columns["observations"], goals], 1),
+        "next_observations": np.concatenate(
+            [columns["next_observations"], np.where(done[:, None] & (late >= 0), goals, np.roll(goals, -1, 0))], 1
+        ),
+        "actions": columns["actions"],
+        "rewards": columns["reached"],
+        "terminals": np.zeros_like(done),
+        "timeouts": done,
+    }
+    data = load_dataset(columns)
+    assert ("shifted-features" in findings(data)) == found
+    if found:
+        assert findings(data)["shifted-features"].count == 2
+        assert ("late" in findings(data)["shifted-features"].message) == (late > 0)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "found"), [("of goals", False), ("a row late", True), ("all the same", True), ("of distances", True)]
+)
+def test_terminals_amid_trajectories_are_those_of_goals_or_too_many(rewards: str, found: bool) -> None:
+    """OGBench's masks end the bootstrap wherever a trajectory passes the task's goal."""
+    columns = trajectories()
+    distance = np.linalg.norm(columns["next_observations"][:, :2], axis=1)
+    reached = distance < 0.5
+    columns = {
+        "observations": columns["observations"],
+        "next_observations": columns["next_observations"],
+        "actions": columns["actions"],
+        "rewards": {
+            "of goals": reached - 1.0,
+            "a row late": np.roll(reached, 1) - 1.0,
+            "all the same": np.ones(len(reached)),
+            "of distances": -distance,
+        }[rewards],
+        "terminals": reached,
+        "timeouts": (columns["last"] > 0) & ~reached,
+    }
+    assert ("continued-episodes" in findings(load_dataset(columns))) == found
+
+
 def test_data_that_end_within_an_episode() -> None:
     found = findings(healthy()[:-3])["unfinished-episode"]
     assert (found.row, found.count) == (50, 1)

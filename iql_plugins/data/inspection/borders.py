@@ -60,8 +60,9 @@ def columns_across_borders(view: View) -> Iterator[Finding]:
     """Values that are nearer to those of the episode before, or after, than to their own's.
 
     Of each episode's first value, how near it is to the last of the one before, ranked among the last ones of all
-    others: for episodes that know nothing of each other every rank is as likely. Where they drift, or go on, ranks
-    are the same a row later and a row earlier; only what was shifted by a row across the border loses it there.
+    others: for episodes that know nothing of each other every rank is as likely. Where they drift, ranks are the same a
+    row later and a row earlier; only what was shifted by a row across the border loses it there. So does a velocity
+    where an episode goes on from where the one before stopped, at another goal: there, only a jump tells.
     """
     pairs = ((view.lengths[:-1] >= 3) & (view.lengths[1:] >= 3)).nonzero().squeeze(-1)
     if len(pairs) < _BORDERS - 1:
@@ -69,19 +70,27 @@ def columns_across_borders(view: View) -> Iterator[Finding]:
     many = min(len(pairs), _MOST_BORDERS)
     place = pairs[torch.arange(many, device="cpu") * len(pairs) // many]
     last, first = view.ends[place], view.starts[place + 1]
+    found: dict[int, Tensor] = {}
+    goes_on = False
+    if view.observations:
+        observations = Columns.observations(view)
+        found = _belonging(observations.at, first, last)
+        goes_on = _goes_on(observations, first, last, found[1] | found[-1])
+        if goes_on:
+            starts = view.starts[view.lengths >= 3]
+            found = {1: found[1] & _jumps(view, observations, starts), -1: torch.zeros_like(found[-1])}
+        cut = view.ends[view.cut & (view.lengths >= 3)]
+        # A cut comes at any step: what jumps in the last row is there a row early.
+        if len(cut) >= _BORDERS:
+            found[-1] |= _jumps(view, observations, cut - 1)
     columns: dict[str, tuple[NestedKey, Callable[[Tensor], Tensor]]] = {
         "actions": ("action", lambda rows: actions_at(view, rows)),
         "rewards": (REWARD, lambda rows: rewards_at(view, rows)),
     }
-    for noun, (key, at) in columns.items():
+    for noun, (key, at) in columns.items() if not goes_on else ():
         for rows, flags in _belonging(at, first, last).items():
             if bool(flags.any()):
                 yield shifted(noun, key, torch.tensor([rows], device="cpu"), flags)
-    if not view.observations:
-        return
-    observations = Columns.observations(view)
-    found = _belonging(observations.at, first, last)
-    found[-1] |= _early_features(view, observations)
     for rows, flags in found.items():
         if count := int(flags.sum()):
             yield Finding(
@@ -100,19 +109,21 @@ def _belonging(at: Callable[[Tensor], Tensor], first: Tensor, last: Tensor) -> d
     return {rows: (near > _NEAR) & (near - lost > _NO_LONGER_NEAR) for rows, lost in further.items()}
 
 
-def _early_features(view: View, observations: Columns) -> Tensor:
-    """``[features]``: whether the step to the last row of cut episodes is mostly one of the largest 1%.
+def _goes_on(observations: Columns, first: Tensor, last: Tensor, flags: Tensor) -> bool:
+    """Whether episodes begin where those before them stopped, in another feature than the flagged ones."""
+    followed = (observations.at(last, after=True) == observations.at(first)).double().mean(0) > 0.5
+    near = _nearness(observations.at(first), observations.at(last)) > _NEAR
+    return bool((followed & near & ~flags).any())
 
-    A cut comes at any step. What jumps in the last row of most episodes is there a row early.
-    """
-    last = view.ends[view.cut & (view.lengths >= 3)]
-    if len(last) < _BORDERS:
-        return torch.zeros(len(observations.names), dtype=torch.bool, device="cpu")
-    rows = torch.arange(4096, device="cpu") * len(view.dataset) // 4096
-    steps = (observations.at(rows, after=True) - observations.at(rows)).abs()
-    jumps = (observations.at(last) - observations.at(last - 1)).abs()
-    early: Tensor = (jumps > steps.quantile(0.99, dim=0)).double().mean(0) > 0.5
-    return early
+
+def _jumps(view: View, observations: Columns, rows: Tensor) -> Tensor:
+    """``[features]``: whether the step from these rows to the next ones is mostly larger than 99% of the others."""
+    others = torch.arange(4096, device="cpu") * len(view.dataset) // 4096
+    others = others[~torch.isin(others, rows)]
+    steps = (observations.at(others, after=True) - observations.at(others)).abs()
+    jumps = (observations.at(rows + 1) - observations.at(rows)).abs()
+    found: Tensor = (jumps > steps.quantile(0.99, dim=0)).double().mean(0) > 0.5
+    return found
 
 
 def _nearness(first: Tensor, last: Tensor) -> Tensor:

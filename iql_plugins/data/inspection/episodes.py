@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from iql_plugins.data.dataset import DONE, chunks, row_bytes
+from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, chunks, row_bytes
 from iql_plugins.data.inspection.view import Finding, View, different, finite, pairs, same
 from iql_plugins.keys import next_key, shown
 
@@ -252,12 +252,25 @@ def _continued(view: View) -> Tensor:
     return followed if ratios and sum(ratios) / len(ratios) < 2 * _SMOOTH else none
 
 
+def _at_goals(view: View) -> Tensor:
+    """Of each episode, whether it ended in the terminal state of a task that its trajectory goes on behind.
+
+    Where rewards were computed anew for a goal that trajectories pass (OGBench's masks), terminals mark the steps of a
+    reward that no other step has.
+    """
+    terminated = view.dataset.get(TERMINATED).reshape(-1).cpu()
+    if not 2 <= int(terminated.sum()) < len(terminated):
+        return torch.zeros_like(view.terminated)
+    reward = view.dataset.get(REWARD).reshape(-1).cpu()
+    return view.terminated & torch.equal(reward == reward[terminated][0], terminated)
+
+
 def continued_episodes(view: View) -> Iterator[Finding]:
     """Ends after which the episode goes on: its next observation is the next row's, and a step away.
 
     Two continuous states are not equal by chance, and a reset is no small step.
     """
-    continued = _continued(view)
+    continued = _continued(view) & ~_at_goals(view)
     if count := int(continued.sum()):
         terminals = int((continued & view.terminated).sum())
         yield Finding(
