@@ -1,6 +1,7 @@
 """The pictures of a run, of a dataset, and of a report."""
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,14 @@ __all__ = ["THEME", "Drawing", "Line", "dataset_page", "drawing", "key", "learni
 
 #: Rows of a dataset.
 MOST_DRAWN = 20_000
+#: Of a histogram; as many as the square root of the values where that is less, but for the second number.
+MOST_BINS, FEWEST_BINS = 50, 10
+#: Letters of a page's title that have room.
+MOST_LETTERS = 80
 #: Of observations whose principal components are taken.
 MOST_NUMBERS = 2**22
+#: What rows that are drawn stand for.
+SHARE = "share of transitions"
 COLORS = {"iql": "tab:blue", "bc": "tab:orange"}
 
 #: The colours of a report by name, on light and on dark ground. Those of runs stay apart for the colour-blind, have a
@@ -90,7 +97,7 @@ def learning_curve(settings: Settings, run: Path, outcomes: Sequence[Outcome], d
 def dataset_page(source: Dataset, spaces: Spaces | None, path: Path) -> None:
     """Draws a dataset: returns, lengths, rewards, actions against their bounds, and what observations cover.
 
-    Values that are not finite are left out. Of large datasets rows at equal distances are drawn.
+    Values that are not finite are left out. Of large datasets rows at equal distances are drawn, which the page says.
 
     Args:
         source: the dataset.
@@ -98,16 +105,18 @@ def dataset_page(source: Dataset, spaces: Spaces | None, path: Path) -> None:
         path: of the PNG.
     """
     figure: Any = imported("matplotlib.figure").Figure(figsize=(11, 6.5), layout="constrained")
-    figure.suptitle(f"{source.source}: {len(source.tensors):,} transitions")
     axes = figure.subplots(2, 3).flat
     returns = episode_returns(source.tensors).numpy()
+    name = source.source if len(source.source) <= MOST_LETTERS else f"…{source.source[1 - MOST_LETTERS :]}"
+    rows = _spread(len(source.tensors), MOST_DRAWN)
+    part = f"; below: {len(rows):,} of them, at equal distances" if len(rows) < len(source.tensors) else ""
+    figure.suptitle(f"{name}\n{len(returns):,} episodes, {len(source.tensors):,} transitions{part}", fontsize=11)
     _histogram(axes[0], returns, "return of an episode", "episodes")
     axes[1].plot(np.arange(len(returns)), returns, ".", markersize=3)
-    axes[1].set(xlabel="episode", ylabel="return", title="in the order of the data")
-    _histogram(axes[2], episode_lengths(source.tensors).numpy(), "length of an episode", "episodes")
-    rows = _spread(len(source.tensors), MOST_DRAWN)
-    _histogram(axes[3], _rows(source, REWARD, rows), "reward", "transitions")
-    _draw_actions(axes[4], _rows(source, "action", rows), spaces)
+    axes[1].set(xlabel="episode, in the order of the data", ylabel="return")
+    _histogram(axes[2], episode_lengths(source.tensors).numpy(), "length of an episode, in steps", "episodes")
+    _histogram(axes[3], _rows(source, REWARD, rows), "reward", SHARE)
+    _draw_actions(axes[4], source, rows, spaces)
     _draw_coverage(axes[5], source, rows)
     _write(figure, path)
 
@@ -281,34 +290,61 @@ def _rows(source: Dataset, key: NestedKey, rows: Tensor) -> Array:
 
 def _histogram(axes: Any, values: Array, name: str, counted: str) -> None:
     finite = values[np.isfinite(values)]
+    shares = np.full(len(finite), 1 / max(len(finite), 1)) if counted == SHARE else None
+    bins = _bins(finite)
+    _ticks(axes.xaxis, whole=not isinstance(bins, int))
     try:
-        axes.hist(finite, bins=50)
+        axes.hist(finite, bins=bins, weights=shares, edgecolor="white", linewidth=0.3)
     except ValueError:
         # So close together, or so far apart, that no number is between them.
         axes.text(0.5, 0.5, f"{finite.min():g} to {finite.max():g}", ha="center", transform=axes.transAxes)
+    _ticks(axes.yaxis, whole=counted != SHARE)
     axes.set(xlabel=name, ylabel=counted)
 
 
-def _draw_actions(axes: Any, actions: Array, spaces: Spaces | None) -> None:
+def _ticks(axis: Any, *, whole: bool) -> None:
+    """As many as have room; at whole numbers alone if these are counted, even where a single one is in sight."""
+    axis.get_major_locator().set_params(nbins=6, integer=whole, min_n_ticks=1 if whole else 2)
+
+
+def _bins(values: Array) -> int | Array:
+    """How many, or their edges where values are whole numbers: as many of these in each bin as in the others."""
+    most = min(MOST_BINS, max(FEWEST_BINS, math.ceil(len(values) ** 0.5)))
+    if len(values) == 0 or not np.array_equal(values, np.round(values)):
+        return most
+    width = np.ceil((values.max() - values.min() + 1) / most)
+    edges: Array = np.arange(values.min(), values.max() + width + 1, width) - 0.5
+    return edges
+
+
+def _draw_actions(axes: Any, source: Dataset, rows: Tensor, spaces: Spaces | None) -> None:
     space = None if spaces is None else spaces.action
-    if isinstance(space, Discrete) or np.array_equal(actions, np.round(actions)):
-        values, counts = np.unique(actions[np.isfinite(actions)], return_counts=True)
-        axes.bar(values, counts)
-        axes.set(xlabel="action", ylabel="transitions")
+    actions = _rows(source, "action", rows)
+    _ticks(axes.xaxis, whole=True)
+    if not source.tensors.get("action").is_floating_point():
+        values, counts = np.unique(actions, return_counts=True)
+        axes.bar(values, counts / len(actions))
+        axes.set(xlabel="action", ylabel=SHARE)
+        if isinstance(space, Discrete):
+            axes.set_xlim(space.start - 0.6, space.start + space.n - 0.4)
         return
     places = np.arange(actions.shape[1])
+    if isinstance(space, Box):
+        for bound, label in ((space.low, "bounds"), (space.high, None)):
+            if bound is not None:
+                axes.plot(places, np.broadcast_to(bound, places.shape), "r_", markersize=18, label=label)
     columns = {
         index: column[np.isfinite(column)] for index, column in enumerate(actions.T) if np.isfinite(column).any()
     }
     axes.boxplot([*columns.values()], positions=[*columns], whis=(1, 99), showfliers=False, manage_ticks=False)
-    for index, column in columns.items():
-        axes.plot([index, index], [column.min(), column.max()], "_", color="tab:blue")
-    if isinstance(space, Box):
-        for bound, label in ((space.low, "bounds"), (space.high, None)):
-            if bound is not None:
-                axes.plot(places, np.broadcast_to(bound, places.shape), "r_", markersize=12, label=label)
-        axes.legend()
-    axes.set(xlabel="component of the action", ylabel="1, 25, 50, 75, 99%; extremes")
+    for number, (index, column) in enumerate(columns.items()):
+        label = None if number else "extremes"
+        axes.plot([index, index], [column.min(), column.max()], "_", color="tab:blue", markeredgewidth=2, label=label)
+    if columns:
+        # Above the axes, where it hides nothing.
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False)
+    known = "" if isinstance(space, Box) and space.low is not None else "; bounds are not known"
+    axes.set(xlabel=f"component of the action{known}", ylabel="quartiles; 1% and 99%")
 
 
 def _draw_coverage(axes: Any, source: Dataset, rows: Tensor) -> None:
@@ -318,7 +354,7 @@ def _draw_coverage(axes: Any, source: Dataset, rows: Tensor) -> None:
     rows = rows[_spread(len(rows), max(2, MOST_NUMBERS // max(features, 1)))]
     values = np.concatenate([_rows(source, key, rows) for key in keys] or [np.zeros((len(rows), 0))], axis=1)
     values = values[np.isfinite(values).all(axis=1)]
-    axes.set(title="coverage of observations")
+    axes.set_title("coverage of observations,\nfirst ones dark, last ones light", fontsize="medium")
     if len(values) > 1:
         deviation = values.std(axis=0)
         values = (values - values.mean(axis=0))[:, deviation > 0] / deviation[deviation > 0]
@@ -328,7 +364,9 @@ def _draw_coverage(axes: Any, source: Dataset, rows: Tensor) -> None:
     _, scales, directions = np.linalg.svd(values, full_matrices=False)
     shares = scales**2 / np.sum(scales**2)
     places = values @ directions[:2].T
-    axes.scatter(*places.T, c=np.arange(len(places)), s=2, linewidths=0, cmap="viridis")
+    # In an order of chance: none of them hides all others.
+    order = np.random.default_rng(0).permutation(len(places))
+    axes.scatter(*places[order].T, c=order, s=2, linewidths=0, cmap="viridis")
     for axis, name in enumerate(("xlabel", "ylabel")):
         axes.set(**{name: f"principal component {axis + 1} ({shares[axis]:.0%})"})
 

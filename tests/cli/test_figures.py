@@ -70,7 +70,7 @@ def test_a_page_shows_returns_lengths_rewards_actions_and_coverage(drawn: Callab
     assert sum(bar.get_height() for bar in returns.patches) == 100
     assert len(order.lines[0].get_xdata()) == 100
     assert sum(bar.get_height() for bar in lengths.patches) == 100
-    assert sum(bar.get_height() for bar in rewards.patches) == 20_000
+    assert sum(bar.get_height() for bar in rewards.patches) == pytest.approx(1.0)
     # The bounds are drawn, and the extremes, which are the same here.
     bounds = [line.get_ydata()[0] for line in actions.lines if line.get_color() == "r"]
     assert bounds == [-2.0, 2.0]
@@ -83,7 +83,44 @@ def test_a_page_shows_returns_lengths_rewards_actions_and_coverage(drawn: Callab
 def test_discrete_actions_are_counted(spaces: Spaces | None, drawn: Callable[..., list[Axes]]) -> None:
     action = torch.tensor([0, 1, 1, 3] * 10).reshape(-1, 1)
     axes = drawn(dataset(action, torch.randn(40, 2)), spaces)
-    assert {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in axes[4].patches} == {0: 10, 1: 20, 3: 10}
+    assert {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in axes[4].patches} == {0: 0.25, 1: 0.5, 3: 0.25}
+    assert all(tick == int(tick) for tick in axes[4].get_xticks())
+    assert axes[4].get_xlim()[1] > 4 or spaces is None
+
+
+def test_a_part_of_the_rows_is_not_counted_as_all_of_them(
+    drawn: Callable[..., list[Axes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = dataset(torch.tensor([0, 1, 1, 1, 1] * 8).reshape(-1, 1), torch.randn(40, 2))
+    whole = drawn(source)
+    monkeypatch.setattr(figures, "MOST_DRAWN", 20)
+    part = drawn(source)
+    for axes in (whole, part):
+        assert axes[3].get_ylabel() == axes[4].get_ylabel() == "share of transitions"
+        assert [bar.get_height() for bar in axes[4].patches] == pytest.approx([0.2, 0.8], abs=0.05)
+    assert "4 episodes, 40 transitions" in whole[0].figure.get_suptitle()
+    assert whole[0].figure.get_suptitle().endswith("transitions")
+    assert part[0].figure.get_suptitle().endswith("20 of them, at equal distances")
+
+
+@pytest.mark.parametrize(
+    ("values", "edges"),
+    [
+        ([0, 1] * 20, [-0.5, 0.5, 1.5]),
+        ([1] * 5, [0.5, 1.5]),
+        (range(100), [*np.arange(-0.5, 100, 10)]),
+        ([*range(24), 25], [*np.arange(-0.5, 27, 3)]),
+    ],
+)
+def test_each_bin_holds_as_many_whole_numbers(values: Any, edges: list[float]) -> None:
+    assert figures._bins(np.array(values, float)).tolist() == pytest.approx(edges)
+    assert figures._bins(np.array(values) + 0.25) == figures.FEWEST_BINS
+
+
+def test_actions_at_the_bounds_alone_are_continuous(drawn: Callable[..., list[Axes]]) -> None:
+    actions = drawn(dataset(torch.tensor([[-1.0, 1.0]] * 40), torch.randn(40, 2)))[4]
+    assert actions.get_xlabel() == "component of the action; bounds are not known"
+    assert [text.get_text() for text in actions.get_legend().get_texts()] == ["extremes"]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +139,7 @@ def test_numbers_that_are_not_finite_are_left_out(run: Run, tmp_path: Path, draw
     for key in ("observation", "action", ("next", "reward")):
         source.tensors[key][3] = torch.nan
     axes = drawn(source)
-    assert sum(bar.get_height() for bar in axes[3].patches) == 39
+    assert sum(bar.get_height() for bar in axes[3].patches) == pytest.approx(1.0)
     assert axes[5].collections[0].get_offsets().shape == (39, 2)
 
 
