@@ -165,12 +165,12 @@ def _card(method: str, env: str | None, evaluation: Mapping[str, Any] | None, da
         task = "reinforcement-learning"
         result = {"task": {"type": task, "name": task}, "dataset": {"type": env, "name": env}, "metrics": [metric]}
         front["model-index"] = [{"name": method, "results": [result]}]
-        low, high = evaluation["confidence_95"]
         measured = (
             f"Mean return of {evaluation['n_eval_episodes']} episodes in `{env}`, which start from seeds 0 and up, by "
             f"the deterministic policy: **{shown(evaluation)}** (their standard deviation)."
         )
-        if low == low:
+        if evaluation["confidence_95"] is not None:
+            low, high = evaluation["confidence_95"]
             measured += f" The mean's 95% confidence interval is {low:.2f} to {high:.2f}."
         if "normalized_score" in evaluation:
             measured += f" D4RL's normalised score: {evaluation['normalized_score']:.1f}."

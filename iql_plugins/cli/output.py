@@ -59,22 +59,24 @@ def show(result: Result) -> None:
     sys.stdout.flush()
 
 
-def new_file(option: str, given: str, suffix: str) -> Path:
+def new_file(option: str, given: str, suffix: str | None) -> Path:
     """The path of a file that is to be written.
 
     Args:
         option: that it was given by, for errors.
         given: the path.
-        suffix: that it must have.
+        suffix: that it must have; None for any.
 
     Raises:
         UserError: for another suffix, a folder in its place, or one that it would be in and that is not there.
     """
     path = Path(given)
-    if path.suffix != suffix:
+    if suffix is not None and path.suffix != suffix:
         raise UserError(f"{option} must be a {suffix} file, got {given!r}")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"{option}: there is no folder {str(path.parent)!r}, or a folder in the place of {path.name!r}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option}: there is no folder {str(path.parent)!r} to write {path.name!r} to: make it first")
+    if path.is_dir():
+        raise UserError(f"{option} must be a file, got {given!r}, which is a folder: give a file in it, or another one")
     return path
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from iql_plugins.checkpoint import CheckpointError, new_folder, vacant
+from iql_plugins.checkpoint import CheckpointError, existing_parent, new_folder, vacant
 from iql_plugins.cli.arguments import Convert, Evaluate, Export
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.hub import evaluated, recorded, shown, write_folder
@@ -82,7 +82,7 @@ def evaluate(arguments: Evaluate) -> Result:
         document["video"] = str(video)
     rows = [
         ["mean return", f"{result.mean:.1f}"],
-        ["95% interval", f"{result.low:.1f} to {result.high:.1f}"],
+        ["95% interval", result.interval],
         ["smallest and largest", f"{min(returns):.1f} to {max(returns):.1f}"],
         ["mean length", f"{sum(lengths) / len(lengths):.1f}"],
     ]
@@ -99,10 +99,10 @@ def export(arguments: Export) -> Result:
     for name in ("env", "episodes"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} is of the hub's card; the format {arguments.format} has none")
-    agent = load_agent(arguments.policy, arguments.adapter, arguments.trust_pickle)
     source = Path(arguments.policy)
     default = (source / POLICY if source.is_dir() else source).with_suffix(SUFFIXES[arguments.format])
-    output = default if arguments.output is None else Path(arguments.output)
+    output = default if arguments.output is None else new_file("--output", arguments.output, None)
+    agent = load_agent(arguments.policy, arguments.adapter, arguments.trust_pickle)
     with mistakes(ImportError, OSError, ExportError):
         difference = export_policy(agent, output, arguments.format)
     document = {
@@ -122,7 +122,7 @@ def _export_to_hub(arguments: Export) -> Result:
     source = Path(arguments.policy)
     folder = (source if source.is_dir() else source.parent) / "hub" if arguments.output is None else arguments.output
     folder = Path(folder)
-    if not vacant(folder):
+    if not vacant(folder) or not existing_parent(folder).is_dir():
         raise UserError(f"{folder} must be a new or an empty folder")
     episodes = HUB_EPISODES if arguments.episodes is None else arguments.episodes
     if episodes < 1:

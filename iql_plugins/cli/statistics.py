@@ -31,9 +31,15 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def interval(self) -> str:
+        """For people."""
+        return "none of one episode" if math.isnan(self.low) else f"{self.low:.1f} to {self.high:.1f}"
+
     def as_dict(self, env: str | None) -> dict[str, Any]:
         """JSON values; with D4RL's normalised score if that is known for the environment."""
-        document: dict[str, Any] = {"mean_return": self.mean, "confidence_95": [self.low, self.high]}
+        interval = None if math.isnan(self.low) else [self.low, self.high]
+        document: dict[str, Any] = {"mean_return": self.mean, "confidence_95": interval}
         score = normalized_score(env, self.mean)
         return document if score is None else document | {"normalized_score": score}
 

@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from strangers import Entry, plugin, write_distribution
 
 from iql_plugins import data, plugins
-from iql_plugins.cli import COMMANDS, main, output
+from iql_plugins.cli import COMMANDS, label, listings, main, output, policies, report
 from iql_plugins.cli.reference_scores import normalized_score, reference
 from iql_plugins.cli.rollouts import LONGEST_EPISODE, environment_spaces, rollouts
 from iql_plugins.cli.statistics import estimate
@@ -465,7 +465,46 @@ def test_a_policy_is_evaluated(run: Run, policy: Path) -> None:
     assert low < document["mean_return"] < high
     again = json.loads(run("evaluate", policy, "--env", "Pendulum-v1", "--episodes", "2", "--seed", "1", "--json")[1])
     np.testing.assert_allclose(again["returns"], document["returns"][1:], rtol=1e-3)
-    assert "mean return" in run("evaluate", policy, "--env", "Pendulum-v1", "--episodes", "1")[1]
+
+
+def test_one_episode_has_no_interval(run: Run, policy: Path) -> None:
+    command = ("evaluate", policy, "--env", "Pendulum-v1", "--episodes", "1")
+    assert json.loads(run(*command, "--json")[1])["confidence_95"] is None
+    text = run(*command)[1]
+    assert "mean return" in text
+    assert "none of one episode" in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "name"),
+    [
+        (("evaluate", "POLICY", "--env", "Pendulum-v1"), "--video", "new.mp4"),
+        (("export", "POLICY"), "--output", "new.onnx"),
+        (("label", "POLICY", "pendulum-v1-sac"), "--output", "new.parquet"),
+        (("inspect", "pendulum-v1-sac"), "--plot", "new.png"),
+        (("report", "RUN"), "--output", "new.html"),
+    ],
+)
+def test_a_file_to_write_needs_a_folder_and_is_none(
+    command: tuple[str, ...], option: str, name: str, run: Run, policy: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """That is found before anything is read, or made."""
+    for module, reader in ((policies, "load_agent"), (label, "load_agent"), (listings, "read_dataset"),
+                           (report, "read_run")):  # fmt: skip
+        monkeypatch.setattr(module, reader, lambda *arguments, **options: pytest.fail("something was read"))
+    given = [policy if word == "POLICY" else word for word in command]
+    (tmp_path / name).mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    for target, words in (
+        (tmp_path / name, f"{option} must be a file, got {str(tmp_path / name)!r}, which is a folder"),
+        (tmp_path / "nowhere" / name, f"{option}: there is no folder {str(tmp_path / 'nowhere')!r}"),
+        (tmp_path / "file" / name, f"{option}: there is no folder {str(tmp_path / 'file')!r}"),
+    ):
+        status, _, err = run(*given, option, target)
+        assert (status, words in err) == (2, True), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["agent.safetensors", "file", name])
 
 
 def test_a_policy_needs_an_environment_like_its_own(run: Run, policy: Path) -> None:

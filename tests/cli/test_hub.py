@@ -139,6 +139,7 @@ def test_a_folder_for_the_hub_is_written_whole_or_not_at_all(
     (tmp_path / "full" / "file").touch()
     for arguments, message in (
         (["--format", "hub", "-o", tmp_path / "full"], "must be a new or an empty folder"),
+        (["--format", "hub", "-o", tmp_path / "full" / "file" / "new"], "must be a new or an empty folder"),
         (["--format", "hub", "--env", "CartPole-v1"], "the policy's observation space"),
         (["--format", "hub", "--env", "Pendulum-v1", "--episodes", "0"], "--episodes must be at least 1"),
         (["--format", "torch", "--env", "Pendulum-v1"], "--env is of the hub's card"),
