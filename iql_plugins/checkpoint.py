@@ -22,6 +22,7 @@ __all__ = [
     "checksum",
     "existing_parent",
     "flatten",
+    "leftovers",
     "naming",
     "new_folder",
     "packed",
@@ -108,6 +109,16 @@ def replaced(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def leftovers(folder: Path, name: str = "*") -> list[Path]:
+    """What processes that were killed have left in a folder of files that were to be :func:`replaced`.
+
+    Args:
+        folder: in which nobody is writing.
+        name: of the file; a pattern.
+    """
+    return list(folder.glob(f".{name}.*.tmp"))
 
 
 def existing_parent(path: Path) -> Path:

@@ -17,7 +17,7 @@ from iql_plugins.data.inspection.view import View
 from iql_plugins.data.normalizers import RETURN_RANGE, Normalizers
 from iql_plugins.training.health import HealthWarning, health_warnings
 
-__all__ = ["run_warnings", "warning_lines"]
+__all__ = ["data_warnings", "run_warnings", "warning_lines"]
 
 #: Rewards of which at most a tenth are 1, and all others 0, mark a goal. Where each step is worth 1, few are 0.
 MOST_GOALS = 0.1
@@ -54,12 +54,17 @@ def run_warnings(
     Returns:
         JSON values: ``code``, ``message``, ``suggestion`` and the ``seeds`` that it is about.
     """
-    of_data = (*_of_rewards(settings, source), *_of_observations(settings, source))
-    found = [(warning, settings.seeds) for warning in (*of_data, *_of_returns(estimates, settings.hyperparameters))]
-    found += _of_metrics(settings, source, run)
+    of_returns = _of_returns(estimates, settings.hyperparameters)
+    found = [(warning, settings.seeds) for warning in of_returns] + _of_metrics(settings, source, run)
     if _is_above_all(estimates):
         found = [(warning, seeds) for warning, seeds in found if warning.code != "unsettled-values"]
-    return [_document(warning, seeds, settings) for warning, seeds in found]
+    return data_warnings(settings, source) + [_document(warning, seeds, settings) for warning, seeds in found]
+
+
+def data_warnings(settings: Settings, source: Dataset) -> list[dict[str, Any]]:
+    """Those of :func:`run_warnings` that are known before the first step."""
+    of_data = (*_of_rewards(settings, source), *_of_observations(settings, source))
+    return [_document(warning, settings.seeds, settings) for warning in of_data]
 
 
 def warning_lines(warnings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -195,4 +200,4 @@ def _of_observations(settings: Settings, source: Dataset) -> Iterator[HealthWarn
 
 
 def _text(estimate: Estimate) -> str:
-    return f"{estimate.mean:.1f} ({estimate.low:.1f} to {estimate.high:.1f})"
+    return f"{estimate.mean:.1f} ({estimate.interval})"

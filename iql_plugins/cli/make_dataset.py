@@ -53,6 +53,8 @@ def run(arguments: MakeDataset) -> Result:
     if arguments.seed < 0:
         raise UserError(f"--seed must be at least 0, got {arguments.seed}")
     folder = Path(arguments.out)
+    if not (folder if folder.exists() else checkpoint.existing_parent(folder)).is_dir():
+        raise UserError(f"--out must be a folder, or the path of a new one, got {arguments.out!r}: a file is there")
     made_with = _versions()
     with mistakes(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +64,8 @@ def run(arguments: MakeDataset) -> Result:
     with mistakes(OSError):
         work.mkdir(exist_ok=True)
         with locked(work, use="making a dataset in"):
+            for leftover in (*checkpoint.leftovers(folder, file.name), *checkpoint.leftovers(work)):
+                leftover.unlink()
             if file.exists():
                 provenance = _found(file, recorded)
             else:

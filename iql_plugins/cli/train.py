@@ -18,7 +18,7 @@ from iql_plugins import checkpoint
 from iql_plugins.cli.arguments import PROGRAM, Train, option, starting_preset
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.figures import learning_curve
-from iql_plugins.cli.health import run_warnings, warning_lines
+from iql_plugins.cli.health import data_warnings, run_warnings, warning_lines
 from iql_plugins.cli.output import Result, json_text, note, table
 from iql_plugins.cli.progress import reporter
 from iql_plugins.cli.rollouts import environment_spaces, recorded_environment
@@ -56,8 +56,6 @@ BESIDE = {"--json", "--workers", "--trust-pickle", "--env"}
 #: Torch takes 64 bits, of which one is the sign.
 LARGEST_SEED = 2**63
 PICTURE = "learning_curve.png"
-#: What a process that was killed while it wrote has left.
-LEFTOVERS = ".*.tmp"
 
 
 class InterruptedRun(KeyboardInterrupt):
@@ -180,12 +178,14 @@ def _run(
         if not prepared.goes_on:
             empty_folder(folder)
         for place in {folder, *(settings.folder(folder, unit) for unit in settings.units)}:
-            for leftover in place.glob(LEFTOVERS):
+            for leftover in checkpoint.leftovers(place):
                 leftover.unlink()
         with mistakes(OSError):
             # Those of a run that goes on may be mapped from a folder, which does not say where they came from.
             settings.write(folder, prepared.made_on, prepared.data or _described(source))
         note(f"run directory: {folder}")
+        for warning in data_warnings(settings, source):
+            note(f"{warning['code']}: {warning['message']}: {warning['suggestion']}")
         with _to_be_resumed(folder, settings.env):
             return _train(settings, source, folder, arguments, command_line, reporter, processes)
 
@@ -470,8 +470,7 @@ def empty_folder(wanted: str | Path | None, command: str = "train") -> Path | No
     folder = Path(wanted)
     # A run that was killed in its first moments has no configuration: it is begun again, not gone on with.
     if folder.exists() and (
-        not folder.is_dir()
-        or any(entry.name != LOCK and not entry.match(f".{CONFIG}{LEFTOVERS[1:]}") for entry in folder.iterdir())
+        not folder.is_dir() or {*folder.iterdir()} - {folder / LOCK, *checkpoint.leftovers(folder, CONFIG)}
     ):
         raise UserError(f"{folder} exists: give another --run-dir, or go on with it: {PROGRAM} {command} --resume")
     return folder
@@ -581,7 +580,7 @@ def _table(settings: Settings, outcomes: Sequence[Outcome], estimates: dict[str,
     columns = ["", "mean return", "95% interval", *(["normalised score"] if scored else [])]
     rows = []
     for name, value in estimates.items():
-        row = [name, f"{value.mean:.1f}", f"{value.low:.1f} to {value.high:.1f}"]
+        row = [name, f"{value.mean:.1f}", value.interval]
         rows.append(row + ([f"{documents[name]['normalized_score']:.1f}"] if scored else []))
     return table(columns, rows)
 
@@ -609,8 +608,3 @@ def _closing_lines(settings: Settings, document: dict[str, Any], outcomes: Seque
     lines.append(f"policy: {document['policy']}")
     lines.append(f"learning curve: {document['learning_curve']}")
     return lines
-
-
-def _interval(criterion: dict[str, Any]) -> str:
-    low, high = criterion["confidence_95"]
-    return f"{criterion['value']:.4g} ({low:.4g} to {high:.4g})"

@@ -9,10 +9,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import short_pendulum  # noqa: F401 - registers the environment
 import torch
 
+from iql_plugins import data
 from iql_plugins.cli import health, main, train, training
 from iql_plugins.cli.arguments import Train, option, parse
 from iql_plugins.cli.health import run_warnings
@@ -222,6 +224,32 @@ def test_a_run_that_nothing_speaks_against_says_nothing(
     assert main(["train", *RUN, "--run-dir", "run"]) == 0
     assert "trusted" not in capfd.readouterr().out
     assert json.loads((tmp_path / "run" / "results.json").read_text())["warnings"] == []
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_scales_that_are_uneven_are_told_before_the_first_step(
+    normalized: bool, capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with np.load(Path(data.__file__).parent / "datasets" / "pendulum-v1-sac.npz") as content:
+        columns = dict(content)
+    for name in ("observations", "next_observations"):
+        columns[name] = columns[name] * np.array([1.0, 1.0, 10.0], np.float32)
+    np.savez("uneven.npz", **columns)
+    train_all: Callable[..., Any] = train.train_all
+    said: list[str] = []
+
+    def after_what_was_said(*arguments: Any, **options: Any) -> Any:
+        said.append(capfd.readouterr().err)
+        return train_all(*arguments, **options)
+
+    monkeypatch.setattr(train, "train_all", after_what_was_said)
+    options = ["--dataset", "uneven.npz", *(["--normalize-observations"] if normalized else []), "--seeds", "2"]
+    assert main(["train", *RUN, *options, "--run-dir", "run"]) == 0
+    told = "uneven-scales: standard deviations of observations are from"
+    assert said[0].count(told) == (0 if normalized else 1)
+    assert ("try --normalize-observations" in said[0]) == (not normalized)
+    assert told not in capfd.readouterr().err
 
 
 def test_a_temperature_beyond_reason_is_told_whether_or_not_the_run_was_interrupted(

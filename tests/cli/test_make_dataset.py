@@ -174,6 +174,37 @@ def test_parts_that_a_kill_has_left_go_with_the_next_call(make: Make, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["pendulum-mixed-0.npz"]
 
 
+def test_what_a_kill_amid_the_last_write_has_left_goes_with_the_next_call(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = make("pendulum-mixed", tmp_path / "whole")
+
+    def killed(temporary: Path, target: Path) -> None:
+        if Path(target).parent == tmp_path / "killed":
+            Path(target).with_name(f".{Path(target).name}.0123abcd.tmp").write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        real(temporary, target)
+
+    real = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert make("pendulum-mixed", tmp_path / "killed")["status"] == 130
+    assert len(list((tmp_path / "killed").glob("*.tmp"))) == 1
+    other = tmp_path / "killed" / ".other-0.npz.0123abcd.tmp"
+    other.write_bytes(b"of another process")
+    assert make("pendulum-mixed", tmp_path / "killed")["file_sha256"] == whole["file_sha256"]
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [other.name, "pendulum-mixed-0.npz"]
+
+
+@pytest.mark.parametrize("out", ["file", "file/folder"])
+def test_a_file_is_no_folder_to_make_a_dataset_in(out: str, make: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    document = make("pendulum-mixed", tmp_path / out)
+    assert document["status"] == 2
+    assert document["error"].startswith("--out must be a folder, or the path of a new one, got ")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_part_that_cannot_be_read_is_made_again(make: Make, tmp_path: Path) -> None:
     whole = make("pendulum-mixed", tmp_path / "whole")
     work = tmp_path / "again" / ".pendulum-mixed-0"
