@@ -261,7 +261,8 @@ def _videos(entries: Sequence[_Entry], output: Path) -> list[dict[str, Any]]:
                 left -= size
                 data = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
             link = quote(Path(os.path.relpath(path, output.absolute().parent)).as_posix())
-            found.append({"entry": entry, "name": path.name, "data": data, "link": link, "megabytes": size / 1e6})
+            name = path.relative_to(entry.run.folder).as_posix()
+            found.append({"entry": entry, "name": name, "data": data, "link": link, "megabytes": size / 1e6})
     return found
 
 

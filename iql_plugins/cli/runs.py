@@ -35,7 +35,7 @@ class Run:
         estimates: the rows of its table, by name; of a run that is unfinished the data's alone.
         warnings: what speaks against its result; None where nobody has looked.
         command: that finished it; None for a run that is unfinished.
-        videos: films that lie in it.
+        videos: films that lie in it, or in the folder of one of its trainings.
     """
 
     folder: str
@@ -66,8 +66,9 @@ def read_run(given: str) -> Run:
     settings, made_on = Settings.read(folder)
     data = _data(folder)
     results = _results(folder / RESULTS, settings)
+    places = {unit: settings.folder(folder, unit) for unit in settings.units}
     if results is None:
-        so_far = {unit: reached(settings.folder(folder, unit)) for unit in settings.units}
+        so_far = {unit: reached(place) for unit, place in places.items()}
         # The interval of the data comes with the results.
         estimates = {"data": Estimate(data["returns"].mean, math.nan, math.nan)} if data else {}
         results = {"estimates": estimates, "evaluations": {unit: found for unit, (_, found) in so_far.items()}}
@@ -75,8 +76,8 @@ def read_run(given: str) -> Run:
     else:
         steps = dict.fromkeys(settings.units, settings.hyperparameters.n_steps)
     metrics = {
-        unit: [row for row in metrics_rows(settings.folder(folder, unit) / METRICS) if row["step"] <= steps[unit]]
-        for unit in settings.units
+        unit: [row for row in metrics_rows(place / METRICS) if row["step"] <= steps[unit]]
+        for unit, place in places.items()
     }
     return Run(
         folder=given,
@@ -90,7 +91,7 @@ def read_run(given: str) -> Run:
         estimates=results["estimates"],
         warnings=results.get("warnings"),
         command=results.get("command"),
-        videos=sorted(folder.glob("*.mp4")),
+        videos=sorted(film for place in {folder, *places.values()} for film in place.glob("*.mp4")),
     )
 
 
@@ -125,7 +126,7 @@ def _results(path: Path, settings: Settings) -> dict[str, Any] | None:
 
 def _estimate(document: Mapping[str, Any]) -> Estimate:
     """The inverse of :meth:`Estimate.as_dict`."""
-    low, high = document["confidence_95"]
+    low, high = document["confidence_95"] or (None, None)
     return Estimate(_number(document["mean_return"]), _number(low), _number(high))
 
 

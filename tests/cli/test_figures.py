@@ -83,7 +83,11 @@ def test_a_page_shows_returns_lengths_rewards_actions_and_coverage(drawn: Callab
 def test_discrete_actions_are_counted(spaces: Spaces | None, drawn: Callable[..., list[Axes]]) -> None:
     action = torch.tensor([0, 1, 1, 3] * 10).reshape(-1, 1)
     axes = drawn(dataset(action, torch.randn(40, 2)), spaces)
-    assert {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in axes[4].patches} == {0: 0.25, 1: 0.5, 3: 0.25}
+    assert {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in axes[4].patches} == {
+        0: 0.25,
+        1: 0.5,
+        3: 0.25,
+    }
     assert all(tick == int(tick) for tick in axes[4].get_xticks())
     assert axes[4].get_xlim()[1] > 4 or spaces is None
 

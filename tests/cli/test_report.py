@@ -241,6 +241,15 @@ def test_films_are_in_the_page_while_there_is_room(
     assert link.endswith("/%3Cimg%20src%3Dx%20onerror%3Dalert%281%29%3E%20%26%20%27b%22/film.mp4")
 
 
+def test_films_of_each_seed_are_in_the_page(folder: Path, reported: Report, tmp_path: Path) -> None:
+    several = Path(shutil.copytree(folder / HOSTILE, tmp_path / "several"))
+    for place in ("seed-0", "seed-1", "seed-1/bc"):
+        (several / place / "film.mp4").write_bytes(FILM)
+    _, page = reported(several)
+    films = re.findall(r"<figcaption>several: (\S+\.mp4)</figcaption>", page)
+    assert films == ["film.mp4", "seed-0/film.mp4", "seed-1/bc/film.mp4", "seed-1/film.mp4"]
+
+
 def test_what_is_no_run_is_one_line(folder: Path, copied: Path, refused: Callable[..., str], tmp_path: Path) -> None:
     assert "which runs?" in refused()
     assert "'nowhere' is no run directory" in refused("nowhere")
