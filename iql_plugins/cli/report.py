@@ -96,8 +96,9 @@ class _Entry:
         """How far it has come, if that is not its end."""
         if self.run.finished:
             return None
-        steps, n_steps = min(self.run.steps.values()), self.run.settings.hyperparameters.n_steps
-        return f"unfinished: {steps:,} of {n_steps:,} steps"
+        least, most = min(self.run.steps.values()), max(self.run.steps.values())
+        steps = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        return f"unfinished: {steps} of {self.run.settings.hyperparameters.n_steps:,} steps"
 
 
 def _content(runs: Sequence[Run], output: Path) -> dict[str, Any]:
@@ -136,7 +137,7 @@ def _grouped(entries: Sequence[_Entry]) -> list[tuple[str | None, list[_Entry]]]
 
 def _returns(number: int, env: str | None, entries: Sequence[_Entry]) -> dict[str, Any]:
     """Curves and final results in an environment."""
-    lines, words = [], []
+    lines, words, parts = [], [], {}
     # Baselines lie below.
     for method in ("bc", "iql"):
         for entry in entries:
@@ -144,6 +145,8 @@ def _returns(number: int, env: str | None, entries: Sequence[_Entry]) -> dict[st
             if by_seed and (curve := return_curve(by_seed)).steps:
                 lines.append(entry.line(method, curve))
                 words.append(f"{entry.label}, {METHODS[method]}: {_told(curve)}")
+                if len(by_seed) < len(seeds := entry.run.settings.seeds):
+                    parts[f"{entry.label}, {METHODS[method]}"] = f"{len(by_seed)} of {len(seeds)} seeds"
     estimates = [entry.run.estimates for entry in entries]
     # A run that is unfinished does not know the interval that another one has.
     known = sorted((each["data"] for each in estimates if "data" in each), key=lambda data: math.isnan(data.low))
@@ -162,6 +165,7 @@ def _returns(number: int, env: str | None, entries: Sequence[_Entry]) -> dict[st
         "drawings": drawings if lines else [],
         "description": ". ".join(words),
         "baseline": any(line.baseline for line in lines),
+        "parts": parts,
         "policies": {name: POLICIES[name] for name in policies},
         "scores": {
             (entry.number, name): normalized_score(env, entry.run.estimates[name].mean)

@@ -204,6 +204,33 @@ def test_a_run_that_is_unfinished_is_shown_as_that(folder: Path, reported: Repor
     assert "No evaluation has been made yet" in words(page)
 
 
+def test_a_run_that_stopped_among_its_seeds_says_which_the_curve_is_of(
+    folder: Path, reported: Report, tmp_path: Path
+) -> None:
+    command = ["train", "--dataset", str(folder / "data.npz"), *TINY, "--env", ENV, "--seeds", "2", "--stack", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(25, patch)
+        assert main([*command, "--run-dir", str(tmp_path / "among")]) == 130
+    text = words(reported(tmp_path / "among")[1])
+    assert "unfinished: 0 to 20 of 40 steps" in text
+    assert "among, IQL: so far 1 of 2 seeds." in text
+    assert "What the data return" in text
+    assert "Final results" not in text
+    assert "so far" not in words(reported(folder / HOSTILE)[1])
+
+
+def test_a_run_without_an_environment_does_not_speak_of_returns_that_it_has_not(
+    folder: Path, reported: Report
+) -> None:
+    text = words(reported(folder / "blind")[1])
+    assert "neither the command line nor the dataset named an environment that could be made" in text
+    assert "What the data return Mean return with a 95% interval." in text
+    assert "There were no returns to look at." in text
+    text = words(reported(folder / "blind", folder / HOSTILE)[1])
+    assert "There were no returns to look at in blind." in text
+    assert "Final results Mean return with a 95% interval; that of a policy is of other episodes" in text
+
+
 def test_a_run_that_goes_on_to_another_end_is_unfinished(copied: Path, reported: Report) -> None:
     changed(copied / "config.json", lambda document: document["settings"]["hyperparameters"].update(n_steps=80))
     document, page = reported(copied)
