@@ -309,7 +309,7 @@ def _ticks(axis: Any, *, whole: bool) -> None:
 
 def _bins(values: Array) -> int | Array:
     """How many, or their edges where values are whole numbers: as many of these in each bin as in the others."""
-    most = min(MOST_BINS, max(FEWEST_BINS, math.ceil(len(values) ** 0.5)))
+    most = min(MOST_BINS, max(FEWEST_BINS, math.isqrt(len(values))))
     if len(values) == 0 or not np.array_equal(values, np.round(values)):
         return most
     width = np.ceil((values.max() - values.min() + 1) / most)

@@ -76,7 +76,7 @@ def new_file(option: str, given: str, suffix: str | None) -> Path:
     if not path.absolute().parent.is_dir():
         raise UserError(f"{option}: there is no folder {str(path.parent)!r} to write {path.name!r} to: make it first")
     if path.is_dir():
-        raise UserError(f"{option} must be a file, got {given!r}, which is a folder: give a file in it, or another one")
+        raise UserError(f"{option} must be a file, got {given!r}, which is a folder: give the file to write")
     return path
 
 

@@ -542,7 +542,7 @@ def test_a_policy_is_exported(format: str, run: Run, policy: Path) -> None:
 def test_what_cannot_be_written_is_a_mistake(run: Run, policy: Path, tmp_path: Path) -> None:
     status, _, err = run("export", policy, "--output", tmp_path)
     assert status == 2
-    assert "is a folder: give the file to write" in err
+    assert "which is a folder: give the file to write" in err
     # Not even root can write there.
     if Path("/proc").is_dir():
         for arguments in (["export", policy, "--output", "/proc/a.onnx"], ["convert", policy, "/proc/a.safetensors"]):

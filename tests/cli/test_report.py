@@ -219,9 +219,7 @@ def test_a_run_that_stopped_among_its_seeds_says_which_the_curve_is_of(
     assert "so far" not in words(reported(folder / HOSTILE)[1])
 
 
-def test_a_run_without_an_environment_does_not_speak_of_returns_that_it_has_not(
-    folder: Path, reported: Report
-) -> None:
+def test_a_run_without_an_environment_does_not_speak_of_returns_that_it_has_not(folder: Path, reported: Report) -> None:
     text = words(reported(folder / "blind")[1])
     assert "neither the command line nor the dataset named an environment that could be made" in text
     assert "What the data return Mean return with a 95% interval." in text
