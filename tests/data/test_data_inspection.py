@@ -119,6 +119,13 @@ def test_timeouts_before_the_time_limit() -> None:
     assert (found.row, found.count) == (13, 1)
 
 
+def test_returns_of_parts_of_episodes_are_no_range_to_scale_by() -> None:
+    for lengths, advised in (((5, 9, 20, 20), True), ((5, 9, 14, 20), False)):
+        data = healthy(lengths, "cccc")
+        data["next", "reward"] /= 1000
+        assert ("return_range" in findings(data)["reward-scale"].suggestion) == advised
+
+
 def test_steps_that_are_terminal_and_timed_out(tmp_path: Path) -> None:
     data = healthy()
     arrays = {

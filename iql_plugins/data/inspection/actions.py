@@ -165,11 +165,14 @@ def reward_scale(view: View) -> Iterator[Finding]:
             "check the rewards: nothing tells good episodes from bad ones",
         )
         return
+    # Returns of parts of episodes are no range to scale by: see early-timeouts.
+    parts = 2 * int(view.cut_early.sum()) > len(view.lengths)
+    scale = "" if parts else f"multiply rewards by {RETURN_RANGE / width:.6g} (reward_scale='return_range'), or "
     yield Finding(
         "reward-scale",
         f"returns span {width:.6g}; the presets' temperatures are meant for about {RETURN_RANGE:g}",
-        f"multiply rewards by {RETURN_RANGE / width:.6g} (reward_scale='return_range'), or set the temperature to this "
-        "scale; sparse rewards of 0 and 1 take the antmaze preset, which subtracts 1",
+        f"{scale}set the temperature to this scale, or to 'auto'; sparse rewards of 0 and 1 take the antmaze preset, "
+        "which subtracts 1",
     )
 
 

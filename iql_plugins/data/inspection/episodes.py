@@ -133,11 +133,9 @@ def terminal_and_timeout(view: View) -> Iterator[Finding]:
 
 def early_timeouts(view: View) -> Iterator[Finding]:
     """Cuts at other steps than the last one's: a collector's, or goal switches."""
-    if not bool(view.cut.any()):
-        return
-    longest = int(view.lengths[view.cut].max())
-    early = view.cut & (view.lengths < longest)
+    early = view.cut_early
     if count := int(early.sum()):
+        longest = int(view.lengths[view.cut].max())
         yield Finding(
             "early-timeouts",
             f"{count} of {int(view.cut.sum())} time-outs come before step {longest}, where the last one does",

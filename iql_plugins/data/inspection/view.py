@@ -173,6 +173,11 @@ class View:
         return flags
 
     @cached_property
+    def cut_early(self) -> Tensor:
+        """Whether each episode was cut before the step at which the longest one that was cut is: a part of one."""
+        return self.cut & (self.lengths < self.lengths[self.cut].max()) if bool(self.cut.any()) else self.cut
+
+    @cached_property
     def numbers(self) -> dict[NestedKey, Tensor]:
         """Observations, continuous actions and rewards that are real numbers: pixels and indices are not."""
         found: dict[NestedKey, Tensor] = {}
