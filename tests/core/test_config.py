@@ -86,6 +86,7 @@ def test_a_preset_survives_json(name: str) -> None:
 #: Expectile, temperature, dropout, shift and scale of the authors' configurations; CORL's for maze2d.
 SOURCES: dict[str, tuple[float, float, float, float, object]] = {
     "locomotion": (0.7, 3.0, 0.0, 0.0, "return_range"),
+    "locomotion-paper": (0.7, 3.0, 0.0, 0.0, "return_range"),
     "antmaze": (0.9, 10.0, 0.0, -1.0, 1.0),
     "antmaze-finetune": (0.9, 10.0, 0.0, -1.0, 1.0),
     "kitchen": (0.7, 0.5, 0.1, 0.0, 1.0),
@@ -100,7 +101,7 @@ def test_presets_are_those_of_their_sources(name: str) -> None:
     values = (config.expectile, config.temperature, config.actor_dropout, config.reward_shift, config.reward_scale)
     assert values == SOURCES[name]
     assert config.actor_schedule == ("constant" if name == "antmaze-finetune" else "cosine")
-    assert config.normalize_observations is (name == "maze2d")
+    assert config.normalize_observations is (name in ("locomotion", "maze2d"))
     shared = (config.batch_size, config.hidden_sizes, config.discount, config.polyak, config.max_weight)
     assert shared == (256, (256, 256), 0.99, 0.005, 100.0)
     assert {config.actor_learning_rate, config.critic_learning_rate, config.value_learning_rate} == {3e-4}
@@ -110,6 +111,7 @@ def test_presets_are_those_of_their_sources(name: str) -> None:
 #: The scale of V, the learning rates and the schedule of the authors' configurations and scripts.
 OF_OBJECTIVES: dict[tuple[str, str], tuple[dict[str, float], float, str]] = {
     ("locomotion", "gumbel"): ({"loss_temperature": 2.0}, 3e-4, "cosine"),
+    ("locomotion-paper", "gumbel"): ({"loss_temperature": 2.0}, 3e-4, "cosine"),
     ("antmaze", "gumbel"): ({"loss_temperature": 0.6}, 3e-4, "constant"),
     ("antmaze-finetune", "gumbel"): ({"loss_temperature": 0.6}, 3e-4, "constant"),
     ("kitchen", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
@@ -147,7 +149,9 @@ def test_what_is_given_beside_a_preset_wins_option_by_option() -> None:
 
 
 def test_unknown_names_are_refused_and_the_known_ones_listed() -> None:
-    with pytest.raises(ValueError, match=r"preset must be one of locomotion, antmaze, .*, got 'hopper'"):
+    with pytest.raises(
+        ValueError, match=r"preset must be one of locomotion, locomotion-paper, antmaze, .*, got 'hopper'"
+    ):
         preset("hopper")
     for make in (IQLConfig().replace, lambda **names: preset("kitchen", **names), lambda **n: IQLConfig.from_json(n)):
         with pytest.raises(TypeError, match=r"tau: no hyper-parameter of IQL; they are n_steps, .* expectile"):

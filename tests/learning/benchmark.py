@@ -109,7 +109,10 @@ _ogbench = partial(
 )
 _mujoco = partial(Task, hidden=128)
 # As published: what the other tasks leave out for the sake of peers.
-_AUTHORS = {"normalize_observations": False, "initialization": "orthogonal", "actor_schedule": "cosine"}
+_AUTHORS = {
+    name: preset("locomotion-paper").of()[name]
+    for name in ("normalize_observations", "initialization", "actor_schedule")
+}
 _pendulum = partial(Task, scale=_PENDULUM, n_steps=10_000, hidden=128, config={"expectile": 0.9})
 _cartpole = partial(Task, hidden=128, discrete=True)
 TASKS = {
