@@ -273,6 +273,8 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
             DivergenceError: if losses or weights are no longer finite; the model of that epoch is not saved.
         """
         self._take(dataset)
+        if isinstance(dataset, MappedReplayBuffer):
+            dataset.fit_scalers(self._config)
         try:
             fast: Any = as_fast_buffer(dataset)
         except UnsupportedBufferError:

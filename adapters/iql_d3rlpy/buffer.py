@@ -28,17 +28,23 @@ from iql_plugins.training.distributed import Processes
 
 __all__ = [
     "FastReplayBuffer",
+    "Picked",
     "UnsupportedBufferError",
     "as_fast_buffer",
+    "check_parts",
     "columns",
     "draw_share",
     "float32",
     "one_or_many",
+    "reward_sums",
+    "zeroed",
 ]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 #: Draws ``size`` positions below ``count``.
 Draw = Callable[[int, int], Array]
+#: The episode of a transition, and the step in it, by its position.
+Held = Callable[[int], tuple[Any, int]]
 
 _PICKERS = (
     BasicTransitionPicker,
@@ -182,7 +188,18 @@ def _check(dataset: Any) -> None:
     ]
     if own:
         raise UnsupportedBufferError(f"{name} has a {own[0]} of its own, which contiguous arrays cannot follow")
-    for part, known in ((dataset.transition_picker, _PICKERS), (dataset.buffer, (InfiniteBuffer, FIFOBuffer))):
+    check_parts(dataset)
+
+
+def check_parts(dataset: Any, buffers: tuple[type, ...] = (InfiniteBuffer, FIFOBuffer)) -> None:
+    """Raises :class:`UnsupportedBufferError` for a transition picker or a buffer that is none of those that are known.
+
+    Args:
+        dataset: a ``ReplayBuffer``.
+        buffers: known ones.
+    """
+    name = type(dataset).__name__
+    for part, known in ((dataset.transition_picker, _PICKERS), (dataset.buffer, buffers)):
         if type(part) not in known:
             names = ", ".join(kind.__name__ for kind in known)
             raise UnsupportedBufferError(f"{name} has a {type(part).__name__}; fast are {names}")
@@ -348,47 +365,68 @@ class _Columns:
         return TransitionMiniBatch(
             observations=one_or_many([self._observed(column, first, step) for column in observations]),
             actions=float32(actions[first + step]),
-            rewards=float32(self._rewards(rewards, first + step, next_step - step)),
+            rewards=float32(reward_sums(rewards, first + step, next_step - step, self._n_steps, self._gamma)),
             next_observations=one_or_many(
                 [
-                    _zeroed(self._observed(column, first, np.minimum(next_step, size - 1)), terminal)
+                    zeroed(self._observed(column, first, np.minimum(next_step, size - 1)), terminal)
                     for column in observations
                 ]
             ),
-            next_actions=_zeroed(float32(actions[next_row]), terminal),
+            next_actions=zeroed(float32(actions[next_row]), terminal),
             terminals=float32(terminal[:, None]),
             intervals=float32((next_step - step)[:, None]),
-            transitions=_Picked(self._picker, self._episodes, number, step),
+            transitions=Picked(self._picker, self._held(number, step), len(index)),
         )
+
+    def _held(self, number: Array, step: Array) -> Held:
+        # Those of now: a buffer may drop episodes later.
+        episodes = self._episodes
+        return lambda position: (episodes[number[position]], int(step[position]))
 
     def _observed(self, column: _Growing, first: Array, step: Array) -> Array:
         if self._frames is None:
             return float32(column[first + step])
         frames = [
-            _zeroed(float32(column[first + np.maximum(step - back, 0)]), step < back)
+            zeroed(float32(column[first + np.maximum(step - back, 0)]), step < back)
             for back in range(self._frames - 1, -1, -1)
         ]
         # Channels of all frames behind one another.
         return np.concatenate(frames, axis=1)
 
-    def _rewards(self, rewards: _Growing, row: Array, steps: Array) -> Array:
-        if self._gamma is None:
-            return rewards[row]
-        total = np.zeros((len(row), *rewards[row[:1]].shape[1:]))
-        for ahead in range(self._n_steps):
-            valid = ahead < steps
-            total += self._gamma**ahead * _zeroed(rewards[np.where(valid, row + ahead, row)].astype(np.float64), ~valid)
-        return total
+
+def reward_sums(rewards: "Array | _Growing", row: Array, steps: Array, n_steps: int, gamma: float | None) -> Array:
+    """The discounted sum of the rewards of each transition.
+
+    Args:
+        rewards: of all steps.
+        row: ``[B]`` of its first step.
+        steps: ``[B]`` how many there are, at most ``n_steps``.
+        n_steps: how many are wanted.
+        gamma: discount of a step; None for single ones.
+    """
+    if gamma is None:
+        return rewards[row]
+    total = np.zeros((len(row), *rewards[row[:1]].shape[1:]))
+    for ahead in range(n_steps):
+        valid = ahead < steps
+        total += gamma**ahead * zeroed(rewards[np.where(valid, row + ahead, row)].astype(np.float64), ~valid)
+    return total
 
 
-class _Picked(Sequence[Transition]):
-    """The transitions of a mini-batch, made by d3rlpy's picker when somebody looks at them."""
+class Picked(Sequence[Transition]):
+    """The transitions of a mini-batch, made by d3rlpy's picker when somebody looks at them.
 
-    def __init__(self, picker: Any, episodes: Sequence[Any], number: Array, step: Array) -> None:
-        self._picker, self._episodes, self._number, self._step = picker, episodes, number, step
+    Args:
+        picker: d3rlpy's.
+        held: the episode of each, and the step in it.
+        count: how many there are.
+    """
+
+    def __init__(self, picker: Any, held: Held, count: int) -> None:
+        self._picker, self._held, self._count = picker, held, count
 
     def __len__(self) -> int:
-        return len(self._number)
+        return self._count
 
     @overload
     def __getitem__(self, index: int) -> Transition: ...
@@ -399,7 +437,7 @@ class _Picked(Sequence[Transition]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        return self._picker(self._episodes[self._number[index]], int(self._step[index]))
+        return self._picker(*self._held(range(len(self))[index]))
 
 
 def _columns(episode: Any) -> list[Array]:
@@ -486,7 +524,7 @@ def float32(values: Array) -> Array:
     return values.astype(np.float32, copy=False)
 
 
-def _zeroed(values: Array, where: Array) -> Array:
+def zeroed(values: Array, where: Array) -> Array:
     """``values`` of its own, with rows set to zero in place."""
     values[where] = 0.0
     return values

@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 from d3rlpy.constants import ActionSpace
-from d3rlpy.dataset import BasicTransitionPicker, Episode, InfiniteBuffer, ReplayBufferBase, TransitionPickerProtocol
+from d3rlpy.dataset import Episode, InfiniteBuffer, ReplayBufferBase, TransitionPickerProtocol
 from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 
 from iql_d3rlpy._compat import writer_preprocessor
 from iql_d3rlpy.buffer import Array, FastReplayBuffer
 from iql_d3rlpy.mapped import MappedReplayBuffer, is_mapped
-from iql_plugins.data import read_dataset
+from iql_plugins.data import read_dataset, summary
 from iql_plugins.data.dataset import require_single_steps
 from iql_plugins.keys import AcceptedKeys, next_key
 from iql_plugins.spaces import Discrete
@@ -39,14 +39,13 @@ def to_replay_buffer(
     Args:
         source: whatever :func:`iql_plugins.data.load_dataset` loads: a path, a name, a buffer, a TensorDict.
         action_size: number of discrete actions; None takes that of a d3rlpy dataset or of the environment, where the
-            source tells, else the largest one plus 1.
+            source tells, else the largest one plus 1, which is stored with what ``convert-dataset`` wrote.
         transition_picker: what a mini-batch is made of: n steps, stacked frames; None takes that of a d3rlpy dataset,
             else single steps. A d3rlpy dataset's trajectory slicer and writer preprocessor are kept, too.
         **options: of :func:`iql_plugins.data.load_dataset`.
 
     Returns:
-        Observations of a Dict are tuples, sorted by name. A memory-mapped dataset stays on disk, unless transitions are
-        of several steps or frames.
+        Observations of a Dict are tuples, sorted by name. A memory-mapped dataset stays on disk.
 
     Raises:
         DatasetError: for what cannot be loaded, and n-step transitions, which d3rlpy makes itself when it samples.
@@ -66,11 +65,13 @@ def to_replay_buffer(
     discrete = not dataset.get(_KEYS.action).is_floating_point()
     if action_size is None and discrete and read.spaces is not None and isinstance(read.spaces.action, Discrete):
         action_size = read.spaces.action.start + read.spaces.action.n
-    if action_size is None or not discrete:
-        actions = dataset.get(_KEYS.action)
-        action_size = int(actions.max()) + 1 if discrete else actions.shape[1]
-    if is_mapped(dataset) and type(parts.get("transition_picker")) in (type(None), BasicTransitionPicker):
-        return MappedReplayBuffer(dataset, _observation_keys(dataset), action_size)
+    if not discrete:
+        action_size = dataset.get(_KEYS.action).shape[1]
+    elif action_size is None:
+        _, largest = summary.statistics(dataset, _KEYS.action, ("low", "high"))
+        action_size = int(largest) + 1
+    if is_mapped(dataset):
+        return MappedReplayBuffer(dataset, _observation_keys(dataset), action_size, **parts)
     observations = [(_array(dataset, key), _array(dataset, next_key(key))) for key in _observation_keys(dataset)]
     actions, rewards = _array(dataset, _KEYS.action), _array(dataset, next_key(_KEYS.reward))
     last = _last_rows(_flags(dataset, "done"), observations)

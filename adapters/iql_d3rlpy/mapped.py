@@ -1,17 +1,28 @@
 """A replay buffer over a memory-mapped dataset, which stays on disk."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
 from d3rlpy.constants import ActionSpace
-from d3rlpy.dataset import BasicTransitionPicker, Episode, ReplayBuffer, Signature, Transition, TransitionMiniBatch
+from d3rlpy.dataset import (
+    BasicTransitionPicker,
+    Episode,
+    FrameStackTransitionPicker,
+    MultiStepTransitionPicker,
+    ReplayBuffer,
+    Signature,
+    TransitionMiniBatch,
+    TransitionPickerProtocol,
+)
 from tensordict import MemoryMappedTensor, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
-from iql_d3rlpy.buffer import Array, FastReplayBuffer, float32, one_or_many
+from iql_d3rlpy._compat import picker_settings
+from iql_d3rlpy.buffer import Array, FastReplayBuffer, Picked, check_parts, float32, one_or_many, reward_sums, zeroed
+from iql_d3rlpy.scalers import fit_action, fit_observation, fit_reward
 from iql_plugins.data.dataset import DONE, REWARD, TERMINATED, chunks
 from iql_plugins.data.intake import Part, to_be_checked
 from iql_plugins.keys import next_key
@@ -37,10 +48,23 @@ class MappedReplayBuffer(FastReplayBuffer):
         dataset: transitions by the key layout, memory-mapped.
         keys: of its observations, sorted.
         action_size: as of ``d3rlpy.dataset.ReplayBuffer``.
+        transition_picker: one of d3rlpy's, likewise.
+        **options: likewise.
+
+    Raises:
+        UnsupportedBufferError: for another transition picker.
     """
 
-    def __init__(self, dataset: TensorDictBase, keys: Sequence[NestedKey], action_size: int) -> None:
-        self._tensors, self._rows = dataset, _Rows(dataset, keys)
+    def __init__(
+        self,
+        dataset: TensorDictBase,
+        keys: Sequence[NestedKey],
+        action_size: int,
+        transition_picker: TransitionPickerProtocol | None = None,
+        **options: Any,
+    ) -> None:
+        picker = transition_picker or BasicTransitionPicker()
+        self._tensors, self._keys, self._rows = dataset, keys, _Rows(dataset, keys, picker)
         observations, action = self._rows.observations, self._rows.action
         # Not FastReplayBuffer's, which takes buffers that are in memory.
         ReplayBuffer.__init__(
@@ -51,7 +75,10 @@ class MappedReplayBuffer(FastReplayBuffer):
             reward_signature=_signature([self._rows.reward]),
             action_space=ActionSpace.DISCRETE if action.dtype.kind == "i" else ActionSpace.CONTINUOUS,
             action_size=action_size,
+            transition_picker=picker,
+            **options,
         )
+        check_parts(self, buffers=(_Rows,))
 
     def sample_transition_batch(self, batch_size: int) -> TransitionMiniBatch:
         """A mini-batch of transitions, drawn uniformly with replacement.
@@ -60,6 +87,20 @@ class MappedReplayBuffer(FastReplayBuffer):
             batch_size: number of transitions.
         """
         return self._rows.batch(self.draw(self.transition_count, batch_size))
+
+    def fit_scalers(self, config: Any) -> None:
+        """Fits the scalers of a d3rlpy configuration without a look at each step, wherever that is the same.
+
+        It is not for observations of stacked frames, and rewards of several steps.
+
+        Args:
+            config: an algorithm's.
+        """
+        if not isinstance(self.transition_picker, FrameStackTransitionPicker):
+            fit_observation(config.observation_scaler, self._tensors, self._keys)
+        fit_action(config.action_scaler, self._tensors)
+        if not isinstance(self.transition_picker, MultiStepTransitionPicker):
+            fit_reward(config.reward_scaler, self._tensors)
 
     def columns(self, action: Space) -> Mapping[NestedKey, Sequence[Part]]:
         """What is to be looked at before it is trained on, see :func:`iql_plugins.data.intake.to_be_checked`."""
@@ -71,7 +112,7 @@ class MappedReplayBuffer(FastReplayBuffer):
 class _Rows(Sequence[tuple[Any, int]]):
     """The rows of a dataset as d3rlpy's buffers have transitions: an episode, and a step in it."""
 
-    def __init__(self, dataset: TensorDictBase, keys: Sequence[NestedKey]) -> None:
+    def __init__(self, dataset: TensorDictBase, keys: Sequence[NestedKey], picker: TransitionPickerProtocol) -> None:
         def array(key: NestedKey) -> Array:
             tensor: Tensor = dataset.get(key)
             return tensor.numpy()
@@ -79,6 +120,9 @@ class _Rows(Sequence[tuple[Any, int]]):
         self.observations = [(array(key), array(next_key(key))) for key in keys]
         self.action, self.reward = array("action"), array(REWARD)
         self._done, self._terminated = (array(key).reshape(-1) for key in (DONE, TERMINATED))
+        self._picker = picker
+        frames, self._n_steps, self._gamma = picker_settings(picker)
+        self._frames = frames or 1
 
     def __len__(self) -> int:
         return len(self._done)
@@ -142,22 +186,43 @@ class _Rows(Sequence[tuple[Any, int]]):
 
     def batch(self, index: Array) -> TransitionMiniBatch:
         """The transitions at these rows, ``[B]``."""
-        terminal, action = self._terminated[index], self.action[index]
-        last = self._last(index)[:, None]
-        next_action = np.where(last, action, self.action[np.minimum(index + 1, len(self) - 1)])
-        following = [float32(after[index]) for _, after in self.observations]
-        for values in (next_action, *following):
-            values[terminal] = 0
+        count = self._counts(index)
+        # The last step of each transition; there, its episode may end.
+        end = index + count - 1
+        terminal = self._terminated[end]
+        following = np.where(self._last(end), end, np.minimum(end + 1, len(self) - 1))
+        stacks = list(self._stacks(index, end, terminal))
         return TransitionMiniBatch(
-            observations=one_or_many([float32(before[index]) for before, _ in self.observations]),
-            actions=float32(action),
-            rewards=float32(self.reward[index]),
-            next_observations=one_or_many(following),
-            next_actions=float32(next_action),
+            observations=one_or_many([stack for stack, _ in stacks]),
+            actions=float32(self.action[index]),
+            rewards=float32(reward_sums(self.reward, index, count, self._n_steps, self._gamma)),
+            next_observations=one_or_many([stack for _, stack in stacks]),
+            next_actions=zeroed(float32(self.action[following]), terminal),
             terminals=float32(terminal[:, None]),
-            intervals=np.ones((len(index), 1), np.float32),
-            transitions=_Picked(self, index),
+            intervals=float32(count[:, None]),
+            transitions=Picked(self._picker, lambda position: self[int(index[position])], len(index)),
         )
+
+    def _counts(self, index: Array) -> Array:
+        """Steps of each transition, ``[B]``: fewer than are wanted where its episode ends before."""
+        count, goes_on = np.ones_like(index), np.ones(len(index), bool)
+        for _ in range(self._n_steps - 1):
+            goes_on &= ~self._last(index + count - 1)
+            count += goes_on
+        return count
+
+    def _stacks(self, index: Array, end: Array, terminal: Array) -> Iterator[tuple[Array, Array]]:
+        """The frames of each observation, and those after it, channels behind one another."""
+        before_start, rows = np.zeros(len(index), bool), [(index, np.zeros(len(index), bool))]
+        for _ in range(self._frames - 1):
+            row = np.maximum(rows[0][0] - 1, 0)
+            before_start = before_start | (rows[0][0] == 0) | self._last(row)
+            rows.insert(0, (row, before_start))
+        for before, after in self.observations:
+            frames = [zeroed(float32(before[row]), missing) for row, missing in rows]
+            frames_after = [zeroed(frame.copy(), terminal) for frame in frames[1:]]
+            frames_after.append(zeroed(float32(after[end]), terminal))
+            yield _stacked(frames), _stacked(frames_after)
 
 
 class _Episodes(Sequence[Any]):
@@ -174,19 +239,9 @@ class _Episodes(Sequence[Any]):
         return self._read(int(self._last[number - 1]) + 1 if number else 0, int(self._last[number]))
 
 
-class _Picked(Sequence[Transition]):
-    """The transitions of a mini-batch, made by d3rlpy's picker when somebody looks at them."""
-
-    def __init__(self, rows: _Rows, index: Array) -> None:
-        self._rows, self._index = rows, index
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        return BasicTransitionPicker()(*self._rows[int(self._index[index])])
+def _stacked(frames: Sequence[Array]) -> Array:
+    """Channels of all frames behind one another."""
+    return frames[0] if len(frames) == 1 else np.concatenate(frames, axis=1)
 
 
 def _signature(arrays: Sequence[Array]) -> Signature:

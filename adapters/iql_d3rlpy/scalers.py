@@ -20,13 +20,26 @@ from d3rlpy.preprocessing import (
     register_action_scaler,
     register_observation_scaler,
 )
+from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from iql_plugins.data import summary
+from iql_plugins.data.dataset import REWARD
+from iql_plugins.data.episodes import return_range
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.spaces import Box, Spaces
 
-__all__ = ["BoundedActionScaler", "UnchangedObservationScaler", "action_bounds", "normalizers_of", "scalers_of"]
+__all__ = [
+    "BoundedActionScaler",
+    "UnchangedObservationScaler",
+    "action_bounds",
+    "fit_action",
+    "fit_observation",
+    "fit_reward",
+    "normalizers_of",
+    "scalers_of",
+]
 
 Moments = tuple[Tensor, Tensor]
 
@@ -37,6 +50,15 @@ _AFFINE_REWARDS = (
     ReturnBasedRewardScaler,
     ConstantShiftRewardScaler,
 )
+_MOMENTS, _EXTREMES = ("mean", "std"), ("low", "high")
+#: Those that are fitted to single columns: their fields, and what of a column these are.
+_FITTED: Mapping[Any, tuple[Sequence[str], tuple[str, str]]] = {
+    StandardObservationScaler: (("mean", "std"), _MOMENTS),
+    StandardRewardScaler: (("mean", "std"), _MOMENTS),
+    MinMaxObservationScaler: (("minimum", "maximum"), _EXTREMES),
+    MinMaxActionScaler: (("minimum", "maximum"), _EXTREMES),
+    MinMaxRewardScaler: (("minimum", "maximum"), _EXTREMES),
+}
 
 
 @dataclasses.dataclass()
@@ -113,6 +135,53 @@ def action_bounds(scaler: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
         )
     low, high = (np.asarray(bound, np.float64).reshape(-1) for bound in (scaler.minimum, scaler.maximum))
     return tuple(low.tolist()), tuple(high.tolist())
+
+
+def fit_observation(scaler: Any, dataset: TensorDictBase, keys: Sequence[NestedKey]) -> None:
+    """Fits an observation scaler as d3rlpy would to single steps, by what is stored with a dataset where it is.
+
+    Whatever fits in a way of its own is left to d3rlpy, which looks at each step; so is None.
+
+    Args:
+        scaler: d3rlpy's.
+        dataset: by the key layout.
+        keys: of its observations, in d3rlpy's order.
+    """
+    parts = scaler.observation_scalers if isinstance(scaler, TupleObservationScaler) else [scaler]
+    # d3rlpy fits all entries of a tuple, or none.
+    if len(parts) == len(keys) and all(part.built or _kind(part) for part in parts if part is not None):
+        for part, key in zip(parts, keys, strict=True):
+            _fit(part, dataset, key)
+
+
+def fit_action(scaler: Any, dataset: TensorDictBase) -> None:
+    """As :func:`fit_observation`, an action scaler."""
+    _fit(scaler, dataset, "action")
+
+
+def fit_reward(scaler: Any, dataset: TensorDictBase) -> None:
+    """As :func:`fit_observation`, a reward scaler; returns are those of :func:`iql_plugins.data.episodes`."""
+    if _fits_as(scaler, ReturnBasedRewardScaler) and not scaler.built:
+        scaler.return_min, scaler.return_max = return_range(dataset)
+    else:
+        _fit(scaler, dataset, REWARD)
+
+
+def _fits_as(scaler: Any, kind: Any) -> bool:
+    """Whether a scaler is of a class, or of a subclass that is fitted like it."""
+    return isinstance(scaler, kind) and type(scaler).fit_with_transition_picker is kind.fit_with_transition_picker
+
+
+def _kind(scaler: Any) -> Any:
+    return next((kind for kind in _FITTED if _fits_as(scaler, kind)), None)
+
+
+def _fit(scaler: Any, dataset: TensorDictBase, key: NestedKey) -> None:
+    kind = _kind(scaler)
+    if kind is not None and not scaler.built:
+        fields, names = _FITTED[kind]
+        for field, values in zip(fields, summary.statistics(dataset, key, names), strict=True):
+            setattr(scaler, field, float(values) if key == REWARD else _array(values))
 
 
 def scalers_of(normalizers: Normalizers, spaces: Spaces) -> dict[str, Any]:

@@ -6,10 +6,11 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
+from iql_plugins.data import summary
 from iql_plugins.data.dataset import DONE, REWARD
 from iql_plugins.data.summary import CHUNK
 
-__all__ = ["episode_ends", "episode_lengths", "episode_numbers", "episode_returns", "held_out"]
+__all__ = ["episode_ends", "episode_lengths", "episode_numbers", "episode_returns", "held_out", "return_range"]
 
 
 def episode_ends(dataset: TensorDictBase) -> Tensor:
@@ -71,6 +72,19 @@ def episode_returns(dataset: TensorDictBase) -> Tensor:
         rows = torch.arange(start, start + len(piece), device="cpu")
         sums.index_add_(0, torch.searchsorted(ends, rows), piece)
     return sums
+
+
+def return_range(dataset: TensorDictBase) -> tuple[float, float]:
+    """The smallest and the largest of :func:`episode_returns`: those stored with a dataset, or else of a pass over it.
+
+    Args:
+        dataset: see :func:`episode_ends`.
+    """
+    known = summary.of(dataset)
+    if known is not None:
+        return known.returns[1:]
+    low, high = episode_returns(dataset).aminmax()
+    return float(low), float(high)
 
 
 def held_out(dataset: TensorDictBase, share: float, seed: int = 0) -> Tensor:

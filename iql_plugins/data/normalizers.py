@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import summary
-from iql_plugins.data.episodes import episode_returns
+from iql_plugins.data.episodes import episode_returns, return_range
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
 from iql_plugins.spaces import Box, Discrete, Spaces
 
@@ -103,18 +103,15 @@ class Normalizers(nn.Module):
         Raises:
             ValueError: if rewards are scaled by the range of returns and all returns are equal.
         """
-        known = summary.of(dataset)
         moments: dict[NestedKey, tuple[Tensor, Tensor]] = {}
         if config.normalize_observations:
             for key, space in spaces.observations.items():
                 if isinstance(space, Box) and not space.is_image:
-                    values = dataset.get(key)
-                    column = None if known is None else known.columns[key]
-                    found = summary.moments(values) if column is None else (column["mean"], column["std"])
-                    moments[key] = _usable(*found, values.device)
+                    found = summary.statistics(dataset, key, ("mean", "std"))
+                    moments[key] = _usable(*found, dataset.get(key).device)
         scale = config.reward_scale
         if isinstance(scale, str):
-            low, high = known.returns[1:] if known is not None else map(float, episode_returns(dataset).aminmax())
+            low, high = return_range(dataset)
             spread = high - low
             if not spread > 0.0:
                 returns = episode_returns(dataset)

@@ -15,7 +15,7 @@ from torch import Tensor
 from iql_plugins import checkpoint
 from iql_plugins.limits import read_json
 
-__all__ = ["CHUNK", "Summary", "moments", "of", "write"]
+__all__ = ["CHUNK", "Summary", "moments", "of", "statistics", "write"]
 
 FILE, VERSION = "summary.json", 1
 #: Rows of a dataset that are looked at together, so that a memory-mapped one stays mapped.
@@ -146,12 +146,32 @@ def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (squares / count).sqrt()
 
 
+def statistics(dataset: TensorDictBase, key: NestedKey, names: tuple[str, str]) -> tuple[Tensor, Tensor]:
+    """Two numbers of each entry of a column: those stored with a dataset, or else a pass over it, a piece at a time.
+
+    Args:
+        dataset: batch size ``[N]``.
+        key: of the column.
+        names: ``("mean", "std")``, float64 on the CPU, or ``("low", "high")``, of the column's dtype.
+    """
+    known = of(dataset)
+    stored = {} if known is None else known.columns[key]
+    if stored.keys() >= set(names):
+        return stored[names[0]], stored[names[1]]
+    return moments(dataset.get(key)) if names == ("mean", "std") else _extremes(dataset.get(key))
+
+
+def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each entry over the first dimension; reads pieces of it."""
+    pieces = [piece.aminmax(dim=0) for piece in values.split(CHUNK)]
+    low, high = (torch.stack([getattr(piece, name) for piece in pieces]) for name in ("min", "max"))
+    return low.amin(0), high.amax(0)
+
+
 def _statistics(values: Tensor) -> dict[str, Any]:
     found: dict[str, Tensor] = {}
     if values.dtype in (torch.float32, torch.int64):
-        pieces = values.split(CHUNK)
-        found["low"] = torch.stack([piece.amin(0) for piece in pieces]).amin(0)
-        found["high"] = torch.stack([piece.amax(0) for piece in pieces]).amax(0)
+        found["low"], found["high"] = _extremes(values)
     if values.is_floating_point():
         found["mean"], found["std"] = moments(values)
     return {name: tensor.tolist() for name, tensor in found.items()}

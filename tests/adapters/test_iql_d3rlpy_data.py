@@ -1,12 +1,14 @@
 """Replay buffers, datasets and mini-batches of the d3rlpy adapter."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import re
 import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,15 @@ from d3rlpy.dataset import (
     SparseRewardTransitionPicker,
     create_fifo_replay_buffer,
 )
-from d3rlpy.preprocessing import MinMaxActionScaler
+from d3rlpy.preprocessing import (
+    MinMaxActionScaler,
+    MinMaxObservationScaler,
+    MinMaxRewardScaler,
+    ReturnBasedRewardScaler,
+    StandardObservationScaler,
+    StandardRewardScaler,
+    TupleObservationScaler,
+)
 from d3rlpy.torch_utility import TorchMiniBatch
 from d3rlpy_helpers import (
     CONTINUOUS,
@@ -48,11 +58,12 @@ from d3rlpy_helpers import (
 )
 from tensordict import TensorDict
 
-from iql_d3rlpy import FastReplayBuffer, as_fast_buffer, plugin, to_replay_buffer
+from iql_d3rlpy import BoundedActionScaler, FastReplayBuffer, as_fast_buffer, plugin, to_replay_buffer
 from iql_d3rlpy import buffer as buffer_module
 from iql_d3rlpy.buffer import UnsupportedBufferError
-from iql_d3rlpy.mapped import MappedReplayBuffer
-from iql_plugins.data import DatasetError, load_dataset
+from iql_d3rlpy.mapped import MappedReplayBuffer, _Rows
+from iql_plugins.cli import main
+from iql_plugins.data import DatasetError, episodes, load_dataset, summary
 from iql_plugins.training.learner import DivergenceError
 
 FIELDS = ("observations", "actions", "rewards", "next_observations", "next_actions", "terminals", "intervals")
@@ -389,8 +400,17 @@ def test_dict_observations_become_tuples_sorted_by_name() -> None:
     assert buffer.transition_count == 9
 
 
-@pytest.mark.parametrize("kind", ["vectors", "images and discrete actions", "a Dict"])
-def test_data_on_disk_stay_there_and_give_the_very_same_mini_batches(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "picker"),
+    [
+        ("vectors", None),
+        ("images and discrete actions", None),
+        ("images and discrete actions", FrameStackTransitionPicker(3)),
+        ("a Dict", None),
+        *(("a Dict", picker) for picker in PICKERS.values()),
+    ],
+)
+def test_data_on_disk_stay_there_and_give_the_very_same_mini_batches(kind: str, picker: Any, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     rows = 600
     shape, dtype = ((3, 8, 8), "u1") if kind.startswith("images") else ((3,), "f4")
@@ -407,7 +427,8 @@ def test_data_on_disk_stay_there_and_give_the_very_same_mini_batches(kind: str, 
     data["terminals"] = np.arange(rows) % 97 == 96
     data["timeouts"] = np.isin(np.arange(rows), (50, 51, 200, 599))
     load_dataset(data, discrete=discrete, memmap_dir=tmp_path / "data")
-    expected, found = to_replay_buffer(data, discrete=discrete), to_replay_buffer(tmp_path / "data")
+    expected = to_replay_buffer(data, discrete=discrete, transition_picker=picker)
+    found = to_replay_buffer(tmp_path / "data", transition_picker=picker)
     assert isinstance(found, MappedReplayBuffer)
     assert found.dataset_info == expected.dataset_info
     assert (found.size(), found.transition_count) == (expected.size(), rows)
@@ -427,10 +448,90 @@ def test_data_on_disk_stay_there_and_give_the_very_same_mini_batches(kind: str, 
         np.testing.assert_array_equal(np.array(theirs.next_observation), np.array(ours.next_observation))
     with pytest.raises(TypeError, match="nothing can be appended"):
         found.append_episode(expected.episodes[0])
-    # Several steps are d3rlpy's to pick, in memory.
-    assert not isinstance(
-        to_replay_buffer(tmp_path / "data", transition_picker=PICKERS["three_steps"]), MappedReplayBuffer
-    )
+    with pytest.raises(UnsupportedBufferError, match="has a _OwnPicker; fast are"):
+        to_replay_buffer(tmp_path / "data", transition_picker=_OwnPicker())
+
+
+@pytest.mark.parametrize("converted", [True, False], ids=["with a summary", "without"])
+@pytest.mark.parametrize(
+    ("names", "scalers"),
+    [
+        ([""], lambda: (StandardObservationScaler(), BoundedActionScaler(), ReturnBasedRewardScaler())),
+        ([""], lambda: (MinMaxObservationScaler(), MinMaxActionScaler(), MinMaxRewardScaler())),
+        (
+            ["/goal", "/place"],
+            lambda: (
+                TupleObservationScaler([MinMaxObservationScaler(), StandardObservationScaler()]),
+                MinMaxActionScaler(),
+                StandardRewardScaler(),
+            ),
+        ),
+    ],
+    ids=["standard", "min_max", "tuple"],
+)
+def test_scalers_are_fitted_to_data_on_disk_without_a_look_at_each_step(
+    names: list[str], scalers: Any, converted: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    random, rows = np.random.default_rng(0), 300
+    data = {f"observations{name}": random.normal(3, 2, (rows, 3)).astype("f4") for name in names}
+    data |= {"actions": random.uniform(-1, 0.5, (rows, 2)).astype("f4"), "rewards": random.normal(size=rows)}
+    data |= {"terminals": np.arange(rows) % 50 == 49}
+    np.savez(tmp_path / "data.npz", **data)
+    if converted:
+        assert main(["convert-dataset", str(tmp_path / "data.npz"), str(tmp_path / "shards")]) == 0
+    else:
+        load_dataset(tmp_path / "data.npz", memmap_dir=tmp_path / "shards")
+    in_memory, on_disk = (to_replay_buffer(tmp_path / name) for name in ("data.npz", "shards"))
+    # With another chunk size, so that pieces come together.
+    monkeypatch.setattr(summary, "CHUNK", 64)
+
+    def fitted_on(buffer: Any) -> list[Any]:
+        observation, action, reward = scalers()
+        made = config(CONTINUOUS, observation_scaler=observation, action_scaler=action, reward_scaler=reward)
+        # d3rlpy's encoders take no tuples; its scalers are fitted before it asks them to.
+        with pytest.raises(ValueError, match="takes one observation") if len(names) > 1 else nullcontext():
+            fitted(made.create(), buffer, steps=1)
+        return [*getattr(observation, "observation_scalers", [observation]), action, reward]
+
+    expected = fitted_on(in_memory)
+
+    def forbidden(*_: object) -> Any:
+        raise AssertionError("all of the dataset was read")
+
+    monkeypatch.setattr(_Rows, "episodes", property(forbidden))
+    if converted:
+        monkeypatch.setattr(summary, "moments", forbidden)
+        monkeypatch.setattr(episodes, "episode_returns", forbidden)
+    for theirs, ours in zip(expected, fitted_on(on_disk), strict=True):
+        assert theirs.built
+        for field in dataclasses.fields(theirs):
+            np.testing.assert_allclose(getattr(ours, field.name), getattr(theirs, field.name), rtol=1e-6)
+
+
+def test_what_summaries_do_not_know_d3rlpy_fits_to_each_step(tmp_path: Path) -> None:
+    load_dataset("pendulum-v1-sac")[:400].memmap(tmp_path / "shards")
+    picker = PICKERS["three_steps"]
+    fitted_scalers = []
+    for source in (load_dataset("pendulum-v1-sac")[:400], tmp_path / "shards"):
+        scaler = StandardRewardScaler()
+        data = to_replay_buffer(source, transition_picker=picker)
+        fitted(config(CONTINUOUS, action_scaler=MinMaxActionScaler(), reward_scaler=scaler).create(), data, steps=1)
+        fitted_scalers.append(scaler)
+    assert fitted_scalers[0] == fitted_scalers[1]
+
+
+def test_the_number_of_discrete_actions_of_data_on_disk_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "data.npz", **{"observations": np.zeros((9, 2), "f4"), "rewards": np.zeros(9, "f4")},
+             actions=np.arange(9) % 4, terminals=np.arange(9) == 8)  # fmt: skip
+    assert main(["convert-dataset", str(tmp_path / "data.npz"), str(tmp_path / "shards")]) == 0
+    monkeypatch.setattr(summary, "_extremes", lambda values: pytest.fail("all actions were read"))
+    assert to_replay_buffer(tmp_path / "shards").dataset_info.action_size == 4
+
+
+class _OwnPicker(BasicTransitionPicker):  # type: ignore[misc]
+    pass
 
 
 @pytest.mark.parametrize("key", ["steps_to_next_obs", ("next", "discount")])

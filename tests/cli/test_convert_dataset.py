@@ -321,7 +321,7 @@ def test_before_the_first_step_nothing_reads_all_of_the_shards(
     convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from iql_plugins.config import IQLConfig
-    from iql_plugins.data import intake, normalizers
+    from iql_plugins.data import episodes, intake
     from iql_plugins.data.normalizers import Normalizers
     from iql_plugins.data.readers import tensordicts
     from iql_plugins.training.agent import Agent
@@ -340,7 +340,7 @@ def test_before_the_first_step_nothing_reads_all_of_the_shards(
 
     for module, name in (
         *((dataset, name) for name in ("chunks", "non_finite")),
-        *((intake, "non_finite"), (summary, "moments"), (normalizers, "episode_returns")),
+        *((intake, "non_finite"), (summary, "moments"), (episodes, "episode_returns")),
         *((tensordicts, name) for name in ("chunks", "_selected")),
     ):
         monkeypatch.setattr(module, name, forbidden)
