@@ -12,6 +12,8 @@ from tensordict import TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
+from iql_plugins.keys import next_key
+
 __all__ = ["Box", "Discrete", "Space", "Spaces"]
 
 #: Dataset actions up to this far outside [-1, 1] still say that the bounds are -1 and 1.
@@ -143,19 +145,18 @@ class Spaces:
         Raises:
             TypeError: for an observation that is neither a Box nor Discrete; names it.
         """
-        observation, next_observation = dataset["observation"], dataset["next", "observation"]
+        observation = dataset["observation"]
         spaces: Space | dict[str, Space]
         if isinstance(observation, TensorDictBase):
             spaces = {
-                str(name): _observed(str(name), observation[name], next_observation[name])
-                for name in observation.keys()
+                str(name): _observed(str(name), dataset, ("observation", str(name))) for name in observation.keys()
             }
         else:
-            spaces = _observed("observation", observation, next_observation)
+            spaces = _observed("observation", dataset, "observation")
         action = dataset["action"]
+        low, high = _extremes(dataset, "action")
         if not action.is_floating_point():
-            return cls(spaces, Discrete(int(action.max()) + 1))
-        low, high = action.amin(0), action.amax(0)
+            return cls(spaces, Discrete(int(high.max()) + 1))
         if float(max(-low.min(), high.max())) <= 1.0 + _UNIT_TOLERANCE:
             low, high = -torch.ones_like(low), torch.ones_like(high)
         else:
@@ -186,8 +187,8 @@ class Spaces:
     def check(self, dataset: TensorDictBase) -> None:
         """Raises ``ValueError`` naming the first entry of a dataset that these spaces do not have."""
         for key, space in self.observations.items():
-            _check(key, space, dataset.get(key, None))
-        _check("action", self.action, dataset.get("action", None))
+            _check(key, space, dataset)
+        _check("action", self.action, dataset)
 
 
 def _kind(space: Any) -> str:
@@ -213,7 +214,16 @@ def _space(space: Any, name: str) -> Space:
     raise TypeError(f"the space of {name!r} must be Box or Discrete (observations also Dict of these), got {space}")
 
 
-def _observed(name: str, observation: Any, next_observation: Any) -> Space:
+def _extremes(dataset: TensorDictBase, key: NestedKey) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest number of each entry of a column."""
+    # That package needs this module first.
+    from iql_plugins.data import summary
+
+    return summary.statistics(dataset, key, ("low", "high"))
+
+
+def _observed(name: str, dataset: TensorDictBase, key: NestedKey) -> Space:
+    observation: Any = dataset[key]
     if not isinstance(observation, Tensor):
         raise TypeError(
             f"{name!r} must be a tensor: Dict observations have one level, got {type(observation).__name__}"
@@ -225,7 +235,8 @@ def _observed(name: str, observation: Any, next_observation: Any) -> Space:
             f"{name!r} has {observation.dtype} of shape {tuple(observation.shape[1:])}: integers must be single "
             "(Discrete); convert several to float, or give each a name of its own in a Dict"
         )
-    return Discrete(int(torch.maximum(observation.max(), next_observation.max())) + 1)
+    (_, high), (_, next_high) = (_extremes(dataset, each) for each in (key, next_key(key)))
+    return Discrete(max(int(high.max()), int(next_high.max())) + 1)
 
 
 def _to_json(space: Space) -> dict[str, Any]:
@@ -248,7 +259,8 @@ def _from_json(document: Mapping[str, Any]) -> Space:
     return Box(tuple(map(int, document["box"])), dtype, low, high)
 
 
-def _check(key: NestedKey, space: Space, tensor: Tensor | None) -> None:
+def _check(key: NestedKey, space: Space, dataset: TensorDictBase) -> None:
+    tensor: Any = dataset.get(key, None)
     if not isinstance(tensor, Tensor):
         raise ValueError(f"the dataset has no {key!r}, of which the space is {space}")
     if isinstance(space, Box):
@@ -263,7 +275,8 @@ def _check(key: NestedKey, space: Space, tensor: Tensor | None) -> None:
         raise ValueError(f"{key!r} of the dataset has dtype {tensor.dtype}; the space is Discrete({space.n})")
     if tensor.shape[1:].numel() != 1:
         raise ValueError(f"{key!r} of the dataset has shape {tuple(tensor.shape)}; that of a Discrete space is [N, 1]")
-    smallest, largest = int(tensor.min()), int(tensor.max())
+    low, high = _extremes(dataset, key)
+    smallest, largest = int(low.min()), int(high.max())
     if smallest < space.start or largest >= space.start + space.n:
         raise ValueError(
             f"{key!r} of the dataset is from {smallest} to {largest}, "

@@ -11,13 +11,11 @@ from stable_baselines3.common.vec_env import VecNormalize
 from tensordict import TensorDictBase
 from torch import Tensor
 
-from iql_plugins.data import read_dataset
+from iql_plugins.data import read_dataset, summary
 from iql_plugins.data.dataset import REWARD, require_single_steps
-from iql_plugins.data.episodes import episode_ends
 from iql_plugins.data.intake import ActionExcess, check_columns
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.data.packed import batch_source
-from iql_plugins.data.summary import CHUNK
 from iql_plugins.keys import flat_name, next_key, shown
 from iql_plugins.spaces import Box, Space, Spaces
 from iql_sb3.batches import map_batch
@@ -35,6 +33,8 @@ __all__ = [
     "start_statistics",
 ]
 
+#: Pieces of which the discounted returns of a larger dataset are looked at, and the rows of each: a million in all.
+_PIECES, _PIECE = 64, 16_384
 _REWARD, _DONE, _TERMINATED = (next_key(name) for name in ("reward", "done", "terminated"))
 
 
@@ -194,10 +194,9 @@ class OfflineData:
         self._observed = [name for key in inputs.spaces.observations for name in (key, next_key(key))]
         self._transitions = batch_source(dataset, self._transform, device)
         if n_steps > 1:
-            reward = dataset.get(_REWARD).reshape(-1).to(device)
-            self._rewards = reward if raw else inputs.normalizers.reward(reward)
-            ends, rows = episode_ends(dataset), torch.arange(len(dataset), device="cpu")
-            self._steps = (ends[torch.searchsorted(ends, rows)] - rows + 1).clamp(max=n_steps).to(device)
+            columns = (dataset.get(key).reshape(-1).as_subclass(Tensor) for key in (_REWARD, _DONE))
+            # What is on disk stays there.
+            self._rewards, self._done = (column if self.on_disk else column.to(device, copy=True) for column in columns)
 
     def _transform(self, piece: TensorDictBase) -> TensorDictBase:
         piece = piece.select(*self._observed, "action", _REWARD, _DONE, _TERMINATED).to(self._device)
@@ -238,12 +237,18 @@ class OfflineData:
 
     def _following(self, index: Tensor, gamma: float, normalization: Normalization | None) -> dict[str, Tensor]:
         """What comes after several steps, or at the end of the episode if that is nearer."""
-        count = self._steps[index]
         offsets = torch.arange(self.n_steps, device=index.device)
-        taken = offsets < count.unsqueeze(-1)
+        rows = index.unsqueeze(-1) + offsets
+        # The data's end is an episode's, too.
+        beyond, rows = rows >= len(self), rows.clamp(max=len(self) - 1)
+        rewards, done = (column[rows.to(column.device)].to(index.device) for column in (self._rewards, self._done))
+        # As far as no step before has ended the episode.
+        taken = ~beyond & (done.cumsum(-1) - done.long() == 0)
+        count = taken.sum(-1)
         last = index + count - 1
-        rewards = self._rewards[torch.minimum(index.unsqueeze(-1) + offsets, last.unsqueeze(-1))]
-        if self.raw and normalization is not None:
+        if not self.raw:
+            rewards = self._inputs.normalizers.reward(rewards)
+        elif normalization is not None:
             rewards = self._normalized(rewards, normalization.normalize_reward)
         following = {name: value for name, value in self._transitions.batch(last).items() if name.startswith("next_")}
         return following | {
@@ -272,6 +277,9 @@ class OfflineData:
 def start_statistics(env: VecNormalize, dataset: TensorDictBase) -> None:
     """Puts a dataset's statistics into a ``VecNormalize`` that has seen nothing yet, as its steps would have.
 
+    Of observations these are the ones that are stored with a dataset, where they are; of discounted returns, which
+    depend on the environment's ``gamma``, those of a million rows at most.
+
     Without them the networks would learn offline in the environment's units, and meet others as soon as the
     environment is stepped.
 
@@ -281,19 +289,31 @@ def start_statistics(env: VecNormalize, dataset: TensorDictBase) -> None:
     """
     if not env.training:
         return
-    observation = dataset.get("observation")
     rms: Any = env.obs_rms if env.norm_obs else {}
     statistics = rms if isinstance(rms, dict) else {"": rms}
     for key, running in statistics.items():
         if running.count < 1.0:
-            values = observation.get(key) if key else observation
-            for piece in values.split(CHUNK):
-                running.update(piece.cpu().numpy())
+            mean, std = summary.statistics(dataset, ("observation", key) if key else "observation", ("mean", "std"))
+            running.update_from_moments(mean.numpy(), std.square().numpy(), len(dataset))
     if env.ret_rms.count < 1.0:
-        rewards, done = (dataset.get(key).reshape(-1).tolist() for key in (_REWARD, _DONE))
-        returns, running_return = [], 0.0
-        for reward, ended in zip(rewards, done, strict=True):
-            running_return = running_return * env.gamma + reward
-            returns.append(running_return)
-            running_return = 0.0 if ended else running_return
-        env.ret_rms.update(np.array(returns))
+        returns = np.concatenate([_running_returns(dataset[rows], env.gamma) for rows in _looked_at(len(dataset))])
+        env.ret_rms.update_from_moments(returns.mean(), returns.var(), len(dataset))
+
+
+def _looked_at(rows: int) -> list[slice]:
+    """All rows of a dataset, or pieces from all over a large one: more of them would change few digits."""
+    if rows <= _PIECES * _PIECE:
+        return [slice(0, rows)]
+    starts = [number * (rows - _PIECE) // (_PIECES - 1) for number in range(_PIECES)]
+    return [slice(start, start + _PIECE) for start in starts]
+
+
+def _running_returns(dataset: TensorDictBase, gamma: float) -> Any:
+    """Of each row the discounted sum of the rewards of its episode until there, as ``VecNormalize`` counts it."""
+    rewards, done = (dataset.get(key).reshape(-1).tolist() for key in (_REWARD, _DONE))
+    returns, running_return = [], 0.0
+    for reward, ended in zip(rewards, done, strict=True):
+        running_return = running_return * gamma + reward
+        returns.append(running_return)
+        running_return = 0.0 if ended else running_return
+    return np.array(returns)

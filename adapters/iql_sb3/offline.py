@@ -85,10 +85,12 @@ class OfflineLearning(OffPolicyAlgorithm):
 
     def _set_dataset(self, dataset: TensorDictBase, _: Spaces | None, buffer: ReplayBuffer | None) -> None:
         known = self.policy.spaces
+        # With images turned round, a dataset has no summary.
+        stored = dataset
         if buffer is None:
             dataset = _channels_first(dataset, known)
             datasets.check_spaces(dataset, known)
-            clipped = check_numbers(dataset, known, clip_all_actions=self.clip_all_actions).count
+            clipped = check_numbers(stored, known, clip_all_actions=self.clip_all_actions).count
         else:
             _check_buffer(buffer, self.observation_space, self.action_space)
             clipped = self._clipped_in(buffer)
@@ -100,7 +102,7 @@ class OfflineLearning(OffPolicyAlgorithm):
             )
         if self.learner.step_count == 0:
             if not self._has_statistics:
-                fitted = Normalizers.fit(dataset, known, self.config)
+                fitted = Normalizers.fit(stored, known, self.config)
                 self.policy.normalizers.load_state_dict(fitted.to(self.device).state_dict())
                 self._has_statistics = True
             if normalize is not None:

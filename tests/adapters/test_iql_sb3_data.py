@@ -20,11 +20,12 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from iql_plugins.data import DatasetError, load_dataset
+from iql_plugins.cli import main
+from iql_plugins.data import DatasetError, load_dataset, summary
 from iql_plugins.data import dataset as dataset_module
 from iql_plugins.training.agent import build_loss
 from iql_plugins.training.learner import DivergenceError
-from iql_sb3 import IQL
+from iql_sb3 import IQL, datasets
 from iql_sb3.batches import map_batch
 from iql_sb3.reader import ring_transitions
 from iql_sb3.spaces import layout_spaces
@@ -397,6 +398,34 @@ def test_what_vecnormalize_does_to_experience_it_does_to_the_dataset() -> None:
     )
     assert all(np.isclose(known, reward, atol=1e-5).any() for reward in batch["next_reward"].numpy().ravel())
     assert model.get_vec_normalize_env() is env
+
+
+@pytest.mark.parametrize("rows", [20_000, 5_000], ids=["of all rows", "of pieces"])
+def test_shards_are_not_looked_through_before_the_first_step(
+    rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their batches of several steps, and VecNormalize's statistics, are those of the same data in memory."""
+    assert main(["convert-dataset", "pendulum-v1-sac", str(tmp_path / "shards")]) == 0
+    environments, batches = [normalized_env(gamma=0.9) for _ in range(2)], []
+    for source, env in zip(("pendulum-v1-sac", tmp_path / "shards"), environments, strict=True):
+        if env is environments[1]:
+            for name in ("moments", "_extremes"):
+                monkeypatch.setattr(summary, name, lambda *_: pytest.fail("all of the dataset was read"))
+            monkeypatch.setattr(datasets, "_PIECE", 250)
+            monkeypatch.setattr(datasets, "_PIECES", rows // 250)
+        model = IQL("MlpPolicy", env, dataset=source, n_steps=3, **SMALL)
+        index = torch.tensor([0, 198, 199, 7, 19_998, 19_999])
+        batches.append(model._offline.batch(index, 0.9, None))
+        read = sum(len(range(20_000)[piece]) for piece in datasets._looked_at(20_000))
+    assert read == rows
+    assert model._offline._done.data_ptr() == model._offline._transitions._tensors["next", "done"].data_ptr()
+    torch.testing.assert_close(batches[1], batches[0])
+    assert batches[1]["next_discount"].squeeze(-1).tolist() == pytest.approx([0.9**n for n in (3, 2, 1, 3, 2, 1)])
+    expected, found = ([env.obs_rms, env.ret_rms] for env in environments)
+    for theirs, ours, tolerance in zip(expected, found, (1e-6, 1e-6 if rows == 20_000 else 0.1), strict=True):
+        np.testing.assert_allclose(ours.mean, theirs.mean, rtol=tolerance)
+        np.testing.assert_allclose(ours.var, theirs.var, rtol=tolerance)
+        assert ours.count == theirs.count
 
 
 def test_statistics_that_vecnormalize_has_are_left_alone() -> None:

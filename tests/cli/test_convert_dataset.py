@@ -16,9 +16,10 @@ import torch
 from requirements import needs_proc
 from tensordict import MemoryMappedTensor, TensorDict
 
-from iql_plugins import checkpoint, read_dataset
+from iql_plugins import checkpoint, load_dataset, read_dataset
 from iql_plugins.cli import main
 from iql_plugins.data import arrays, dataset, summary
+from iql_plugins.spaces import Discrete, Spaces
 
 Convert = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -353,6 +354,22 @@ def test_before_the_first_step_nothing_reads_all_of_the_shards(
     # Of data without a summary, they do.
     with pytest.raises(AssertionError, match="all of the dataset"):
         Normalizers.fit(source.tensors, spaces, config)
+
+
+def test_discrete_spaces_of_shards_are_known_without_a_look_at_each_row(
+    convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = np.arange(300)
+    data = columns() | {"actions": rows % 4, "observations": rows % 7, "next_observations": rows % 9}
+    np.savez(tmp_path / "data.npz", **data)
+    assert convert(tmp_path / "data.npz", tmp_path / "shards")[0] == 0
+    shards = load_dataset(tmp_path / "shards")
+    monkeypatch.setattr(summary, "_extremes", lambda values: pytest.fail("all of the dataset was read"))
+    spaces = Spaces.from_dataset(shards)
+    assert spaces == Spaces(Discrete(9), Discrete(4))
+    spaces.check(shards)
+    with pytest.raises(ValueError, match="is from 0 to 3, the space from 0 to 2"):
+        Spaces(Discrete(9), Discrete(3)).check(shards)
 
 
 def test_shards_that_were_changed_are_looked_at_again(convert: Convert, tmp_path: Path) -> None:
