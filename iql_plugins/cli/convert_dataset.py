@@ -20,6 +20,7 @@ from iql_plugins.plugins import PluginError, host
 __all__ = ["run"]
 
 PARQUET = ".parquet"
+_SINGLE_STEPS = "which are what the columns are of, or convert to shards"
 
 
 def run(arguments: ConvertDataset) -> Result:
@@ -58,7 +59,12 @@ def run(arguments: ConvertDataset) -> Result:
 
 
 def _converted(arguments: ConvertDataset, shards: Path, out: Path, parquet: Any) -> dict[str, Any]:
-    options = Options(arguments.trust_pickle, memmap_dir=shards, resume=_identity(arguments.source))
+    options = Options(
+        arguments.trust_pickle,
+        memmap_dir=shards,
+        resume=_identity(arguments.source),
+        single_steps=None if parquet is None else _SINGLE_STEPS,
+    )
     dataset = host().read_dataset(arguments.source, options)
     if parquet is None:
         spaces = None if dataset.spaces is None else dataset.spaces.to_json()
@@ -106,7 +112,8 @@ def _write_parquet(parquet: Any, dataset: Dataset, file: Path) -> None:
     Raises:
         DatasetError: for n-step transitions, for which there are no columns.
     """
-    require_single_steps(dataset.tensors, "which are what the columns are of")
+    # A plugin's reader may have other ways to write than ours.
+    require_single_steps(dataset.tensors, _SINGLE_STEPS)
     tensors = dataset.tensors
     columns: dict[str, Any] = {"actions": tensors.get("action"), "rewards": tensors.get(REWARD)}
     for name, key in (("observations", "observation"), ("next_observations", ("next", "observation"))):

@@ -30,6 +30,7 @@ from iql_plugins.data.dataset import (
     check_dataset,
     chunks,
     one_line,
+    require_single_steps,
     require_space,
     row_bytes,
 )
@@ -559,6 +560,8 @@ def _filled(blocks: Blocks, rows: int, name: str, options: Options, folder: Path
         dataset = TensorDict.load_memmap(folder, allow_pickle=False)
     for block in blocks(start):
         if dataset is None:
+            if options.single_steps is not None:
+                require_single_steps(block, options.single_steps)
             dataset = _allocated(block, rows, name, options, folder)
         stop = start + len(block[REWARD])
         if stop > rows:

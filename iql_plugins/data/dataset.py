@@ -52,6 +52,7 @@ class Options:
         name: what errors call the source; None leaves that to its reader.
         resume: what the source is told by: a copy in ``memmap_dir`` that was killed while it was made of the same one
             is gone on with. The folder is then the caller's to put away. None makes it whole, or not at all.
+        single_steps: why n-step transitions are an error, if they are, before anything is written.
     """
 
     trust_pickle: bool = False
@@ -60,6 +61,7 @@ class Options:
     finite: bool = True
     name: str | None = None
     resume: str | None = None
+    single_steps: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +202,7 @@ def file_of(source: object, *suffixes: str) -> Path | None:
     return path
 
 
-def require_single_steps(dataset: TensorDictBase, instead: str) -> None:
+def require_single_steps(dataset: TensorDictBase | Mapping[NestedKey, Tensor], instead: str) -> None:
     """Raises :class:`DatasetError` for n-step transitions, of which the reader would drop the n.
 
     Args:

@@ -125,7 +125,7 @@ def test_a_slip_does_not_cost_what_was_begun(convert: Convert, tmp_path: Path) -
         assert (status, expected in document["error"]) == (2, True)
 
 
-def test_what_is_in_the_way_stays_there(convert: Convert, tmp_path: Path) -> None:
+def test_what_is_in_the_way_stays_there(convert: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "file").touch()
     (tmp_path / "data.parquet").touch()
@@ -136,7 +136,9 @@ def test_what_is_in_the_way_stays_there(convert: Convert, tmp_path: Path) -> Non
     steps = read_dataset(columns()).tensors.copy()
     steps["steps_to_next_obs"] = torch.full((300, 1), 3)
     TensorDict(dict(steps.items()), [300]).memmap(str(tmp_path / "steps"))
-    status, document = convert(tmp_path / "steps", tmp_path / "steps.parquet")
+    with monkeypatch.context() as patch:
+        patch.setattr(arrays, "_allocated", lambda *_: pytest.fail("something was written"))
+        status, document = convert(tmp_path / "steps", tmp_path / "steps.parquet")
     assert status == 2
     assert "steps_to_next_obs" in document["error"]
     assert convert(tmp_path / "nowhere.npz", tmp_path / "out")[0] == 2
