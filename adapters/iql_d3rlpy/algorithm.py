@@ -64,7 +64,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
     than clipping is the core's one Adam over all networks; any other optimiser factory makes an optimiser for each.
 
     Args:
-        batch_size: transitions a step.
+        batch_size: transitions a step; with ``enable_ddp``, of each process, as in all of d3rlpy's algorithms.
         gamma: discount :math:`\gamma`.
         observation_scaler: d3rlpy's, of any kind.
         action_scaler: d3rlpy's, continuous actions only; without one they are in [-1, 1].
@@ -195,7 +195,8 @@ class IQLConfig(BaseIQLConfig):
 
         Args:
             device: as in d3rlpy: ``"cuda:0"``, a GPU's number, True for the first GPU, False for the CPU.
-            enable_ddp: whether to train with the other processes of the process group.
+            enable_ddp: whether to train with the other processes of the process group, each on ``batch_size``
+                transitions of its own: a step of two processes is that of one with twice the ``batch_size``.
         """
         return IQL(self, device, enable_ddp)
 
@@ -283,6 +284,9 @@ class BaseIQL(QLearningAlgoBase):  # type: ignore[misc]
         if isinstance(fast, FastReplayBuffer) and self._enable_ddp and "draw" not in vars(fast):
             fast = copy.copy(fast)
             fast.draw = draw_share
+        if self._enable_ddp:
+            size, count = self._config.batch_size, distributed.Processes.of_group().count
+            LOG.info(f"batch_size is that of each process, {size}: of all {count} together it is {count * size}")
         given = inspect.signature(super().fitter).bind(fast, *args, **options)
         health: dict[str, float] = {}
         callback = given.arguments.get("epoch_callback")
@@ -429,7 +433,9 @@ def _logged(values: Mapping[str, float], name: str, *_: Any) -> float:
 
 def _after_epoch(callback: Any, health: dict[str, float], algorithm: Any, epoch: int, total_step: int) -> None:
     """Before d3rlpy logs what evaluators say, and saves the model."""
-    health.update(implementation(algorithm).agent.learner.metrics())
+    learner = implementation(algorithm).agent.learner
+    learner.check()
+    health.update(learner.metrics())
     if callback is not None:
         callback(algorithm, epoch, total_step)
 

@@ -223,7 +223,7 @@ class OfflineLearning(OffPolicyAlgorithm):
             self._learns_offline = False
         if self.num_timesteps:
             self._update_current_progress_remaining(self.num_timesteps, total_timesteps)
-        self.learner.check_finite()
+        self.learner.check()
         callback.on_training_end()
         return self
 

@@ -156,6 +156,14 @@ class Settings:
         config = self.hyperparameters.replace(n_steps=self.ends[index])
         return replace(self, hyperparameters=config, earlier_ends=self.ends[:index])
 
+    def evaluates(self, step: int) -> bool:
+        """Whether the policy is evaluated after a step."""
+        return step % self.evaluate_every == 0 or step == self.hyperparameters.n_steps
+
+    def logs(self, step: int) -> bool:
+        """Whether metrics.csv has a row for a step; no other step is saved."""
+        return self.evaluates(step) or step % self.log_every == 0
+
     def changes(self, before: "Settings", name: str) -> dict[str, list[Any]]:
         """What differs from the settings of a checkpoint: by name, the value there and the one here.
 

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset
 from iql_plugins.data.dataset import one_line
 from iql_plugins.hookspecs import Training
+from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.ope import Criterion, Policy, action_agreement, initial_qvalue, td_error
 from iql_plugins.plugins import AdapterNotFoundError, PluginError, host
 from iql_plugins.spaces import Spaces
@@ -219,8 +221,10 @@ def follow(settings: Settings, processes: Processes, *, trust_pickle: bool = Fal
             state, steps = told
             agent = Agent.from_state(*state, name="the first process's agent", device=settings.device)
             algorithm = training.from_agent(agent)
-            distributed.synchronize(training.to_agent(algorithm).learner)
-            training.fit(algorithm, source.tensors, steps, lambda step: None)
+            learner = training.to_agent(algorithm).learner
+            distributed.synchronize(learner)
+            check_equal = partial(_check_equal, processes, learner.loss, settings.at(learner.step_count))
+            training.fit(algorithm, source.tensors, steps, check_equal)
 
 
 def resumed(settings: Settings, run: Path) -> Settings:
@@ -302,13 +306,15 @@ def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Dataset, pr
     """Takes the steps that are left, which are as many for all."""
     first = trainers[0]
     saved = time.monotonic()
+    check_equal = partial(_check_equal, processes, first.agent.loss, first.settings)
 
     def after_step(step: int) -> None:
         nonlocal saved
+        check_equal(step)
         for trainer in trainers:
             trainer.after_step(step)
-        now = time.monotonic()
-        if first.evaluates(step) or (first.logs(step) and now - saved > SECONDS_BETWEEN_CHECKPOINTS):
+        now, settings = time.monotonic(), first.settings
+        if settings.evaluates(step) or (settings.logs(step) and now - saved > SECONDS_BETWEEN_CHECKPOINTS):
             _save(trainers)
             saved = now
         # Whoever is told of an evaluation, and ends the training for it, finds it in the checkpoint.
@@ -331,6 +337,12 @@ def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Dataset, pr
         else:
             assert training.fit_together is not None
             training.fit_together([trainer.algorithm for trainer in trainers], source.tensors, steps, after_step)
+
+
+def _check_equal(processes: Processes | None, loss: IQLLoss, settings: Settings, step: int) -> None:
+    """In each of several processes, before the first one may save a step."""
+    if processes is not None and settings.logs(step):
+        processes.check_equal(loss)
 
 
 class _Trainer:
@@ -424,22 +436,14 @@ class _Trainer:
             )
         return agent
 
-    def evaluates(self, step: int) -> bool:
-        """Whether the policy is evaluated after a step."""
-        return step % self.settings.evaluate_every == 0 or step == self.settings.hyperparameters.n_steps
-
-    def logs(self, step: int) -> bool:
-        """Whether metrics.csv has a row for a step."""
-        return self.evaluates(step) or step % self.settings.log_every == 0
-
     def after_step(self, step: int) -> None:
         """Does what is due after a gradient step, which depends on the step alone."""
-        if self.logs(step):
-            self._log(step, self.evaluates(step))
+        if self.settings.logs(step):
+            self._log(step, self.settings.evaluates(step))
 
     def tell(self, step: int) -> None:
         """Reports how far the training is, if that is due."""
-        evaluates, now = self.evaluates(step), time.monotonic()
+        evaluates, now = self.settings.evaluates(step), time.monotonic()
         if evaluates or now - self.reported > SECONDS_BETWEEN_REPORTS:
             self.reported = now
             rate = (step - self.first_step) / max(now - self.begin, 1e-9)

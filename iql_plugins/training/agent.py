@@ -218,7 +218,7 @@ class Agent:
             self.learner.step(draw())
             if callback is not None:
                 callback(self.learner.step_count)
-        self.learner.check_finite()
+        self.learner.check()
 
     def check(self, dataset: TensorDictBase) -> None:
         """Looks at a dataset in the environment's units before it is trained on; one pass over it.

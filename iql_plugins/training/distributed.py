@@ -175,10 +175,10 @@ def synchronize(learner: "Learner") -> Processes:
 
     What ``DistributedDataParallel`` does for a module that autograd runs, this does for a graph that holds the
     gradients itself, too. The first process's weights and optimisers go to all; gradients are averaged at every step,
-    before they are clipped; every thousandth step looks whether the weights are still equal. Where each sample counts
-    alike, a step is that of one process with the batches of all, but for the order of sums. What is computed of a
-    batch as a whole (an automatic temperature, a noise threshold, the largest exponent of ``gumbel`` and
-    ``exponential``, the scale of ``ddpg_bc``, batch norms) is computed of each process's part.
+    before they are clipped; every thousandth step, and the end of each ``fit``, looks whether the weights are still
+    equal. Where each sample counts alike, a step is that of one process with the batches of all, but for the order of
+    sums. What is computed of a batch as a whole (an automatic temperature, a noise threshold, the largest exponent of
+    ``gumbel`` and ``exponential``, the scale of ``ddpg_bc``, batch norms) is computed of each process's part.
 
     ``batch_size`` of :meth:`~iql_plugins.training.agent.Agent.fit`, and of Stable-Baselines3's ``learn_offline``, is
     then that of all processes together; agents must have equal seeds::

@@ -101,7 +101,7 @@ def adam(groups: Groups) -> list[Optimizer]:
 class Learner:
     r"""Trains a loss: losses, one backward pass, optimisers, schedule, Polyak update; nothing is read on the host.
 
-    Every thousandth step is the exception: it looks whether losses and weights are finite (:meth:`check_finite`).
+    Every thousandth step is the exception: it looks whether losses and weights are finite (:meth:`check`).
 
     A rate is what was set times its schedule's factor: the actor's cosine, and that of a framework's schedule, which
     :meth:`set_schedule` tells. :meth:`set_learning_rate` sets what the factor multiplies. Who writes ``"lr"`` into an
@@ -336,9 +336,7 @@ class Learner:
             if "schedule" in self._rates.group(network):
                 self._rates.show(network)
         if self.step_count % STEPS_BETWEEN_CHECKS == 0:
-            self.check_finite()
-            if together is not None:
-                together.check_equal(self.loss)
+            self.check()
 
     def draw(self, rows: int, size: int, generator: torch.Generator, *, on_disk: bool) -> Tensor:
         """The rows of a batch, uniformly with replacement; of a batch of several processes, this one's part.
@@ -419,6 +417,19 @@ class Learner:
         values = self._look()
         self._sums, self._count = None, 0
         return values
+
+    def check(self) -> None:
+        """What is looked at every thousandth step, and at the end of each ``fit``: :meth:`check_finite`, and more.
+
+        All processes that train together have to call it: it also looks whether they hold equal weights.
+
+        Raises:
+            DivergenceError: see :meth:`check_finite`.
+            UnequalWeightsError: in every process, if weights are not equal.
+        """
+        self.check_finite()
+        if self.processes is not None:
+            self.processes.check_equal(self.loss)
 
     def check_finite(self) -> None:
         """Looks whether the losses since the last call of :meth:`metrics`, and the weights, are finite.

@@ -60,6 +60,7 @@ from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.ope import Criterion, Policy, difference, fitted_q_evaluation, fitted_value
 from iql_plugins.spaces import Box, Discrete, Spaces
 from iql_plugins.training.agent import Agent, build_loss
+from iql_plugins.training.distributed import Processes
 
 
 @pytest.fixture
@@ -466,7 +467,9 @@ def test_several_processes_need_a_group(kind: str) -> None:
         algorithm.create_impl(VECTOR, 3)
 
 
-def test_the_shares_are_no_lasting_part_of_a_dataset(kind: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shares_are_no_lasting_part_of_a_dataset(
+    kind: str, place: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     drawn = []
 
     def draw(count: int, size: int) -> Any:
@@ -474,10 +477,12 @@ def test_the_shares_are_no_lasting_part_of_a_dataset(kind: str, place: str, monk
         return np.zeros(size, np.int64)
 
     monkeypatch.setattr("iql_d3rlpy.algorithm.draw_share", draw)
+    monkeypatch.setattr(Processes, "of_group", lambda: Processes(0, 2))
     algorithm, data = built(kind, place), as_fast_buffer(dataset(kind))
     algorithm._enable_ddp = True
     fitted(algorithm, data)
     assert drawn == [16] * 4
+    assert "batch_size is that of each process, 16: of all 2 together it is 32" in capfd.readouterr().out
     data.sample_transition_batch(7)
     assert len(drawn) == 4
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from processes import children
 from requirements import needs_gloo, needs_proc
 
 from iql_plugins import checkpoint
-from iql_plugins.cli import main, train
+from iql_plugins.cli import main, train, training
 from iql_plugins.cli.errors import UserError
 from iql_plugins.cli.settings import Settings
 from iql_plugins.training import distributed
@@ -106,6 +107,27 @@ def test_two_processes_train_what_one_does(
         else:
             # The random state, too.
             assert torch.equal(together[name], tensor), name
+
+
+def test_what_is_saved_was_compared_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--evaluate-every", "40", "--log-every", "15", "--run-dir", str(tmp_path / "run")]
+    assert main(["train", *SMALL, *options]) == 0
+    settings, _ = Settings.read(tmp_path / "run")
+    done: list[str] = []
+
+    class Two(Processes):
+        def told(self, values: Any) -> Any:
+            return values
+
+        def check_equal(self, loss: Any) -> None:
+            done.append("compared")
+
+    monkeypatch.setattr(distributed, "synchronize", lambda learner: None)
+    monkeypatch.setattr(training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(training, "_save", lambda trainers: done.append("saved"))
+    monkeypatch.setattr(training._Trainer, "outcome", lambda trainer: None)
+    training.train(settings, settings.units, tmp_path / "again", lambda progress: None, processes=Two(0, 2))
+    assert done == ["compared", "saved"] * 3
 
 
 def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -188,8 +188,8 @@ with process_group() as processes:
     if rank:
         with torch.no_grad():
             agent.loss.state_dict()["value_network_params.module.layers.2.bias"].add_(1e-6)
-    agent.learner.step_count = 999
     try:
+        # What is saved after a fit was looked at, however few its steps are.
         agent.fit(dataset, 1)
     except UnequalWeightsError as error:
         done["unequal"] = str(error)
@@ -302,11 +302,12 @@ dataset = make_dataset(SPACES["continuous"])
 with process_group() as processes:
     agent = make_agent("continuous", dataset)
     synchronize(agent.learner)
-    if processes.rank:
-        agent.fit(dataset, 5)
-        os.kill(os.getpid(), signal.SIGKILL)
+    def after_step(step):
+        if processes.rank and step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
     try:
-        agent.fit(dataset, 10**9)
+        agent.fit(dataset, 10**9, after_step)
     except ProcessLostError as error:
         print(error)
 """
