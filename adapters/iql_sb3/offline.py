@@ -275,7 +275,7 @@ class OfflineLearning(OffPolicyAlgorithm):
                 policy.loss, config, seed=old.seed, make_optimizers=lambda groups: old.optimizers
             )
             self.learner.load_state_dict(old.state_dict())
-            self.learner.processes = old.processes
+            self.learner.processes, self.learner.kept = old.processes, old.kept
             self.optimizer = LearnerState(self.learner)
 
     def save_replay_buffer(self, path: str | pathlib.Path | io.BufferedIOBase) -> None:

@@ -229,7 +229,7 @@ def _episodes(arguments: Select, agent: Agent) -> tuple[TensorDictBase, str]:
     if len({(settings.dataset_sha256, settings.hold_out) for settings in found}) > 1:
         raise UserError("give --dataset: these runs are of different data, or held out other shares of them")
     settings = found[0]
-    aside = settings.split(settings.load(trust_pickle=arguments.trust_pickle))[1]
+    aside = settings.held_out(settings.load(trust_pickle=arguments.trust_pickle))
     assert aside is not None
     return aside, f"held-out episodes of {settings.dataset}"
 

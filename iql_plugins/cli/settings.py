@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import torch
 from tensordict import MemoryMappedTensor, TensorDictBase
 
 from iql_plugins import checkpoint
@@ -18,7 +19,7 @@ from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset, DatasetError, read_dataset
 from iql_plugins.data.dataset import REWARD, one_line, row_bytes
-from iql_plugins.data.episodes import held_out
+from iql_plugins.data.episodes import EpisodeRows, held_out, held_out_rows
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.limits import available_memory, read_json
 from iql_plugins.plugins import PluginError
@@ -242,38 +243,61 @@ class Settings:
             raise UserError(f"{name} is not the dataset that the run was made with: its content has changed")
         return source
 
-    def split(self, source: Dataset) -> tuple[Dataset, TensorDictBase | None]:
-        """What is trained on, and the held-out episodes; None for none.
+    def trained(self, source: Dataset) -> tuple[TensorDictBase, EpisodeRows | None]:
+        """The transitions that are trained on: all of these, or some rows of them, as of a dataset on disk.
 
         Raises:
-            UserError: for a dataset of one episode, or one on disk, most of which would be copied into memory.
+            UserError: for a dataset of one episode, if some are to be held out.
         """
+        tensors = source.tensors
         if not self.hold_out:
-            return source, None
-        if isinstance(source.tensors.get(REWARD), MemoryMappedTensor):
-            raise UserError(
-                f"--hold-out copies what is trained on into memory, and {self.dataset} is memory-mapped: convert the "
-                "episodes that are to be held out into a dataset of their own"
-            )
+            return tensors, None
         with mistakes(ValueError):
-            aside = held_out(source.tensors, self.hold_out).to(source.tensors.get(REWARD).device)
-        return replace(source, tensors=source.tensors[~aside], rows=None), source.tensors[aside]
+            if _on_disk(tensors):
+                return tensors, held_out_rows(tensors, self.hold_out)[0]
+            return tensors[~held_out(tensors, self.hold_out).to(tensors.get(REWARD).device)], None
 
-    def agent(self, source: Dataset, unit: Unit) -> Agent:
+    def held_out(self, source: Dataset) -> TensorDictBase | None:
+        """The held-out episodes, in memory; None for none.
+
+        Raises:
+            UserError: for a dataset of one episode, or for more than there is memory for.
+        """
+        tensors = source.tensors
+        if not self.hold_out:
+            return None
+        with mistakes(ValueError):
+            if not _on_disk(tensors):
+                return tensors[held_out(tensors, self.hold_out).to(tensors.get(REWARD).device)]
+            rows = held_out_rows(tensors, self.hold_out)[1]
+            size = len(rows) * sum(map(row_bytes, tensors.values(True, True)))
+            if size > (memory := available_memory()):
+                raise UserError(
+                    f"--hold-out {self.hold_out} keeps {size:,} bytes of episodes in memory, of which {memory:,} are "
+                    "left: hold out a smaller share"
+                )
+            return tensors[rows[torch.arange(len(rows), device="cpu")]]
+
+    def agent(self, dataset: TensorDictBase, kept: EpisodeRows | None, unit: Unit) -> Agent:
         """An untrained agent.
+
+        Args:
+            dataset: what it is trained on, see :meth:`trained`.
+            kept: likewise.
+            unit: which.
 
         Raises:
             UserError: if dataset, spaces, hyper-parameters and device do not fit together.
         """
         config = self.config(unit.method)
-        size = config.batch_size * sum(map(row_bytes, source.tensors.values(True, True)))
+        size = config.batch_size * sum(map(row_bytes, dataset.values(True, True)))
         if size > available_memory():
             raise UserError(
                 f"batch_size {config.batch_size} makes batches of {size:,} bytes, which memory does not hold"
             )
         with mistakes(ValueError, RuntimeError):
-            self.spaces.check(source.tensors)
-            normalizers = Normalizers.fit(source.tensors, self.spaces, config)
+            self.spaces.check(dataset)
+            normalizers = Normalizers.fit(dataset, self.spaces, config, kept)
             return Agent(self.spaces, config, normalizers=normalizers, seed=unit.seed, device=self.device)
 
     def to_json(self) -> dict[str, Any]:
@@ -349,6 +373,10 @@ def _configuration(path: Path) -> Iterator[dict[str, Any]]:
         yield document
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no configuration of a run: {type(error).__name__}: {one_line(error)}") from error
+
+
+def _on_disk(tensors: TensorDictBase) -> bool:
+    return isinstance(tensors.get(REWARD), MemoryMappedTensor)
 
 
 def load_source(source: str, **options: Any) -> Dataset:

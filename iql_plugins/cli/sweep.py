@@ -191,7 +191,7 @@ def _judged(
     if not settings.hold_out:
         note(f"no environment: {HOLD_OUT:.0%} of the episodes are held out, and trials are chosen by {arguments.by}")
         settings = replace(settings, hold_out=HOLD_OUT)
-    settings.split(settings.load(trust_pickle=arguments.trust_pickle))
+    settings.held_out(settings.load(trust_pickle=arguments.trust_pickle))
     return [*base, "--hold-out", str(settings.hold_out)], settings
 
 

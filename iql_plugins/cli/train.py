@@ -209,8 +209,6 @@ def new_settings(arguments: Train) -> tuple[Settings, Dataset]:
         raise UserError(f"--seed must be at least 0, and the last one below 2**63, got {arguments.seed}")
     if not 0.0 <= arguments.hold_out < 1.0:
         raise UserError(f"--hold-out must be a share of the episodes, in [0, 1), got {arguments.hold_out}")
-    if arguments.hold_out and arguments.memmap_dir is not None:
-        raise UserError("--hold-out keeps what is trained on in memory: leave out --memmap-dir, or write two datasets")
     spaces = None if arguments.env is None else environment_spaces(arguments.env)
     source = load_source(
         arguments.dataset,
@@ -403,7 +401,8 @@ def check(settings: Settings, source: Dataset) -> None:
     if settings.env is not None:
         environment_spaces(settings.env)
     device_name(settings.device)
-    agent = settings.agent(settings.split(source)[0], settings.units[0])
+    settings.held_out(source)
+    agent = settings.agent(*settings.trained(source), settings.units[0])
     with mistakes(DatasetError):
         clip_all = settings.hyperparameters.clip_all_actions
         excess = check_numbers(source.tensors, settings.spaces, clip_all_actions=clip_all)

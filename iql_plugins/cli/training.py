@@ -25,8 +25,8 @@ from iql_plugins.cli.output import note
 from iql_plugins.cli.rollouts import rollouts
 from iql_plugins.cli.settings import CONFIG, METHODS, Settings, Unit
 from iql_plugins.config import IQLConfig
-from iql_plugins.data import Dataset
 from iql_plugins.data.dataset import one_line
+from iql_plugins.data.episodes import EpisodeRows
 from iql_plugins.hookspecs import Training
 from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.ope import Criterion, Policy, action_agreement, initial_qvalue, td_error
@@ -191,12 +191,13 @@ def train(
         folder.mkdir(parents=True, exist_ok=True)
     _settle(folders)
     with _torch_state(settings), _quiet_agents():
-        source, held_out = settings.split(settings.load(trust_pickle=trust_pickle))
+        source = settings.load(trust_pickle=trust_pickle)
+        held_out, (dataset, kept) = settings.held_out(source), settings.trained(source)
         while True:
-            trainers = [_Trainer(settings, unit, run, report, training, source, held_out) for unit in units]
+            trainers = [_Trainer(settings, unit, run, report, training, dataset, kept, held_out) for unit in units]
             # Earlier releases did not save a stack as one: killed in between, its trainings have not all come as far.
             for step in sorted({trainer.first_step for trainer in trainers}):
-                _fit([trainer for trainer in trainers if trainer.first_step == step], training, source, processes)
+                _fit([trainer for trainer in trainers if trainer.first_step == step], training, dataset, processes)
             if all(trainer.settings == settings for trainer in trainers):
                 return [trainer.outcome() for trainer in trainers]
 
@@ -216,15 +217,16 @@ def follow(settings: Settings, processes: Processes, *, trust_pickle: bool = Fal
     """
     training = adapter_training(settings.adapter)
     with _torch_state(settings), _quiet_agents():
-        source, _ = settings.split(settings.load(trust_pickle=trust_pickle))
+        dataset, kept = settings.trained(settings.load(trust_pickle=trust_pickle))
         while (told := processes.told(None)) is not None:
             state, steps = told
             agent = Agent.from_state(*state, name="the first process's agent", device=settings.device)
             algorithm = training.from_agent(agent)
             learner = training.to_agent(algorithm).learner
             distributed.synchronize(learner)
+            learner.kept = kept
             check_equal = partial(_check_equal, processes, learner.loss, settings.at(learner.step_count))
-            training.fit(algorithm, source.tensors, steps, check_equal)
+            training.fit(algorithm, dataset, steps, check_equal)
 
 
 def resumed(settings: Settings, run: Path) -> Settings:
@@ -302,7 +304,9 @@ def _save(trainers: "Sequence[_Trainer]") -> None:
         trainer.write_policies()
 
 
-def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Dataset, processes: Processes | None) -> None:
+def _fit(
+    trainers: "Sequence[_Trainer]", training: Training, dataset: TensorDictBase, processes: Processes | None
+) -> None:
     """Takes the steps that are left, which are as many for all."""
     first = trainers[0]
     saved = time.monotonic()
@@ -333,10 +337,10 @@ def _fit(trainers: "Sequence[_Trainer]", training: Training, source: Dataset, pr
             processes.told((agent.state(), steps))
             distributed.synchronize(agent.learner)
         if len(trainers) == 1:
-            training.fit(first.algorithm, source.tensors, steps, after_step)
+            training.fit(first.algorithm, dataset, steps, after_step)
         else:
             assert training.fit_together is not None
-            training.fit_together([trainer.algorithm for trainer in trainers], source.tensors, steps, after_step)
+            training.fit_together([trainer.algorithm for trainer in trainers], dataset, steps, after_step)
 
 
 def _check_equal(processes: Processes | None, loss: IQLLoss, settings: Settings, step: int) -> None:
@@ -353,7 +357,8 @@ class _Trainer:
         run: Path,
         report: Callable[[Progress], None],
         training: Training,
-        source: Dataset,
+        dataset: TensorDictBase,
+        kept: EpisodeRows | None,
         held_out: TensorDictBase | None,
     ) -> None:
         self.held_out = held_out
@@ -375,8 +380,9 @@ class _Trainer:
             with mistakes(CheckpointError):
                 agent = Agent.from_state(document, tensors, name=str(path), device=settings.device)
         else:
-            agent = self.settings.agent(source, unit)
+            agent = self.settings.agent(dataset, kept, unit)
         self.algorithm = training.from_agent(agent)
+        self.agent.learner.kept = kept
         self.first_step = agent.learner.step_count
         self.table = _MetricsFile(
             self.folder / METRICS, self.first_step, (*(() if held_out is None else HELD_OUT), "mean_return")

@@ -1,6 +1,7 @@
 """Where the episodes of a dataset end, how long they are, and what they return."""
 
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from tensordict import TensorDictBase
@@ -10,7 +11,16 @@ from iql_plugins.data import summary
 from iql_plugins.data.dataset import DONE, REWARD
 from iql_plugins.data.summary import CHUNK
 
-__all__ = ["episode_ends", "episode_lengths", "episode_numbers", "episode_returns", "held_out", "return_range"]
+__all__ = [
+    "EpisodeRows",
+    "episode_ends",
+    "episode_lengths",
+    "episode_numbers",
+    "episode_returns",
+    "held_out",
+    "held_out_rows",
+    "return_range",
+]
 
 
 def episode_ends(dataset: TensorDictBase) -> Tensor:
@@ -74,16 +84,18 @@ def episode_returns(dataset: TensorDictBase) -> Tensor:
     return sums
 
 
-def return_range(dataset: TensorDictBase) -> tuple[float, float]:
+def return_range(dataset: TensorDictBase, kept: "EpisodeRows | None" = None) -> tuple[float, float]:
     """The smallest and the largest of :func:`episode_returns`: those stored with a dataset, or else of a pass over it.
 
     Args:
         dataset: see :func:`episode_ends`.
+        kept: the episodes that count; None for all.
     """
     known = summary.of(dataset)
-    if known is not None:
+    if known is not None and kept is None:
         return known.returns[1:]
-    low, high = episode_returns(dataset).aminmax()
+    returns = episode_returns(dataset)
+    low, high = (returns if kept is None else returns[kept.chosen]).aminmax()
     return float(low), float(high)
 
 
@@ -103,8 +115,61 @@ def held_out(dataset: TensorDictBase, share: float, seed: int = 0) -> Tensor:
     Raises:
         ValueError: for a dataset of a single episode.
     """
-    numbers = episode_numbers(dataset)
-    count = int(numbers[-1]) + 1
+    return torch.isin(episode_numbers(dataset), _aside(len(episode_ends(dataset)), share, seed))
+
+
+def held_out_rows(dataset: TensorDictBase, share: float, seed: int = 0) -> "tuple[EpisodeRows, EpisodeRows]":
+    """As :func:`held_out`: the rows that are trained on, and those left aside, in memory that grows with the episodes.
+
+    Args:
+        dataset: see :func:`episode_ends`.
+        share: see :func:`held_out`.
+        seed: likewise.
+
+    Raises:
+        ValueError: likewise.
+    """
+    ends = episode_ends(dataset)
+    chosen = torch.isin(torch.arange(len(ends), device="cpu"), _aside(len(ends), share, seed))
+    return EpisodeRows(ends, ~chosen), EpisodeRows(ends, chosen)
+
+
+class EpisodeRows:
+    """The rows of some of a dataset's episodes, one after another: which row of the dataset is at which position.
+
+    With episodes of rows 0 to 1, 2 to 4 and 5 to 5, of which the first and the last are chosen, these are 0, 1 and 5.
+
+    Args:
+        ends: of all episodes, see :func:`episode_ends`.
+        chosen: ``[E]`` bool, which of them; at least one.
+
+    Attributes:
+        chosen: likewise.
+    """
+
+    def __init__(self, ends: Tensor, chosen: Tensor) -> None:
+        self.chosen = chosen
+        lengths = ends.diff(prepend=ends.new_full((1,), -1))[chosen]
+        self._stops = lengths.cumsum(0)
+        self._shifts = ends[chosen] + 1 - self._stops
+
+    def __len__(self) -> int:
+        return int(self._stops[-1])
+
+    def pieces(self) -> Iterator[Tensor]:
+        """All of the rows, as many at a time as are looked at together."""
+        for start in range(0, len(self), CHUNK):
+            yield self[torch.arange(start, min(start + CHUNK, len(self)), device="cpu")]
+
+    def __getitem__(self, position: Tensor) -> Tensor:
+        """``[B]`` int64 rows of the dataset at positions ``[B]`` below the length."""
+        own = position.to(self._stops.device)
+        rows = own + self._shifts[torch.searchsorted(self._stops, own, right=True)]
+        return rows.to(position.device)
+
+
+def _aside(count: int, share: float, seed: int) -> Tensor:
+    """The numbers of the episodes that are held out."""
     if count < 2:
         raise ValueError("holding out episodes needs at least two of them, the dataset is a single one")
 
@@ -113,4 +178,4 @@ def held_out(dataset: TensorDictBase, share: float, seed: int = 0) -> Tensor:
         return hashlib.sha256(f"{seed} {episode}".encode()).digest()
 
     aside = sorted(range(count), key=place)[: min(max(round(share * count), 1), count - 1)]
-    return torch.isin(numbers, torch.tensor(aside, device="cpu"))
+    return torch.tensor(aside, device="cpu")

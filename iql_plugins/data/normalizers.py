@@ -1,6 +1,6 @@
 """What lies between an environment's units and those that the networks see."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import summary
-from iql_plugins.data.episodes import episode_returns, return_range
+from iql_plugins.data.episodes import EpisodeRows, episode_returns, return_range
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
 from iql_plugins.spaces import Box, Discrete, Spaces
 
@@ -91,7 +91,9 @@ class Normalizers(nn.Module):
         self.register_buffer("reward_shift", torch.tensor(float(reward_shift)))
 
     @classmethod
-    def fit(cls, dataset: TensorDictBase, spaces: Spaces, config: IQLConfig) -> "Normalizers":
+    def fit(
+        cls, dataset: TensorDictBase, spaces: Spaces, config: IQLConfig, kept: EpisodeRows | None = None
+    ) -> "Normalizers":
         """The normalisers that a configuration asks for, with a dataset's statistics.
 
         Args:
@@ -99,6 +101,7 @@ class Normalizers(nn.Module):
                 ``convert-dataset`` wrote, the statistics are read that are stored with it.
             spaces: of the environment.
             config: ``normalize_observations``, ``reward_scale`` and ``reward_shift`` count.
+            kept: the rows whose statistics they are, for which a dataset on disk is looked through; None for all.
 
         Raises:
             ValueError: if rewards are scaled by the range of returns and all returns are equal.
@@ -107,11 +110,15 @@ class Normalizers(nn.Module):
         if config.normalize_observations:
             for key, space in spaces.observations.items():
                 if isinstance(space, Box) and not space.is_image:
-                    found = summary.statistics(dataset, key, ("mean", "std"))
-                    moments[key] = _usable(*found, dataset.get(key).device)
+                    values = dataset.get(key)
+                    if kept is None:
+                        found = summary.statistics(dataset, key, ("mean", "std"))
+                    else:
+                        found = summary.moments(partial(_rows_of, values, kept))
+                    moments[key] = _usable(*found, values.device)
         scale = config.reward_scale
         if isinstance(scale, str):
-            low, high = return_range(dataset)
+            low, high = return_range(dataset, kept)
             spread = high - low
             if not spread > 0.0:
                 returns = episode_returns(dataset)
@@ -204,6 +211,10 @@ class Normalizers(nn.Module):
         normalizers = cls(spaces, observation_moments=moments)
         normalizers.load_state_dict(dict(tensors))
         return normalizers
+
+
+def _rows_of(values: Tensor, kept: EpisodeRows) -> Iterator[Tensor]:
+    return (values[rows] for rows in kept.pieces())
 
 
 def _usable(mean: Tensor, std: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,15 +133,17 @@ def of(dataset: TensorDictBase) -> Summary | None:
         return None
 
 
-def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over the first dimension, float64 on the CPU; reads pieces of it, twice."""
-    count = len(values)
-    total = torch.zeros(values.shape[1:], dtype=torch.float64, device="cpu")
-    for piece in values.split(CHUNK):
-        total += piece.to("cpu", torch.float64).sum(0)
-    mean = total / count
-    squares = torch.zeros_like(total)
-    for piece in values.split(CHUNK):
+def moments(pieces: Callable[[], Iterable[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over the first dimension, float64 on the CPU.
+
+    Args:
+        pieces: the numbers, a part of them at a time; asked for twice.
+    """
+    sums = [(len(piece), piece.to("cpu", torch.float64).sum(0)) for piece in pieces()]
+    count = sum(length for length, _ in sums)
+    mean = sum((part for _, part in sums), torch.zeros_like(sums[0][1])) / count
+    squares = torch.zeros_like(mean)
+    for piece in pieces():
         squares += (piece.to("cpu", torch.float64) - mean).square().sum(0)
     return mean, (squares / count).sqrt()
 
@@ -158,7 +160,8 @@ def statistics(dataset: TensorDictBase, key: NestedKey, names: tuple[str, str]) 
     stored = {} if known is None else known.columns[key]
     if stored.keys() >= set(names):
         return stored[names[0]], stored[names[1]]
-    return moments(dataset.get(key)) if names == ("mean", "std") else _extremes(dataset.get(key))
+    values = dataset.get(key)
+    return moments(lambda: values.split(CHUNK)) if names == ("mean", "std") else _extremes(values)
 
 
 def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +176,7 @@ def _statistics(values: Tensor) -> dict[str, Any]:
     if values.dtype in (torch.float32, torch.int64):
         found["low"], found["high"] = _extremes(values)
     if values.is_floating_point():
-        found["mean"], found["std"] = moments(values)
+        found["mean"], found["std"] = moments(lambda: values.split(CHUNK))
     return {name: tensor.tolist() for name, tensor in found.items()}
 
 

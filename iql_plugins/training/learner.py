@@ -12,6 +12,7 @@ from torch.optim import Adam, Optimizer
 
 from iql_plugins import _compat
 from iql_plugins.config import IQLConfig
+from iql_plugins.data.episodes import EpisodeRows
 from iql_plugins.keys import flat_name
 from iql_plugins.losses.iql import IQLLoss
 from iql_plugins.losses.objectives import value_objective
@@ -134,6 +135,7 @@ class Learner:
         last_losses: ``[4]`` losses and entropy of the last step, on the device; None before the first.
         processes: that train together, see :func:`~iql_plugins.training.distributed.synchronize`; None for this one
             alone.
+        kept: rows of the dataset that :meth:`draw` draws alone; None for all.
         stacked: whether its parameters are views of tensors that several trainings have in common, for as long as
             something else takes its steps.
 
@@ -201,6 +203,7 @@ class Learner:
         self._captured = CapturedStep(self._compute, self.optimizers, device) if capture else None
         self.last_losses: Tensor | None = None
         self.processes: Processes | None = None
+        self.kept: EpisodeRows | None = None
         self._sums: Tensor | None = None
         self._count = 0
         self._last_batch: Mapping[str, Tensor] = {}
@@ -342,7 +345,7 @@ class Learner:
         """The rows of a batch, uniformly with replacement; of a batch of several processes, this one's part.
 
         Args:
-            rows: of the dataset.
+            rows: of the dataset, of which :attr:`kept` may leave some out.
             size: of the batch, of all processes together.
             generator: on whose device the rows are drawn.
             on_disk: whether the dataset is memory-mapped, see
@@ -354,9 +357,12 @@ class Learner:
         Raises:
             ValueError: unless each process gets as many.
         """
-        if self.processes is not None:
-            return self.processes.draw(rows, size, generator, on_disk=on_disk)
-        return torch.randint(rows, (size,), generator=generator, device=generator.device)
+        rows = rows if self.kept is None else len(self.kept)
+        if self.processes is None:
+            drawn = torch.randint(rows, (size,), generator=generator, device=generator.device)
+        else:
+            drawn = self.processes.draw(rows, size, generator, on_disk=on_disk)
+        return drawn if self.kept is None else self.kept[drawn]
 
     def _compute(self, batch: Mapping[str, Tensor]) -> Tensor:
         """All of a step that happens on the device; returns its ``[4]`` losses."""

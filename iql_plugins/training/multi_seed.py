@@ -59,7 +59,7 @@ def fit_together(
     with _stacked(agents) as population:
         population.prepare(batch(torch.zeros(len(agents) * size, dtype=torch.int64, device=device)))
         for _ in range(n_steps):
-            drawn = [torch.randint(len(source), (size,), generator=agent.generator, device=device) for agent in agents]
+            drawn = [agent.learner.draw(len(source), size, agent.generator, on_disk=source.on_disk) for agent in agents]
             population.step(batch(torch.cat(drawn)))
             if callback is not None:
                 callback(agents[0].learner.step_count)

@@ -285,6 +285,30 @@ def test_held_out_episodes_are_left_aside_and_judge_the_policies(run: Run, tmp_p
         assert rows[-1][name] == pytest.approx(criterion.value, rel=1e-5)
 
 
+@pytest.mark.parametrize("adapter", ["tensor", "sb3", "d3rlpy", "torchrl"])
+def test_of_shards_the_same_episodes_are_held_out_and_the_others_stay_on_disk(
+    adapter: str, run: Run, tmp_path: Path
+) -> None:
+    file, shards = (str(tmp_path / name) for name in ("data.parquet", "data"))
+    for out in (file, shards):
+        assert run("convert-dataset", "pendulum-v1-sac", out)[0] == 0
+    given = [*TINY, "--actor-dropout", "0", "--adapter", adapter, "--n-steps", "12", "--episodes", "1"]
+    given += ["--hold-out", "0.3", "--normalize-observations"]
+    given += ["--baseline", "none", "--reward-scale", "return_range"]
+    if adapter == "tensor":
+        given += ["--seeds", "2", "--stack", "2"]
+    options: dict[str, list[str]] = {"in memory": [file], "shards": [shards], "mapped": [file, "--memmap-dir", "m"]}
+    for name, more in options.items():
+        status, _, err = run("train", *given, "--run-dir", name, "--dataset", *more)
+        assert status == 0, err
+    found = {name: json.loads(Path(name, "results.json").read_text())["by_seed"] for name in options}
+    assert found["in memory"][0]["held_out"]
+    for name in ("shards", "mapped"):
+        for ours, theirs in zip(found[name], found["in memory"], strict=True):
+            assert ours["held_out"] == theirs["held_out"]
+            assert ours["metrics"] == theirs["metrics"]
+
+
 def test_a_run_with_held_out_episodes_goes_on_bit_for_bit(
     run: Run, stop_at: Callable[[int], None], tmp_path: Path
 ) -> None:
@@ -331,7 +355,6 @@ def test_a_prolonged_run_forgets_a_policy_that_was_best_before_values_had_settle
     ("options", "expected"),
     [
         (["--hold-out", "1.0"], "--hold-out must be a share of the episodes, in [0, 1), got 1.0"),
-        (["--hold-out", "0.1", "--memmap-dir", "mapped"], "leave out --memmap-dir"),
         (["--hold-out", "0.1", "--dataset", "one.npz"], "at least two"),
     ],
 )
