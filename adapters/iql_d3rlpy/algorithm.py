@@ -435,7 +435,7 @@ def _after_epoch(callback: Any, health: dict[str, float], algorithm: Any, epoch:
     """Before d3rlpy logs what evaluators say, and saves the model."""
     learner = implementation(algorithm).agent.learner
     learner.check()
-    health.update(learner.metrics())
+    health.update(learner.health())
     if callback is not None:
         callback(algorithm, epoch, total_step)
 

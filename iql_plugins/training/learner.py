@@ -424,6 +424,23 @@ class Learner:
         self._sums, self._count = None, 0
         return values
 
+    def health(self) -> dict[str, float]:
+        """What :meth:`metrics` says of the last batch, whoever has asked before; empty before the first step.
+
+        Reads the device.
+
+        Returns:
+            The fields of :class:`~iql_plugins.losses.functional.Health`.
+
+        Raises:
+            DivergenceError: see :meth:`check_finite`.
+        """
+        if not self._last_batch:
+            return {}
+        health = self._of_last_batch()
+        told = self._finite(health)
+        return {name: told[name] for name in health}
+
     def check(self) -> None:
         """What is looked at every thousandth step, and at the end of each ``fit``: :meth:`check_finite`, and more.
 
@@ -471,10 +488,14 @@ class Learner:
         """
         if self._sums is None:
             return {}
-        with torch.no_grad(), calls.evaluation_mode(self.loss):
-            values = self._finite(self.loss.health(**self._last_batch)._asdict())
+        values = self._finite(self._of_last_batch())
         self._looks.add(self.step_count, values)
         return values
+
+    @torch.no_grad()
+    def _of_last_batch(self) -> dict[str, Tensor]:
+        with calls.evaluation_mode(self.loss):
+            return self.loss.health(**self._last_batch)._asdict()
 
     @torch.no_grad()
     def _finite(self, further: Mapping[str, Tensor]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from conftest import keywords, make_batch, make_loss
 from torch import nn
 
 from iql_plugins.config import IQLConfig, hyperparameters
+from iql_plugins.losses.functional import Health
 from iql_plugins.training.health import HealthWarning, Looks, health_warnings
 from iql_plugins.training.learner import Learner
 
@@ -279,6 +280,15 @@ def test_a_learner_warns_of_what_its_metrics_were_whoever_looked(look: Callable[
 
 def test_a_learner_without_steps_has_no_warning() -> None:
     assert trained(0).warnings() == []
+
+
+def test_the_health_of_the_last_batch_is_what_metrics_say_and_takes_nothing_from_them() -> None:
+    learner, unseen = trained(3), trained(3)
+    health = learner.health()
+    metrics = learner.metrics()
+    assert metrics == unseen.metrics()
+    assert health == {name: metrics[name] for name in Health._fields} == learner.health()
+    assert trained(0).health() == {}
 
 
 def test_warnings_take_nothing_from_the_metrics() -> None:
