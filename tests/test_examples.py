@@ -95,6 +95,15 @@ def test_the_page_on_learning_shows_how_criteria_chose(monkeypatch: pytest.Monke
     assert all(f"| {' | '.join(three)} |" in choosing for three in regrets)
 
 
+def test_the_page_on_learning_shows_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests" / "learning")
+    from benchmark import improvement_table, interquartile_table, variation_table
+
+    page = (ROOT / "tests" / "learning" / "README.md").read_text(encoding="utf-8")
+    for table in (interquartile_table, variation_table, improvement_table):
+        assert "\n".join(table(5)) in page
+
+
 def test_the_table_of_all_hyper_parameters_is_that_of_their_declarations() -> None:
     pytest.importorskip("stable_baselines3")
     pytest.importorskip("d3rlpy")
