@@ -1,5 +1,6 @@
 """Every hyper-parameter of the algorithm once, checked, with the presets of the paper's authors and of CORL."""
 
+import re
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -25,7 +26,7 @@ from iql_plugins.ranges import (
     choice,
 )
 
-__all__ = ["PRESETS", "Home", "IQLConfig", "check", "hyperparameters", "preset"]
+__all__ = ["PRESETS", "Home", "IQLConfig", "check", "hyperparameters", "preset", "renamed"]
 
 #: Of all critics together; the largest ensembles that are published have 500 of four each.
 MOST_LAYERS = 4096
@@ -258,6 +259,15 @@ def check(**values: object) -> None:
             each.metadata["range"].check(each.name, values[each.name])
 
 
+def renamed(error: ValueError, names: Mapping[str, str]) -> ValueError:
+    """An error about a hyper-parameter, by the name that users of a framework know.
+
+    >>> renamed(ValueError("discount must be in [0, 1], got 2.0"), {"discount": "gamma"})
+    ValueError('gamma must be in [0, 1], got 2.0')
+    """
+    return ValueError(re.sub(r"^\w+", lambda found: names.get(found[0], found[0]), str(error)))
+
+
 def hyperparameters(*homes: Home) -> tuple[str, ...]:
     """The names of those that one of these takes; of all of them without an argument.
 
@@ -302,15 +312,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 _IVR_ANTMAZE = dict.fromkeys(("actor_learning_rate", "critic_learning_rate", "value_learning_rate"), 2e-4)
 #: What the authors of a value objective change of a preset: the configurations and scripts of github.com/ryanxhr/IVR
-#: for "sparse" and "exponential", those of github.com/Div99/XQL (``offline/reproduce``, the consistent ones) for
-#: "gumbel". Under ``""`` what they have everywhere; of the other presets they have no numbers.
+#: for "sparse" and "exponential", which have none for antmaze-finetune: there they are antmaze's; those of
+#: github.com/Div99/XQL for "gumbel" (``offline/reproduce``, the consistent ones; its README for antmaze-finetune).
+#: Under ``""`` what they have everywhere; of the other presets they have no numbers.
 OF_OBJECTIVES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         "gumbel": {
             "": {"value_layer_norm": True},
             "locomotion": {"objective_options": {"loss_temperature": 2.0}},
             "antmaze": {"objective_options": {"loss_temperature": 0.6}, "actor_schedule": "constant"},
-            "antmaze-finetune": {"objective_options": {"loss_temperature": 0.6}},
+            "antmaze-finetune": {"objective_options": {"loss_temperature": 0.8, "max_clip": 5.0}},
             "kitchen": {"objective_options": {"loss_temperature": 5.0}},
             "adroit": {"objective_options": {"loss_temperature": 5.0}},
         },

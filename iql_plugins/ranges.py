@@ -34,7 +34,7 @@ class Range:
 
     Attributes:
         words: what a value must be.
-        holds: whether a value is in it; one that cannot be compared is not.
+        holds: whether a value is in it; one that cannot be compared, or be a float, is not.
         hint: what is usual, for whoever is wrong.
     """
 
@@ -46,7 +46,7 @@ class Range:
         """Raises ``ValueError`` that names the hyper-parameter unless the value is in the range."""
         try:
             holds = self.holds(value)
-        except TypeError:
+        except (TypeError, OverflowError):
             holds = False
         if not holds:
             raise ValueError(f"{name} must be {self.words}, got {value!r}{self.hint}")
@@ -81,8 +81,12 @@ def _is_count(value: object) -> bool:
 
 
 def _number(words: str, holds: Callable[[Any], bool], hint: str = "") -> Range:
-    """A range that True and False are not in, which compare with numbers."""
-    return Range(words, lambda value: not isinstance(value, bool) and holds(value), hint)
+    """A range that True and False are not in, those of arrays neither, which compare with numbers."""
+    return Range(words, lambda value: not _is_flag(value) and holds(value), hint)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
 
 
 COUNT = Range("an integer >= 1", _is_count)

@@ -6,7 +6,6 @@ import functools
 import inspect
 import io
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
@@ -31,7 +30,7 @@ from iql_d3rlpy.optimizers import clip_grad_norm, makers
 from iql_d3rlpy.scalers import action_bounds, normalizers_of, scalers_of
 from iql_plugins import checkpoint
 from iql_plugins.config import IQLConfig as Hyperparameters
-from iql_plugins.config import hyperparameters
+from iql_plugins.config import hyperparameters, renamed
 from iql_plugins.data.intake import check_columns
 from iql_plugins.losses.functional import Health
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
@@ -167,7 +166,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
             alike = {name: getattr(self, theirs) for name, theirs in named(type(self)).items()}
             return base.replace(**{**alike, **differing})
         except ValueError as error:
-            raise ValueError(re.sub(r"^\w+", lambda name: _D3RLPY_NAMES.get(name[0], name[0]), str(error))) from error
+            raise renamed(error, _D3RLPY_NAMES) from error
 
 
 def named(config: type[BaseIQLConfig]) -> dict[str, str]:

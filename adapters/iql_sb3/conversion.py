@@ -7,7 +7,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import GymEnv
 from tensordict import TensorDictBase
 
-from iql_plugins.config import IQLConfig, hyperparameters
+from iql_plugins.config import IQLConfig, hyperparameters, renamed
 from iql_plugins.networks.builders import ACTIVATIONS
 from iql_plugins.networks.encoders import is_plain
 from iql_plugins.spaces import Spaces
@@ -33,12 +33,15 @@ def config_of(model: "IQL") -> IQLConfig:
     """A model's hyper-parameters as the core names them.
 
     Raises:
-        ValueError: for one out of range; names it.
+        ValueError: for one out of range; by the model's own name of it.
     """
     given = {name: getattr(model, NAMES.get(name, name)) for name in OWN}
     given |= network_hyperparameters(model.policy_kwargs)
     given |= {f"{name}_learning_rate": schedule(1.0) for name, schedule in model._rates.items()}
-    return IQLConfig(**given)
+    try:
+        return IQLConfig(**given)
+    except ValueError as error:
+        raise renamed(error, NAMES | NETWORK_NAMES) from error
 
 
 def changeable(model: "IQL") -> list[Any]:

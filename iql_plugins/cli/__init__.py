@@ -98,7 +98,11 @@ def _status(given: Sequence[str], write: Write | None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILED
     except Exception as error:
-        traceback.print_exc()
+        from iql_plugins.training.learner import DivergenceError
+
+        # A training may end so, and says itself what to do.
+        if not isinstance(error, DivergenceError):
+            traceback.print_exc()
         return _failed(f"{type(error).__name__}: {error}", FAILED, write)
 
 

@@ -78,6 +78,11 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def as_options(advice: str) -> str:
+    """Advice that has hyper-parameters in backticks, with the options in their place."""
+    return re.sub(r"`(\w+)`", lambda name: option(name[1]), advice)
+
+
 _RESUME = (
     "Run directory of a run to go on with, bit for bit as if it had never stopped. Everything is the run's, but for "
     "what these change from there on, which results.json records: "

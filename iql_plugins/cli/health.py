@@ -1,12 +1,11 @@
 """What decides whether a run's result can be trusted: signs in its returns, its metrics and its rewards."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from iql_plugins.cli.arguments import option
+from iql_plugins.cli.arguments import as_options
 from iql_plugins.cli.settings import METHODS, Settings
 from iql_plugins.cli.statistics import Estimate
 from iql_plugins.cli.training import BEST, METRICS, metrics_rows
@@ -78,7 +77,7 @@ def warning_lines(warnings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _document(warning: HealthWarning, seeds: Sequence[int], settings: Settings) -> dict[str, Any]:
     document = asdict(warning) | {"seeds": list(seeds)}
     # Hyper-parameters are options here.
-    document["suggestion"] = re.sub(r"`(\w+)`", lambda name: option(name[1]), warning.suggestion)
+    document["suggestion"] = as_options(warning.suggestion)
     if tuple(seeds) != settings.seeds:
         document["message"] = f"{warning.message} (seed {', '.join(map(str, seeds))} of {len(settings.seeds)})"
     return document

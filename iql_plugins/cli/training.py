@@ -20,6 +20,7 @@ from tensordict import TensorDictBase
 
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
+from iql_plugins.cli.arguments import as_options
 from iql_plugins.cli.errors import UserError, imported, mistakes
 from iql_plugins.cli.output import note
 from iql_plugins.cli.rollouts import rollouts
@@ -706,16 +707,17 @@ def _quiet_agents() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _divergence_named(trainers: "Sequence[_Trainer]") -> Iterator[None]:
-    """Says which of the trainings has diverged."""
+    """Says which of the trainings has diverged, and names options in the place of hyper-parameters."""
     try:
         yield
     except DivergenceError as error:
+        text = as_options(str(error))
         for trainer in trainers:
             try:
                 trainer.agent.learner.check_finite()
             except DivergenceError:
-                raise DivergenceError(f"{trainer.unit.title}: {error}") from error
-        raise
+                raise DivergenceError(f"{trainer.unit.title}: {text}") from error
+        raise DivergenceError(text) from error
 
 
 def _bytes(text: str) -> torch.Tensor:

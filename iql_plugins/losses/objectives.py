@@ -118,7 +118,7 @@ class ValueObjective:
     loss: Callable[[Quantities], Tensor]
     weight: Callable[[Quantities], Tensor]
     options: Mapping[str, Option] = field(default_factory=dict)
-    remedy: str = "a lower `discount` or `critic_learning_rate`"
+    remedy: str = "a lower `discount`"
     softened_by: str | None = None
 
 
@@ -183,21 +183,21 @@ def _ddpg_bc(of: Quantities) -> Tensor:
 
 Objective = ValueObjective | PolicyExtraction
 _Kind = TypeVar("_Kind", ValueObjective, PolicyExtraction)
-_LARGER_ALPHA = "a larger alpha among the `objective_options`, or a lower `discount` or `critic_learning_rate`"
+_LARGER_ALPHA = "a larger alpha among the `objective_options`, or a lower `discount`"
 #: The entries that need no plugin.
 SHIPPED = (
     ValueObjective(
         "expectile",
         _expectile_regression,
         exponential_weight,
-        remedy="a lower `expectile`, `discount` or `critic_learning_rate`",
+        remedy="a lower `expectile` or `discount`",
     ),
     ValueObjective(
         "quantile",
         _quantile_regression,
         exponential_weight,
         {"quantile": Option(0.7, QUANTILE, "τ of the returns that V is, in (0, 1).")},
-        "a lower quantile among the `objective_options`, `discount` or `critic_learning_rate`",
+        "a lower quantile among the `objective_options`, or a lower `discount`",
     ),
     ValueObjective(
         "gumbel",
@@ -207,7 +207,7 @@ SHIPPED = (
             "loss_temperature": Option(1.0, POSITIVE, "β > 0 of V, in return units; small, V is close to the maximum."),
             "max_clip": Option(7.0, POSITIVE, "the largest exponent, advantage / loss_temperature, that counts."),
         },
-        "a larger loss_temperature or a smaller max_clip among the `objective_options`, or `value_layer_norm`",
+        "a larger loss_temperature or a smaller max_clip among the `objective_options`, or `critic_layer_norm`",
     ),
     ValueObjective(
         "sparse",
@@ -286,6 +286,9 @@ def _check(entries: Iterable[object], taken: Set[tuple[type, str]]) -> None:
         if key in taken:
             raise ValueError(f"the {_KINDS[key[0]]} {entry.name!r} is there already: take another name")
         taken.add(key)
+        option = entry.softened_by if isinstance(entry, ValueObjective) else None
+        if option is not None and option not in entry.options:
+            raise ValueError(f"softened_by of {entry.name!r} must be one of its options, got {option!r}")
         if entry.options:
             from iql_plugins.config import hyperparameters
 

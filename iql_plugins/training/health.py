@@ -157,7 +157,8 @@ def _diverged_values(looks: Sequence[Look], objective: str, low: float, high: fl
 
 def _diverged(found: str, objective: str) -> HealthWarning:
     because = "because errors of Q have been learned from as if they were rewards"
-    return HealthWarning("diverged-values", found, f"try {value_objective(objective).remedy}, {because}")
+    remedy = f"{value_objective(objective).remedy}, or a lower `critic_learning_rate`"
+    return HealthWarning("diverged-values", found, f"try {remedy}, {because}")
 
 
 def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | None:
@@ -183,7 +184,7 @@ def _unsettled_values(looks: Sequence[Look], objective: str) -> HealthWarning | 
 
 def _of_sharpness(of: Weighted) -> tuple[str, str] | None:
     """What makes the weights of actions more equal, and what less; None where nobody says so."""
-    if not policy_extraction(of.policy_extraction).weighs or of.temperature == 0.0:
+    if not policy_extraction(of.policy_extraction).weighs:
         return None
     if not reads_temperature(of.value_objective, of.policy_extraction):
         option = value_objective(of.value_objective).softened_by
@@ -195,10 +196,12 @@ def _of_sharpness(of: Weighted) -> tuple[str, str] | None:
                 f"try a smaller {option} among the `objective_options`, or larger rewards (`reward_scale`)",
             )
         )
+    if of.temperature == 0.0:
+        return None
     if isinstance(of.temperature, str):
         return (
             f"try a higher target than `temperature` {of.temperature} has, or more `n_steps` to reach it in",
-            f"try more `n_steps`, because `temperature` {of.temperature} is far from its target",
+            f"try a lower target than `temperature` {of.temperature} has, or more `n_steps` to reach it in",
         )
     return (
         f"try a `temperature` below {of.temperature:g}, or auto, or smaller rewards (`reward_scale`)",

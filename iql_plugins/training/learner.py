@@ -514,8 +514,8 @@ class Learner:
         if wrong := [name for name, value in read.items() if not math.isfinite(value)]:
             raise DivergenceError(
                 f"{', '.join(wrong)} not finite at step {self.step_count}: lower the learning rates, set "
-                f"max_grad_norm, try {value_objective(self.loss.value_objective).remedy}, or look at the dataset with "
-                "`iql-plugins inspect`"
+                f"`max_grad_norm`, try {value_objective(self.loss.value_objective).remedy}, or look at the dataset "
+                "with `iql-plugins inspect`"
             )
         return {name: read[name] for name in told}
 
@@ -554,7 +554,7 @@ class Learner:
             optimizer.load_state_dict(saved)
         self.step_count, self.seed = step_count, seed
         self._rates.load_state_dict(rates)
-        self._sums, self._count = None, 0
+        self._sums, self._count, self._last_batch = None, 0, {}
         self._looks = Looks()
 
 

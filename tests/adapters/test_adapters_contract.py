@@ -202,7 +202,8 @@ def test_a_training_that_diverges_stops_in_all_adapters(name: str, reads: bool) 
         if reads:
             agent.learner.metrics()
 
-    with pytest.raises(DivergenceError, match=r"not finite at step .*: lower the learning rates, set max_grad_norm"):
+    advice = "lower the learning rates, set `max_grad_norm`, try a lower `expectile`"
+    with pytest.raises(DivergenceError, match=f"not finite at step .*: {advice}"):
         training.fit(algorithm, data, 5, callback)
 
 

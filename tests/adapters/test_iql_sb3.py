@@ -1118,7 +1118,8 @@ def test_what_sacs_policy_is_given_and_does_not_read_without_it_is_taken(tmp_pat
     [
         ({"expectile": 1.5}, "expectile"),
         ({"temperature": -1.0}, "temperature"),
-        ({"gamma": 1.1}, "discount"),
+        ({"gamma": 1.1}, "gamma"),
+        ({"actor_schedule_steps": 0}, "actor_schedule_steps"),
         ({"offline_ratio": 2.0}, "offline_ratio"),
         ({"policy_kwargs": {"net_arch": {"pi": [8]}}}, "net_arch"),
         ({"policy_kwargs": {"net_arch": {"pi": [8], "qf": [8]}, "actor_hidden_sizes": [8]}}, "net_arch must be a list"),

@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 from agents import NETWORKS
 
@@ -35,6 +36,8 @@ from iql_plugins.config import PRESETS, IQLConfig, preset
         ("temperature", "auto_1", "a finite number >= 0 .*or 'auto', or 'auto_0.5'"),
         ("temperature", "automatic", "a finite number >= 0 .*or 'auto', or 'auto_0.5'"),
         ("temperature", True, "a finite number >= 0 .*or 'auto', or 'auto_0.5'"),
+        ("temperature", np.True_, "a finite number >= 0 .*or 'auto', or 'auto_0.5'"),
+        ("reward_shift", 10**400, "a finite number"),
         ("expectile", True, r"in \(0, 1\]"),
         ("temperature", "0.5", "a finite number >= 0 .*or 'auto', or 'auto_0.5'"),
         ("max_weight", math.inf, "a finite number > 0"),
@@ -69,6 +72,12 @@ def test_widths_are_those_of_all_networks_unless_one_has_its_own() -> None:
         IQLConfig(critic_hidden_sizes=(1,) * 4096)
     with pytest.raises(ValueError, match="actor_hidden_sizes must make at most 4096 layers"):
         IQLConfig(actor_hidden_sizes=(1,) * 4097)
+
+
+def test_v_has_layer_norm_as_the_critics_do_unless_it_is_said_of_v() -> None:
+    for critics, v, expected in ((True, None, True), (True, False, False), (False, True, True)):
+        config = IQLConfig(critic_layer_norm=critics, value_layer_norm=v)
+        assert (config.layer_norm_of("critic"), config.layer_norm_of("value")) == (critics, expected)
 
 
 def test_temperatures_above_one_and_of_zero_are_normal() -> None:
@@ -113,7 +122,7 @@ OF_OBJECTIVES: dict[tuple[str, str], tuple[dict[str, float], float, str]] = {
     ("locomotion", "gumbel"): ({"loss_temperature": 2.0}, 3e-4, "cosine"),
     ("locomotion-paper", "gumbel"): ({"loss_temperature": 2.0}, 3e-4, "cosine"),
     ("antmaze", "gumbel"): ({"loss_temperature": 0.6}, 3e-4, "constant"),
-    ("antmaze-finetune", "gumbel"): ({"loss_temperature": 0.6}, 3e-4, "constant"),
+    ("antmaze-finetune", "gumbel"): ({"loss_temperature": 0.8, "max_clip": 5.0}, 3e-4, "constant"),
     ("kitchen", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
     ("adroit", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
     ("maze2d", "gumbel"): ({}, 3e-4, "cosine"),

@@ -140,7 +140,7 @@ def test_values_within_what_rewards_come_to_or_the_noise_are_no_sign() -> None:
     ("objective", "option", "named"),
     [
         ("expectile", "a lower `expectile`", ["expectile", "discount", "critic_learning_rate"]),
-        ("gumbel", "a larger loss_temperature", ["objective_options", "value_layer_norm"]),
+        ("gumbel", "a larger loss_temperature", ["objective_options", "critic_layer_norm", "critic_learning_rate"]),
         ("sparse", "a larger alpha", ["objective_options", "discount", "critic_learning_rate"]),
         ("exponential", "a larger alpha", ["objective_options", "discount", "critic_learning_rate"]),
         ("quantile", "a lower quantile", ["objective_options", "discount", "critic_learning_rate"]),
@@ -152,6 +152,8 @@ def test_what_keeps_values_from_diverging_is_the_objectives_own(objective: str, 
     assert option in warning.suggestion
     (unsettled,) = warnings(looks(**TRIPPED["unsettled-values"]), value_objective=objective)
     assert option in unsettled.suggestion
+    # It bounds no values, and settles later.
+    assert "critic_learning_rate" not in unsettled.suggestion
 
 
 @pytest.mark.parametrize("value_range", [VALUES, None])
@@ -186,7 +188,8 @@ def test_few_samples_of_noisy_advantages_recommend_what_does_not_chase_noise(sig
 def test_an_automatic_temperature_is_not_told_to_be_lower(code: str) -> None:
     (warning,) = warnings(looks(**TRIPPED[code]), temperature="auto_0.5")
     assert warning.code == code
-    assert "`temperature` auto_0.5" in warning.suggestion
+    assert "target than `temperature` auto_0.5 has" in warning.suggestion
+    assert warning.suggestion.count("because") == 1
     assert "`n_steps`" in warning.suggestion
 
 
@@ -241,6 +244,7 @@ def test_weights_that_no_temperature_makes_are_no_sign(code: str) -> None:
 def test_weights_that_an_option_makes_are_told_that_option(code: str, advice: str) -> None:
     (warning,) = warnings(looks(**TRIPPED[code]), value_objective="exponential")
     assert (warning.code, warning.suggestion.split(", or")[0]) == (code, advice)
+    assert codes(looks(**TRIPPED[code]), value_objective="exponential", temperature=0.0) == [code]
     assert codes(looks(**TRIPPED[code]), value_objective="exponential", policy_extraction="ddpg_bc") == []
 
 

@@ -304,6 +304,10 @@ def test_a_name_is_taken_once() -> None:
         objectives.register(ValueObjective("mine", quantile_regression, exponential_weight))
     with pytest.raises(TypeError, match="must be a ValueObjective or a PolicyExtraction, got str"):
         objectives.register("mine")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="softened_by of 'soft' must be one of its options, got 'levle'"):
+        objectives.register(
+            ValueObjective("soft", quantile_regression, exponential_weight, {"level": LEVEL}, softened_by="levle")
+        )
 
 
 def test_a_plugin_that_breaks_its_word_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
