@@ -67,6 +67,7 @@ class NetworkQuantities(TorchRLContract):
         # Critics that share everything run once, one critic runs as it is: neither needs stacking.
         together = self.num_qvalue_nets == 1 or self._tied >= parameters.leaves(self.qvalue_network).keys()
         self._ensemble = None if together else CriticEnsemble.read(self.qvalue_network)
+        self._action_bounds = _bounds(self.actor_network)
         self._value_drops = any(isinstance(module, ValueDropout) for module in self.value_network.modules())
 
     def _distribution(self, batch: Batch) -> Any:
@@ -148,6 +149,9 @@ class NetworkQuantities(TorchRLContract):
             )
         # Critics of half precision take the dataset's, a distribution has float32 at least.
         action = action.to(given.dtype) if given.is_floating_point() else action
+        if (bounds := self._action_bounds.get(key)) is not None:
+            low, high = bounds
+            action = action.clamp(low.to(action), high.to(action))
         values = self._frozen_critic_values(replace(batch, tensors=batch.tensors | {key: action}))
         return functional.minimum_over_critics(at_least_float32(self._chosen(values, batch, shape)))
 
@@ -270,6 +274,15 @@ def _once(compute: Callable[["BatchQuantities"], Any]) -> Any:
         return self.computed[name]
 
     return property(quantity, doc=compute.__doc__)
+
+
+def _bounds(policy: nn.Module) -> dict[NestedKey, tuple[Tensor, Tensor]]:
+    """``[act]`` the lowest and the highest actions by key, where a policy of TorchRL's has a spec that knows them."""
+    spec: Any = getattr(policy, "spec", None)
+    spaces: dict[NestedKey, Any] = {}
+    if spec is not None:
+        spaces = {key: getattr(leaf, "space", None) for key, leaf in spec.items(True, True)}
+    return {key: (space.low, space.high) for key, space in spaces.items() if hasattr(space, "low")}
 
 
 class BatchQuantities:

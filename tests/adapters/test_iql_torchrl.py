@@ -29,6 +29,7 @@ from tensordict.nn import (
 )
 from torch import Tensor, nn
 from torchrl.data import (
+    Bounded,
     Categorical,
     Composite,
     LazyTensorStorage,
@@ -297,6 +298,32 @@ def recurrent_networks() -> Networks:
     )
     value = TensorDictSequential(lstms[1], ValueOperator(nn.Linear(4, 1), in_keys=["value_features"]))
     return actor, qvalue, value
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_critics_are_asked_about_the_policys_action_within_its_spec(bounded: bool) -> None:
+    head = nn.Linear(OBSERVATION, 2 * ACTION)
+    nn.init.zeros_(head.weight)
+    nn.init.constant_(head.bias, 5.0)
+    actor = ProbabilisticActor(
+        TensorDictModule(nn.Sequential(head, NormalParamExtractor()), ["observation"], ["loc", "scale"]),
+        in_keys=["loc", "scale"],
+        spec=Bounded(-1.0, 1.0, (ACTION,)) if bounded else None,
+        distribution_class=IndependentNormal,
+    )
+    asked = []
+
+    class Critic(nn.Linear):
+        def forward(self, observation: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+            asked.append(action)
+            return super().forward(torch.cat([observation, action], -1))
+
+    qvalue = ValueOperator(Critic(OBSERVATION + ACTION, 1), in_keys=["observation", "action"])
+    networks = actor, qvalue, torchrl_networks("continuous")[2]
+    loss = make_loss(iql_torchrl, "continuous", networks, policy_extraction="ddpg_bc")
+    loss.target_updater_attached()
+    loss(batch_of("continuous"))
+    assert max(action.max().item() for action in asked) == (1.0 if bounded else 5.0)
 
 
 def test_recurrent_networks_run_over_trajectories_as_in_torchrl() -> None:
