@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import numpy as np
+
 __all__ = [
     "AUTOMATIC",
     "COUNT",
@@ -81,12 +83,8 @@ def _is_count(value: object) -> bool:
 
 
 def _number(words: str, holds: Callable[[Any], bool], hint: str = "") -> Range:
-    """A range that True and False are not in, those of arrays neither, which compare with numbers."""
-    return Range(words, lambda value: not _is_flag(value) and holds(value), hint)
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+    """A range that True and False are not in, which compare with numbers."""
+    return Range(words, lambda value: not isinstance(value, bool | np.bool_) and holds(value), hint)
 
 
 COUNT = Range("an integer >= 1", _is_count)
