@@ -109,7 +109,7 @@ def dataset_page(source: Dataset, spaces: Spaces | None, path: Path) -> None:
     returns = episode_returns(source.tensors).numpy()
     name = source.source if len(source.source) <= MOST_LETTERS else f"…{source.source[1 - MOST_LETTERS :]}"
     rows = _spread(len(source.tensors), MOST_DRAWN)
-    part = f"; below: {len(rows):,} of them, at equal distances" if len(rows) < len(source.tensors) else ""
+    part = f"; lower row: {len(rows):,} of them, at equal distances" if len(rows) < len(source.tensors) else ""
     figure.suptitle(f"{name}\n{len(returns):,} episodes, {len(source.tensors):,} transitions{part}", fontsize=11)
     _histogram(axes[0], returns, "return of an episode", "episodes")
     axes[1].plot(np.arange(len(returns)), returns, ".", markersize=3)
@@ -336,7 +336,8 @@ def _draw_actions(axes: Any, source: Dataset, rows: Tensor, spaces: Spaces | Non
     columns = {
         index: column[np.isfinite(column)] for index, column in enumerate(actions.T) if np.isfinite(column).any()
     }
-    axes.boxplot([*columns.values()], positions=[*columns], whis=(1, 99), showfliers=False, manage_ticks=False)
+    if columns:
+        axes.boxplot([*columns.values()], positions=[*columns], whis=(1, 99), showfliers=False, manage_ticks=False)
     for number, (index, column) in enumerate(columns.items()):
         label = None if number else "extremes"
         axes.plot([index, index], [column.min(), column.max()], "_", color="tab:blue", markeredgewidth=2, label=label)

@@ -106,6 +106,7 @@ def inspect(
     ``unfinished-episode``          data that end within an episode
     ``missing-final-observations``  cut episodes without the observation after their last step
     ``inconsistent-observations``   next observations that are not the next row's
+    ``continued-at-goals``          terminal states of a goal that the trajectory goes on behind
     ``continued-episodes``          ends after which the episode goes on
     ``duplicate-episodes``          episodes that are there twice
     ``repeated-rows``               episodes that begin with a step of another one

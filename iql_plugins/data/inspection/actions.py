@@ -166,8 +166,7 @@ def reward_scale(view: View) -> Iterator[Finding]:
         )
         return
     # Returns of parts of episodes are no range to scale by: see early-timeouts.
-    parts = 2 * int(view.cut_early.sum()) > len(view.lengths)
-    scale = "" if parts else f"multiply rewards by {RETURN_RANGE / width:.6g} (reward_scale='return_range'), or "
+    scale = "" if view.parts else f"multiply rewards by {RETURN_RANGE / width:.6g} (reward_scale='return_range'), or "
     yield Finding(
         "reward-scale",
         f"returns span {width:.6g}; the presets' temperatures are meant for about {RETURN_RANGE:g}",

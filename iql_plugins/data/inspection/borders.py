@@ -87,7 +87,10 @@ def columns_across_borders(view: View) -> Iterator[Finding]:
         "actions": ("action", lambda rows: actions_at(view, rows)),
         "rewards": (REWARD, lambda rows: rewards_at(view, rows)),
     }
-    for noun, (key, at) in columns.items() if not goes_on else ():
+    if goes_on:
+        # A controller's go on, too.
+        del columns["actions"]
+    for noun, (key, at) in columns.items():
         for rows, flags in _belonging(at, first, last).items():
             if bool(flags.any()):
                 yield shifted(noun, key, torch.tensor([rows], device="cpu"), flags)
@@ -110,10 +113,11 @@ def _belonging(at: Callable[[Tensor], Tensor], first: Tensor, last: Tensor) -> d
 
 
 def _goes_on(observations: Columns, first: Tensor, last: Tensor, flags: Tensor) -> bool:
-    """Whether episodes begin where those before them stopped, in another feature than the flagged ones."""
+    """Whether episodes begin where those before them stopped, in a feature that moves, and is none of the flagged."""
     followed = (observations.at(last, after=True) == observations.at(first)).double().mean(0) > 0.5
     near = _nearness(observations.at(first), observations.at(last)) > _NEAR
-    return bool((followed & near & ~flags).any())
+    moves = (observations.at(first + 1) != observations.at(first)).double().mean(0) > 0.5
+    return bool((followed & near & moves & ~flags).any())
 
 
 def _jumps(view: View, observations: Columns, rows: Tensor) -> Tensor:

@@ -139,8 +139,8 @@ def early_timeouts(view: View) -> Iterator[Finding]:
         yield Finding(
             "early-timeouts",
             f"{count} of {int(view.cut.sum())} time-outs come before step {longest}, where the last one does",
-            "the losses take them as they are; but they are cuts of a collector, or goal switches (maze2d), and the "
-            "returns of such parts are not comparable: do not scale rewards by the range of returns",
+            "the losses take them as they are; but they are cuts of a collector, or goal switches (maze2d)"
+            + (", and the returns of parts do not compare: do not scale rewards by their range" if view.parts else ""),
             int(view.ends[early][0]),
             count,
         )
@@ -268,7 +268,19 @@ def continued_episodes(view: View) -> Iterator[Finding]:
 
     Two continuous states are not equal by chance, and a reset is no small step.
     """
-    continued = _continued(view) & ~_at_goals(view)
+    followed = _continued(view)
+    at_goals = followed & _at_goals(view)
+    if count := int(at_goals.sum()):
+        yield Finding(
+            "continued-at-goals",
+            f"{count} episodes end in a terminal state from which the next row goes on, at a reward that no other step "
+            "has",
+            "right where rewards are of one goal that trajectories pass (OGBench's masks); where goals change, as in "
+            "maze2d, clear the terminals",
+            int(view.ends[at_goals][0]),
+            count,
+        )
+    continued = followed & ~at_goals
     if count := int(continued.sum()):
         terminals = int((continued & view.terminated).sum())
         yield Finding(

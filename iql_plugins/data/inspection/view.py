@@ -46,6 +46,7 @@ Severity = Literal["note", "warning", "error"]
 SEVERITIES: Mapping[Severity, frozenset[str]] = {
     "note": frozenset({
         "no-terminals", "early-timeouts", "unfinished-episode", "missing-final-observations", "reward-scale",
+        "continued-at-goals",
         "actions-on-bounds", "constant-features", "constant-actions", "unused-actions", "uneven-scales",
     }),
     "warning": frozenset({
@@ -171,6 +172,11 @@ class View:
         """Whether each episode was cut."""
         flags: Tensor = self.dataset.get(DONE).reshape(-1).cpu()[self.ends] & ~self.terminated
         return flags
+
+    @cached_property
+    def parts(self) -> bool:
+        """Whether most episodes are parts of one, whose returns do not compare."""
+        return 2 * int(self.cut_early.sum()) > len(self.lengths)
 
     @cached_property
     def cut_early(self) -> Tensor:
