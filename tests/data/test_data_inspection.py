@@ -280,6 +280,20 @@ def test_terminals_amid_trajectories_are_those_of_goals_or_too_many(rewards: str
     assert codes == {"continued-episodes" if found else "continued-at-goals"}
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_what_neighbouring_episodes_share_hides_no_shift(late: int) -> None:
+    columns = trajectories(parts=60, steps=40)
+    task = (np.arange(2400, dtype=np.float32) // 400)[:, None]
+    columns = {
+        **{name: np.concatenate([columns[name], task], 1) for name in ("observations", "next_observations")},
+        "actions": columns["actions"],
+        "rewards": np.roll(-np.linalg.norm(columns["next_observations"][:, :2], axis=1), late),
+        "terminals": np.zeros(2400),
+        "timeouts": columns["last"],
+    }
+    assert ("shifted-rewards" in findings(load_dataset(columns))) == bool(late)
+
+
 def test_data_that_end_within_an_episode() -> None:
     found = findings(healthy()[:-3])["unfinished-episode"]
     assert (found.row, found.count) == (50, 1)
