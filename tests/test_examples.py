@@ -103,7 +103,7 @@ def test_the_page_on_learning_shows_the_benchmark(monkeypatch: pytest.MonkeyPatc
     for table in (interquartile_table, variation_table, improvement_table):
         assert "\n".join(table(5)) in page
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\| (?:IQL|d3rlpy's IQL) (\|(?: \d+ \(\d+ to \d+\) \|)+)$", readme, re.MULTILINE)
+    shown = re.findall(r"^\| (?:IQL|d3rlpy's IQL) (\|(?: [\d.]+ \([\d.]+ to [\d.]+\) \|)+)$", readme, re.MULTILINE)
     peers = {row.split(" | ")[0]: row for row in interquartile_table(5)}
     assert len(shown) == 2
     for cells, name in zip(shown, ("| IQL (tensor)", "| d3rlpy's IQL"), strict=True):

@@ -602,7 +602,7 @@ def interquartile_table(seeds: int) -> Iterator[str]:
 
 def _cell(columns: Sequence[Array]) -> str:
     point, low, high = interval(columns, interquartile_mean)
-    return f"{point:.0f} ({low:.0f} to {high:.0f})"
+    return f"{point:.1f} ({low:.1f} to {high:.1f})"
 
 
 def gain(scores: Array, others: Array) -> Array:
