@@ -17,6 +17,7 @@ READMES = {
 
 
 @pytest.mark.parametrize("readme", READMES)
+@pytest.mark.slow
 def test_the_code_in_a_readme_runs(readme: str, tmp_path: Path) -> None:
     for package in ("stable_baselines3", "d3rlpy", "torchrl"):
         pytest.importorskip(package)
@@ -26,6 +27,7 @@ def test_the_code_in_a_readme_runs(readme: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", ["shipped", "others"])
+@pytest.mark.slow
 def test_the_main_example_trains_evaluates_and_saves(data: str, tmp_path: Path) -> None:
     options = ["--data", str(data_of_others("reagent_pendulum_mixed"))] if data == "others" else []
     output = run(ROOT / "examples" / "train_pendulum.py", "--steps", "20", *options, folder=tmp_path)
@@ -38,6 +40,7 @@ def test_the_main_example_trains_evaluates_and_saves(data: str, tmp_path: Path) 
         assert policy.get_tensor("observation_mean").shape == (3,)
 
 
+@pytest.mark.slow
 def test_the_dataset_script_records_an_agent_that_learns(tmp_path: Path) -> None:
     output = run(
         ROOT / "examples" / "make_pendulum_dataset.py", "data.npz", "--steps", "400", "--seed", "1", folder=tmp_path
@@ -45,6 +48,7 @@ def test_the_dataset_script_records_an_agent_that_learns(tmp_path: Path) -> None
     assert output.startswith("400 transitions, 2 episodes, mean return -")
 
 
+@pytest.mark.slow
 def test_the_example_of_d3rlpy_trains_saves_and_exports(tmp_path: Path) -> None:
     for package in ("d3rlpy", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
@@ -95,6 +99,7 @@ def test_the_page_on_learning_shows_how_criteria_chose(monkeypatch: pytest.Monke
     assert all(f"| {' | '.join(three)} |" in choosing for three in regrets)
 
 
+@pytest.mark.slow
 def test_the_page_on_learning_shows_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "tests" / "learning")
     from benchmark import improvement_table, interquartile_table, variation_table

@@ -18,6 +18,7 @@ def modules_after(statement: str) -> set[str]:
     return set(json.loads(output.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_the_core_imports_no_framework() -> None:
     imported = modules_after("import torch, tensordict, tensordict.nn, iql_plugins.losses.iql, iql_plugins.networks")
     needed = modules_after("import torch, tensordict, tensordict.nn")

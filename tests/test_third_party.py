@@ -55,6 +55,7 @@ def replaced(path: Path, content: str) -> Iterator[None]:
         path.write_text(original, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_it_is_found_and_loaded_beside_the_others(environment: Path) -> None:
     code = (
         "import sys, iql_plugins; info = iql_plugins.available();"

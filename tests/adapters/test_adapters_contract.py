@@ -75,6 +75,7 @@ def test_the_four_adapters_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.slow
 def test_an_adapter_keeps_to_the_contract(name: str) -> None:
     pytest.importorskip(FRAMEWORKS[name])
     check_adapter(name, batch=BATCHES[name]())

@@ -196,6 +196,7 @@ def test_the_zoo_names_its_scripts() -> None:
         main([])
 
 
+@pytest.mark.slow
 def test_the_zoo_trains_and_enjoys(tmp_path: Path) -> None:
     pytest.importorskip("rl_zoo3")
     common = ["-m", "iql_sb3.zoo"]

@@ -1024,6 +1024,7 @@ def test_a_compiled_loss_has_no_graph_break_and_equals_the_eager_one(kind: str, 
 
 # Compiling meets deprecated attributes inside tensordict.
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 def test_a_compiled_update_with_torchrls_updater_equals_the_eager_one() -> None:
     eager, _ = pair(updated=False)
     eager.make_value_estimator()

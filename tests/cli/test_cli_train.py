@@ -485,6 +485,7 @@ def test_a_folder_that_cannot_be_written_to_is_a_mistake(run: Run, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("step", "processes"), [(3, 1), (33, 2)])
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_goes_on_bit_for_bit(
     step: int, processes: int, whole: Path, run: Run, stop_at: Callable[[int], None], tmp_path: Path
 ) -> None:
@@ -644,6 +645,7 @@ def long_run(tmp_path: Path) -> tuple[list[str], Path]:
 
 
 @needs_proc
+@pytest.mark.slow
 def test_kill_9_leaves_no_process_and_a_run_that_goes_on_bit_for_bit(
     run: Run, long_run: tuple[list[str], Path], tmp_path: Path
 ) -> None:
@@ -661,6 +663,7 @@ def test_kill_9_leaves_no_process_and_a_run_that_goes_on_bit_for_bit(
 
 
 @needs_proc
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes_with_status_130(long_run: tuple[list[str], Path]) -> None:
     options, folder = long_run
     # It never comes to its end, however late the signal is.
@@ -675,6 +678,7 @@ def test_ctrl_c_ends_all_processes_with_status_130(long_run: tuple[list[str], Pa
     assert_all_end(process.pid)
 
 
+@pytest.mark.slow
 def test_an_error_in_another_process_is_reported(run: Run, tmp_path: Path) -> None:
     options = [*BOTH, "--critic-learning-rate", "1e38", "--workers", "2", "--run-dir", "run"]
     status, _, err = run("train", *options)
@@ -703,6 +707,7 @@ SEEDS = [*TINY[:-2], "--env", ENV, "--seeds", "3"]
 SUBFOLDERS = [f"seed-{seed}{method}" for seed in range(3) for method in ("", "/bc")]
 
 
+@pytest.mark.slow
 def test_seeds_that_are_stacked_end_where_each_would_have_alone(run: Run, tmp_path: Path) -> None:
     documents = {
         stack: json.loads(run("train", *SEEDS, "--stack", stack, "--run-dir", stack, "--json")[1]) for stack in "132"
@@ -725,6 +730,7 @@ def test_seeds_that_are_stacked_end_where_each_would_have_alone(run: Run, tmp_pa
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
+@pytest.mark.slow
 def test_a_stacked_run_that_was_stopped_goes_on_bit_for_bit(
     processes: str, run: Run, stop_at: Callable[[int], None], tmp_path: Path
 ) -> None:
@@ -736,6 +742,7 @@ def test_a_stacked_run_that_was_stopped_goes_on_bit_for_bit(
         assert_same_run(tmp_path / "whole" / subfolder, tmp_path / "stopped" / subfolder)
 
 
+@pytest.mark.slow
 def test_a_stack_that_was_killed_between_its_checkpoints_goes_on(
     run: Run, stop_at: Callable[[int], None], tmp_path: Path, whole_stack: Path
 ) -> None:
@@ -1040,6 +1047,7 @@ def test_a_run_goes_on_whose_checkpoints_do_not_tell_its_settings(finished: Path
         assert_same_run(finished / subfolder, halfway / subfolder)
 
 
+@pytest.mark.slow
 def test_evaluations_logging_and_threads_may_change_and_that_is_recorded(
     finished: Path, halfway: Path, run: Run
 ) -> None:
@@ -1081,6 +1089,7 @@ def test_evaluations_that_changed_at_another_step_for_each_seed_are_drawn_where_
 
 
 @pytest.mark.parametrize("way", ["stopped", "finished", "edited", "repeated"])
+@pytest.mark.slow
 def test_a_run_is_prolonged_the_same_whenever_and_however_that_is_asked_for(
     way: str, finished: Path, prolonged: Path, run: Run, request: pytest.FixtureRequest
 ) -> None:

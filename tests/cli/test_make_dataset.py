@@ -71,6 +71,7 @@ def without(columns: dict[str, np.ndarray[Any, Any]], *names: str) -> dict[str, 
 
 
 @pytest.mark.parametrize("recipe", SMALL)
+@pytest.mark.slow
 def test_whoever_is_interrupted_after_any_part_ends_with_the_same_bytes(
     recipe: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

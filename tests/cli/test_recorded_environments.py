@@ -102,6 +102,7 @@ def test_an_environment_without_a_module_is_still_the_policys(run: Run, tmp_path
 
 
 @pytest.mark.parametrize(("option", "workers"), [("--resume", "2"), ("--config", "1")])
+@pytest.mark.slow
 def test_a_runs_environment_with_a_module_is_given_again(
     option: str, workers: str, run: Run, canary: Path, tmp_path: Path
 ) -> None:

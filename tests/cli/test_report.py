@@ -157,6 +157,7 @@ def test_names_are_text_whatever_is_in_them(folder: Path, reported: Report) -> N
     assert f"recipe <b>{MATHEMATICS} versions.numpy 2" in text
 
 
+@pytest.mark.slow
 def test_the_same_runs_make_the_same_bytes(folder: Path, reported: Report, tmp_path: Path) -> None:
     runs = [folder / HOSTILE, folder / MATHEMATICS]
     _, page = reported(*runs)

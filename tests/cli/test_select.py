@@ -63,6 +63,7 @@ def episodes(tmp_path: Path) -> Path:
     return tmp_path / "data.npz"
 
 
+@pytest.mark.slow
 def test_policies_are_ranked_and_what_noise_hides_is_said(episodes: Path, tmp_path: Path) -> None:
     files = {name: write_agent(tmp_path / f"{name}.safetensors", action) for name, action in
              {"worst": -0.8, "good": 0.8, "alike": 0.8}.items()}  # fmt: skip
@@ -105,6 +106,7 @@ def test_a_criterion_of_which_less_is_better_ranks_the_least_first(run: Run, epi
     assert "fqe" not in document["candidates"][0]
 
 
+@pytest.mark.slow
 def test_runs_are_judged_on_the_episodes_that_they_held_out(run: Run, tmp_path: Path) -> None:
     options = ["--n-steps", "4", "--hidden-sizes", "8", "--batch-size", "8", "--baseline", "none", "--episodes", "1",
                "--evaluation-episodes", "1", "--evaluate-every", "4"]  # fmt: skip

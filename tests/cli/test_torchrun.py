@@ -83,6 +83,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize("adapter", ["tensor", "sb3", "d3rlpy", "torchrl"])
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(
     adapter: str, tmp_path: Path, undisturbed: tuple[Path, str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -130,6 +131,7 @@ def test_what_is_saved_was_compared_before(tmp_path: Path, monkeypatch: pytest.M
     assert done == ["compared", "saved"] * 3
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_any_number_of_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     begun, whole = tmp_path / "begun", tmp_path / "whole"
     assert main(["train", *SMALL, "--run-dir", str(begun)]) == 0

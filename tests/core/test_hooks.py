@@ -63,6 +63,7 @@ def test_inspect_and_load_dataset_ask_it(source: object) -> None:
     assert len(iql_plugins.load_dataset(source)) == 40
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_evaluates_in_the_environment_that_it_names(
     source: object, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

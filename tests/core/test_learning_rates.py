@@ -336,6 +336,7 @@ def test_a_scheduler_of_torch_moves_what_is_shown(make: Callable[[], Adapter]) -
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_what_is_written_counts_where_losses_are_compiled(tmp_path: Path) -> None:
     adapter = CompiledAdapter(True, tmp_path)
     adapter.train(2)

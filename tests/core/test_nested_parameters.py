@@ -179,6 +179,7 @@ def test_a_copy_has_the_losses_of_the_original_and_tensors_of_its_own(critics: i
     assert_equal(loss, expected)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_trains_as_an_ordinary_one(critics: int | str) -> None:
     loss, expected = make_pair(critics)
     batch = keywords(make_agents_batch())

@@ -241,6 +241,7 @@ def test_critics_that_cannot_be_asked_about_the_policys_action_are_named() -> No
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_compiled_step_follows_what_is_changed() -> None:
     spaces = SPACES["continuous"]
     loss = build_loss(spaces, IQLConfig(hidden_sizes=(8,)))

@@ -111,6 +111,7 @@ def masked_and_weighted(batch: TensorDict) -> TensorDict:
         "masked_automatic",
     ],
 )
+@pytest.mark.slow
 def test_a_compiled_loss_has_no_graph_break_and_equals_the_eager_one(
     kind: str,
     make: Callable[[str], IQLLoss],

@@ -757,6 +757,7 @@ def test_networks_are_limited_in_what_they_allocate() -> None:
         [tensor.clone() for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_the_memory_that_is_left_is_within_a_limit_of_the_process() -> None:
     program = """
 import resource

@@ -92,6 +92,7 @@ def test_there_are_more_than_sixty_ways() -> None:
 
 
 @pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.slow
 def test_of_what_was_spoiled_all_is_found_but_what_nobody_can_find(name: str, tmp_path: Path) -> None:
     """Found is what gets a finding that says what is wrong, under a code that the original has no finding of.
 

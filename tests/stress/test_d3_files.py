@@ -18,6 +18,7 @@ LOADERS = {"ours": (iql_d3rlpy.load, CheckpointError), "d3rlpy's": (d3rlpy.load_
 
 
 @pytest.mark.parametrize(("loader", "kind"), [("ours", CONTINUOUS), ("ours", DISCRETE), ("d3rlpy's", CONTINUOUS)])
+@pytest.mark.slow
 def test_a_flipped_bit_is_an_error_or_changes_nothing(loader: str, kind: str, tmp_path: Path, stress: int) -> None:
     load, error = LOADERS[loader]
     algorithm = fitted(config(kind, observation_scaler=StandardObservationScaler()).create(), dataset(kind))

@@ -154,6 +154,7 @@ def test_a_run_goes_on_when_there_is_room_again(disk: Disk, run: Run, whole: Pat
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_run_of_several_processes_goes_on_when_there_is_room_again(disk: Disk, run: Run, tmp_path: Path) -> None:
     folder, whole = disk.folder / "run", tmp_path / "whole"
     options = ["train", *TRAIN, "--seeds", "2", "--stack", "1"]
