@@ -71,16 +71,21 @@ def test_a_seed_that_diverged_counts_as_it_was_last_seen(
     monkeypatch.setattr(benchmark, "Figure", Kept)
     early = rows("BC", [-1000.0, -1000.0, -400.0])
     early["2"] = rows("BC", [0.0, 0.0, -400.0], evaluations=3)["2"]
-    write(benchmark, {"BC": early, "IQL (tensor)": rows("IQL (tensor)", [-200.0] * 3)})
+    results = {"BC": early, "IQL (tensor)": rows("IQL (tensor)", [-200.0] * 4)}
+    # A peer that is not through is in no table, and in no picture.
+    write(benchmark, results | {"plain IQL": rows("plain IQL", [-100.0] * 2)})
     lines = {line.split(" |")[0]: line for line in benchmark.interquartile_table(3)}
     assert lines["| BC"].count(", 1 diverged") == 1
     assert "diverged" not in lines["| IQL (tensor)"]
     monkeypatch.setattr(benchmark, "interval", lambda columns, measure: (measure(*columns),) * 3)
+    (tmp_path / "again").mkdir()
     benchmark.draw(tmp_path / "picture.svg", 3)
     curves = {line.get_label(): line for line in figures[0].axes[0].lines}
     assert curves["BC"].get_xdata()[-1] == benchmark.TASKS[TASK].n_steps
     np.testing.assert_allclose(curves["BC"].get_ydata(), -800.0)
-    assert (tmp_path / "picture.svg").exists()
+    assert "plain IQL" not in curves
+    benchmark.draw(tmp_path / "again" / "picture.svg", 3)
+    assert (tmp_path / "again" / "picture.svg").read_bytes() == (tmp_path / "picture.svg").read_bytes()
 
 
 @pytest.mark.parametrize("good", [0, 3])

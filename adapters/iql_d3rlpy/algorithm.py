@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
@@ -427,7 +428,8 @@ def _evaluate(evaluator: Any, dataset: Any, algorithm: Any, _: Any) -> Any:
 
 
 def _logged(values: Mapping[str, float], name: str, *_: Any) -> float:
-    return values[name]
+    # Who loads a model in the last step of an epoch leaves no batch to speak of.
+    return values.get(name, math.nan)
 
 
 def _after_epoch(callback: Any, health: dict[str, float], algorithm: Any, epoch: int, total_step: int) -> None:

@@ -70,6 +70,12 @@ class NetworkQuantities(TorchRLContract):
         self._action_bounds = _bounds(self.actor_network)
         self._value_drops = any(isinstance(module, ValueDropout) for module in self.value_network.modules())
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        applied = super()._apply(fn, recurse)
+        # They go where the networks go: a copy at each step would wait for the device.
+        self._action_bounds = {key: (fn(low), fn(high)) for key, (low, high) in self._action_bounds.items()}
+        return applied
+
     def _distribution(self, batch: Batch) -> Any:
         """The policy's, of actions in the batch's states."""
         inputs = batch.select(in_keys_of(self.actor_network))

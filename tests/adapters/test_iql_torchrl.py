@@ -324,6 +324,10 @@ def test_critics_are_asked_about_the_policys_action_within_its_spec(bounded: boo
     loss.target_updater_attached()
     loss(batch_of("continuous"))
     assert max(action.max().item() for action in asked) == (1.0 if bounded else 5.0)
+    asked.clear()
+    loss.to("meta")(batch_of("continuous").to("meta"))
+    assert all(action.is_meta for action in asked)
+    assert all(bound.is_meta for bounds in loss._action_bounds.values() for bound in bounds)
 
 
 def test_recurrent_networks_run_over_trajectories_as_in_torchrl() -> None:

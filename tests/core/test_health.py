@@ -292,7 +292,8 @@ def test_the_health_of_the_last_batch_is_what_metrics_say_and_takes_nothing_from
     metrics = learner.metrics()
     assert metrics == unseen.metrics()
     assert health == {name: metrics[name] for name in Health._fields} == learner.health()
-    assert trained(0).health() == {}
+    learner.load_state_dict(unseen.state_dict())
+    assert trained(0).health() == learner.health() == {}
 
 
 def test_warnings_take_nothing_from_the_metrics() -> None:
