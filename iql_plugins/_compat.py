@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tensordict.nn import TensorDictModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.optim import Optimizer
 from torch.optim import optimizer as optimizer_module
@@ -136,7 +136,9 @@ def mode_options() -> Mapping[str, Mapping[str, Any]]:
     return getattr(torch._inductor, "list_mode_options", dict)()
 
 
-def compile_graph(graph: nn.Module, examples: Sequence[Tensor], options: Mapping[str, Any]) -> Callable[..., Any]:
+def compile_graph(
+    graph: Callable[..., Any], examples: Sequence[Tensor], options: Mapping[str, Any]
+) -> Callable[..., Any]:
     """A graph of tensors compiled for these very shapes, strides, dtypes and devices.
 
     By :func:`torch.compile` nothing is left for Dynamo to do but to check its guards, 0.1 ms a step.

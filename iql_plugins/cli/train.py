@@ -356,12 +356,11 @@ def stack_size(arguments: Train, methods: int, spaces: Spaces, device: str) -> i
 
 def stack_obstacle(arguments: Train) -> str | None:
     """Why seeds cannot take their steps together; None if they can."""
-    config = arguments.hyperparameters
     if distributed.launched():
         return "processes that torchrun has started train one seed at a time"
     if adapter_training(arguments.adapter).fit_together is None:
         return f"adapter {arguments.adapter!r} trains one seed at a time"
-    return "dropout draws for each seed on its own" if config.actor_dropout or config.value_dropout else None
+    return None
 
 
 def has_images(spaces: Spaces) -> bool:

@@ -144,7 +144,23 @@ class LayerNorm(nn.LayerNorm):
             super().reset_parameters()
 
 
-class ValueDropout(nn.Dropout):
+class Dropout(nn.Dropout):
+    """Dropout whose mask is drawn as a tensor on every device.
+
+    Torch's own draws inside of its kernel on a GPU, where compiled graphs and seeds that are trained together cannot
+    take the mask from outside. The numbers are those of torch's own on a CPU.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input, of which parts are dropped in training mode, and the rest is divided by what is kept of them."""
+        if not self.training:
+            return input
+        keep = 1.0 - self.p
+        mask = torch.empty_like(input, memory_format=torch.contiguous_format).bernoulli_(keep)
+        return input * mask.div_(keep)
+
+
+class ValueDropout(Dropout):
     """Dropout in V's own loss alone: where no gradient is asked for, in the target r + γV(s'), nothing is dropped.
 
     Nor is it in the advantages that weigh actions, for which the losses evaluate V(s) without gradient. The authors of
@@ -190,7 +206,7 @@ class MLP(nn.Module):
         activation: Activation = nn.ReLU,
         layer_norm: bool = False,
         initialization: Initialization = "orthogonal",
-        dropout_layer: type[nn.Dropout] = nn.Dropout,
+        dropout_layer: type[nn.Dropout] = Dropout,
     ) -> None:
         super().__init__()
         choice(Initialization).check("initialization", initialization)

@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from iql_plugins import _compat
 from iql_plugins.losses.iql import IQLLoss
 
-__all__ = ["MOST_GRAPHS", "Graph", "LossGradients", "compiled", "compiler_available", "slots", "traced"]
+__all__ = ["MOST_GRAPHS", "Draw", "Graph", "LossGradients", "compiled", "compiler_available", "slots", "traced"]
 
 #: What :class:`LossGradients` returns, in order.
 OUTPUTS = ("loss_actor", "loss_qvalue", "loss_value", "entropy")
@@ -106,22 +107,19 @@ class LossGradients:
         state = self.state()
         signature = self.signature(state, batch)
         parameters = {name: state[name] for name in self._parameters}
-        trained = _trained(state)
         graph = self._graphs.get(signature)
         if graph is None:
             if len(self._graphs) == MOST_GRAPHS:
                 return self._eager(batch)
             begin = time.perf_counter()
-            graph = self._graphs[signature] = compiled(self.loss, state, trained, batch, mode=self.mode)
+            graph = self._graphs[signature] = compiled(self.loss, state, batch, mode=self.mode)
             self.warm_up_seconds += time.perf_counter() - begin
         for parameter in parameters.values():
             parameter.grad = None
-        with torch.no_grad():
-            results = graph(*state.values(), *batch.values())
-        gradients = dict(zip(trained, results, strict=False))
+        gradients, outputs = graph(state, batch, [draw.sample() for draw in graph.draws])
         for name, parameter in parameters.items():
             parameter.grad = gradients.get(name)
-        return tuple(results[len(trained) :])
+        return outputs
 
     def state(self) -> dict[str, Tensor]:
         """The parameters and buffers that the losses have now; one with several names under the first."""
@@ -148,29 +146,85 @@ class LossGradients:
         return _set_on(loss), _set_on(loss.value_estimator), tuple([module.training for module in self._modules])
 
 
-#: Takes the tensors of the state, then those of the batch; returns a gradient for each name that is trained, or None,
-#: and the loss's outputs.
-Graph = Callable[..., Sequence[Tensor]]
+@dataclass(frozen=True)
+class Draw:
+    """Zeros and ones that a graph does not draw itself: dropout's, the same where losses are compiled and where not.
+
+    Attributes:
+        shape: of the mask; where trainings are stacked, of all of them.
+        dtype: of the mask.
+        device: of the mask.
+        probability: of a one.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    probability: float = 0.5
+
+    def sample(self) -> Tensor:
+        """A mask from the device's default generator."""
+        return self.fill(self.empty())
+
+    def empty(self) -> Tensor:
+        """Memory for a mask."""
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+
+    def fill(self, mask: Tensor) -> Tensor:
+        """Draws into a mask, or a part of it."""
+        return mask.bernoulli_(self.probability)
 
 
-def traced(
-    loss: IQLLoss, state: Mapping[str, Tensor], trained: Sequence[str], batch: Mapping[str, Tensor], *, stacked: bool
-) -> GraphModule:
-    """Losses and gradients as one graph of plain tensors, see :data:`Graph`.
+@dataclass(frozen=True)
+class Graph:
+    """Losses and gradients as a function of plain tensors.
+
+    Attributes:
+        function: takes the tensors of the state, those of the batch, and the masks; returns a gradient, or None, for
+            each name that is trained, and the loss's outputs.
+        trained: names of parameters.
+        draws: of the masks, in the order in which the loss draws them.
+    """
+
+    function: Callable[..., Sequence[Tensor]]
+    trained: Sequence[str]
+    draws: Sequence[Draw]
+
+    def __call__(
+        self, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], masks: Sequence[Tensor]
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """The gradients by name, and the loss's outputs.
+
+        Args:
+            state: as the graph was traced for.
+            batch: as the graph was traced for.
+            masks: one for each of :attr:`draws`.
+        """
+        with torch.no_grad():
+            results = self.function(*state.values(), *batch.values(), *masks)
+        count = len(self.trained)
+        return dict(zip(self.trained, results[:count], strict=True)), tuple(results[count:])
+
+
+def traced(loss: IQLLoss, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, stacked: bool) -> Graph:
+    """Losses and gradients as one graph of plain tensors.
 
     Args:
         loss: is called with the tensors of the state in place of its own.
-        state: parameters and buffers by name.
-        trained: names of those whose gradients are wanted.
+        state: parameters and buffers by name; the gradients are those of what requires one.
         batch: keyword tensors by the key layout.
-        stacked: whether all tensors have one more dimension in front, of as many trainings; so do the outputs then.
+        stacked: whether all tensors have one more dimension in front, of as many trainings; so do the outputs then, and
+            the masks.
+
+    Raises:
+        ValueError: if a network draws other random numbers than masks where trainings are stacked: each has its own.
     """
-    names, keys = list(state), list(batch)
+    names, keys, trained = list(state), list(batch), _trained(state)
 
     def losses(values: dict[str, Tensor], inputs: dict[str, Tensor]) -> Any:
         return functional_call(loss, values, kwargs=inputs)
 
-    compute = torch.vmap(losses) if stacked else losses
+    compute = torch.vmap(losses, randomness="different") if stacked else losses
 
     def losses_and_gradients(*tensors: Tensor) -> list[Tensor | None]:
         values = dict(zip(names, tensors[: len(names)], strict=True))
@@ -186,21 +240,46 @@ def traced(
     copies = [tensor.detach().clone() for tensor in state.values()]
     devices = [copies[0].device] if copies[0].is_cuda else []
     aten = torch.ops.aten
-    table: dict[Any, Callable[..., Any]] = {
-        aten.addmm.default: _addmm,
-        aten.baddbmm.default: _baddbmm,
-        aten.bernoulli_.float: _bernoulli_,
-    }
+    table: dict[Any, Callable[..., Any]] = {aten.addmm.default: _addmm, aten.baddbmm.default: _baddbmm}
     with torch.random.fork_rng(devices):
         tracer = make_fx(losses_and_gradients, decomposition_table=table if copies[0].device.type == "cpu" else None)
         graph: GraphModule = tracer(*copies, *(tensor.detach() for tensor in batch.values()))
-    return graph
+    draws = _draws_outside(graph)
+    drawing = {str(node.target) for node in graph.graph.nodes if _is_random(node.target)}
+    if stacked and drawing:
+        raise ValueError(f"they draw random numbers, by {', '.join(sorted(drawing))}")
+    return Graph(graph, trained, draws)
+
+
+def _draws_outside(graph: GraphModule) -> list[Draw]:
+    """Makes the masks that a graph draws its last inputs; returns them in the order in which it draws."""
+    nodes: list[Any] = list(graph.graph.nodes)
+    after_inputs = next(node for node in nodes if node.op != "placeholder")
+    draws: list[Draw] = []
+    for node in nodes:
+        if node.target not in (torch.ops.aten.bernoulli_.float, torch.ops.aten.bernoulli.p):
+            continue
+        example = node.meta["val"]
+        draws.append(Draw(example.shape, example.dtype, example.device, *node.args[1:]))
+        with graph.graph.inserting_before(after_inputs):
+            mask = graph.graph.placeholder(f"mask{len(draws)}")
+        with graph.graph.inserting_before(node):
+            # What follows may write into it, and inputs stay as they are.
+            own = graph.graph.call_function(torch.ops.aten.clone.default, (mask,))
+        mask.meta, own.meta = dict(node.meta), dict(node.meta)
+        node.replace_all_uses_with(own)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return draws
+
+
+def _is_random(operation: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(operation, "tags", ())
 
 
 def compiled(
     loss: IQLLoss,
     state: Mapping[str, Tensor],
-    trained: Sequence[str],
     batch: Mapping[str, Tensor],
     *,
     stacked: bool = False,
@@ -211,14 +290,14 @@ def compiled(
     Args:
         loss: see :func:`traced`.
         state: see :func:`traced`.
-        trained: see :func:`traced`.
         batch: see :func:`traced`.
         stacked: see :func:`traced`.
         mode: of :func:`torch.compile`.
     """
-    graph = traced(loss, state, trained, batch, stacked=stacked)
-    examples: list[Any] = [tensor.detach() for tensor in (*state.values(), *batch.values())]
-    return _compat.compile_graph(graph, examples, _options(mode))
+    graph = traced(loss, state, batch, stacked=stacked)
+    examples = [tensor.detach() for tensor in (*state.values(), *batch.values())]
+    examples += [draw.empty() for draw in graph.draws]
+    return replace(graph, function=_compat.compile_graph(graph.function, examples, _options(mode)))
 
 
 def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
@@ -246,12 +325,6 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 
 def _baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     return alpha * torch.bmm(left, right) + beta * bias
-
-
-def _bernoulli_(mask: Tensor, p: float = 0.5, *, generator: None = None) -> Tensor:
-    # What dropout draws on a CPU. Inductor (torch 2.13) fills a mask in place by a call of its own, which it may put
-    # behind the kernels that read the mask: they read NaN.
-    return mask.copy_(torch.rand_like(mask) < p)
 
 
 def _trained(state: Mapping[str, Tensor]) -> list[str]:

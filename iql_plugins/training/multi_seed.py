@@ -18,7 +18,7 @@ from torch.optim import Adam, Optimizer
 from iql_plugins import _compat
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.gradients import Graph, compiled, slots, traced
-from iql_plugins.training.learner import STEPS_BETWEEN_CHECKS, schedule_factor
+from iql_plugins.training.learner import STEPS_BETWEEN_CHECKS, drawing_from, schedule_factor
 from iql_plugins.training.optimizers import take_step
 
 __all__ = ["fit_together"]
@@ -35,7 +35,8 @@ def fit_together(
 
     Args:
         agents: alike in all but their seeds: spaces, hyper-parameters, normalisers, networks, steps taken, and one
-            Adam each, as :func:`~iql_plugins.training.learner.adam` makes it. Networks draw no random numbers.
+            Adam each, as :func:`~iql_plugins.training.learner.adam` makes it. Networks draw no random numbers but
+            dropout's masks.
         dataset: transitions by the key layout, batch size ``[N]``.
         n_steps: gradient steps of each agent.
         callback: called with the number of steps that each agent has taken, after each of them.
@@ -85,7 +86,6 @@ class _Population:
             for place in places
             for name, (registers, key) in place.items()
         }
-        self._trained = [name for name, tensor in self._tensors.items() if tensor.requires_grad]
         self._optimizer = self._stacked_optimizer()
         self._targets, self._copied = self._target_pairs()
         # Last: nothing above changes an agent.
@@ -110,10 +110,10 @@ class _Population:
         make = compiled if first.learner.compiled else traced
         try:
             with torch.enable_grad():
-                self._graph: Graph = make(first.loss, self._tensors, self._trained, batch, stacked=True)
-        except RuntimeError as error:
+                self._graph: Graph = make(first.loss, self._tensors, batch, stacked=True)
+        except (RuntimeError, ValueError) as error:
             # Subclasses (out of memory, a compiler that fails) are about something else.
-            if type(error) is not RuntimeError:
+            if type(error) not in (RuntimeError, ValueError):
                 raise
             raise ValueError(f"the networks cannot be stacked: {error}: train the agents one by one") from error
         seconds = time.perf_counter() - begin
@@ -129,9 +129,7 @@ class _Population:
                 learner.settle_rates()
         for tensor in self._tensors.values():
             tensor.grad = None
-        with torch.no_grad():
-            results = self._graph(*self._tensors.values(), *batch.values())
-        gradients = dict(zip(self._trained, results, strict=False))
+        gradients, outputs = self._graph(self._tensors, batch, self._masks())
         for name, gradient in gradients.items():
             self._tensors[name].grad = gradient
         for group in self._optimizer.param_groups:
@@ -151,13 +149,24 @@ class _Population:
             _compat.lerp_all(targets, sources, self._tau)
         for target, source in self._copied:
             target.copy_(source)
-        losses = torch.stack(list(results[len(self._trained) :]), -1)
+        losses = torch.stack(outputs, -1)
         self._step_count += 1
         for index, (learner, own) in enumerate(zip(self.learners, losses.unbind(), strict=True)):
             learner.count(own, _Share(batch, index))
         if self._step_count % STEPS_BETWEEN_CHECKS == 0:
             for learner in self.learners:
                 learner.check_finite()
+
+    def _masks(self) -> list[Tensor]:
+        """Dropout's: each agent's are those that it would draw alone."""
+        draws = self._graph.draws
+        masks = [draw.empty() for draw in draws]
+        if masks:
+            for index, learner in enumerate(self.learners):
+                with drawing_from(learner.seed, self._step_count, masks[0].device):
+                    for draw, mask in zip(draws, masks, strict=True):
+                        draw.fill(mask[index])
+        return masks
 
     def check(self) -> None:
         """Raises :class:`RuntimeError` if an agent is not what was trained."""
@@ -293,9 +302,6 @@ def _check_alike(agents: Sequence[Agent]) -> None:
             raise ValueError(
                 "check_finite reads every batch on the host, a graph does not: train the agents one by one"
             )
-        # Known beforehand; others that draw are found out when they are traced.
-        if agent.config.actor_dropout or any(isinstance(module, nn.Dropout) for module in agent.loss.modules()):
-            raise ValueError("networks with dropout draw random numbers of their own: train the agents one by one")
     first, *others = map(_common, agents)
     for index, other in enumerate(others, start=1):
         for name, value in first.items():

@@ -23,8 +23,7 @@ from iql_plugins.training.learner import DivergenceError, Learner
 from iql_plugins.training.multi_seed import fit_together
 
 STEPS = 20
-#: All that networks can have and be stacked.
-STACKED = {name: value for name, value in NETWORKS["all"].items() if name != "value_dropout"}
+DROPOUT = {"actor_dropout": 0.2, "value_dropout": 0.5}
 VECTORS = ["continuous", "discrete", "dict"]
 
 
@@ -74,8 +73,8 @@ def assert_equal(agent: Agent, alone: Agent, tolerance: float = 1e-5) -> None:
         *[(kind, {"max_grad_norm": 0.1, "n_critics": 3, "polyak": 0.3}) for kind in VECTORS],
         *[("continuous", options) for options in OBJECTIVES.values()],
         *[("discrete", OBJECTIVES[name]) for name in ("exponential-ddpg_bc", "automatic")],
-        *[("continuous", {name: value}) for name, value in STACKED.items()],
-        *[(kind, STACKED) for kind in VECTORS],
+        *[("continuous", options) for options in NETWORKS.values()],
+        *[(kind, NETWORKS["all"] | DROPOUT) for kind in VECTORS],
     ],
     ids=str,
 )
@@ -397,9 +396,6 @@ def test_what_cannot_be_stacked_is_refused(kind: str, alike: Callable[..., list[
         fit_together([], dataset, 1)
     with pytest.raises(ValueError, match="every agent must be there once"):
         fit_together([agent, agent], dataset, 1)
-    for dropout in ("actor_dropout", "value_dropout"):
-        with pytest.raises(ValueError, match="networks with dropout draw random numbers of their own"):
-            fit_together(alike(**{dropout: 0.5}), dataset, 1)
     others = alike(2)
     others[1].loss.check_finite = True
     with pytest.raises(ValueError, match="check_finite reads every batch on the host"):
@@ -427,10 +423,12 @@ class Noisy(nn.Module):
         return self.linear(observation + torch.randn_like(observation))
 
 
-def custom(seed: int, make_value: Callable[[], nn.Module], qvalue: Callable[[], nn.Module] | None = None) -> Agent:
+def custom(
+    seed: int, make_value: Callable[[], nn.Module], qvalue: Callable[[], nn.Module] | None = None, n_critics: int = 1
+) -> Agent:
     torch.manual_seed(seed)
     value = make_value()
-    config = IQLConfig(n_steps=10, batch_size=8, n_critics=2 if qvalue is None else 1, compile="no")
+    config = IQLConfig(n_steps=10, batch_size=8, n_critics=2 if qvalue is None else n_critics, compile="no")
     network = TensorDictModule(value, ["observation"], ["state_value"])
     q = critic(3, 2, hidden_sizes=(4,)) if qvalue is None else qvalue()
     loss = assemble_loss(config, gaussian_actor(3, 2, hidden_sizes=(4,)), q, network, discrete=False)
@@ -445,6 +443,39 @@ def test_networks_of_your_own_that_draw_are_refused_before_anything_is_trained()
     assert torch.equal(agents[0].generator.get_state(), custom(0, Noisy).generator.get_state())
     for agent in agents:
         agent.fit(dataset_of("continuous"), 1)
+
+
+def dropping_critic() -> nn.Module:
+    """Q with torch's own dropout, of which each of several critics has masks of its own."""
+    layers = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
+    return TensorDictModule(Joined(layers), ["observation", "action"], ["state_action_value"])
+
+
+class Joined(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, observation: Tensor, action: Tensor) -> Tensor:
+        return self.layers(torch.cat([observation, action], -1))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_critics_that_drop_units_are_stacked_and_go_on_alone(count: int) -> None:
+    dataset = dataset_of("continuous")
+
+    def agents() -> list[Agent]:
+        return [custom(seed, lambda: nn.Linear(3, 1), dropping_critic, count) for seed in range(2)]
+
+    together, alone = agents(), agents()
+    fit_together(together, dataset, 3)
+    for agent, other in zip(together, alone, strict=True):
+        agent.fit(dataset, 2)
+        other.fit(dataset, 5)
+    fit_together(together, dataset, 2)
+    for agent, other in zip(together, alone, strict=True):
+        other.fit(dataset, 2)
+        assert_equal(agent, other)
 
 
 def test_networks_of_your_own_are_stacked() -> None:
@@ -533,7 +564,7 @@ def test_a_frozen_network_stays_as_it_is(kind: str, alike: Callable[..., list[Ag
     [
         *[(kind, {}) for kind in VECTORS],
         *[("continuous", OBJECTIVES[name]) for name in ("gumbel-ddpg_bc", "automatic")],
-        ("continuous", STACKED),
+        *[(kind, NETWORKS["all"] | DROPOUT) for kind in ("continuous", "discrete")],
     ],
     ids=str,
 )

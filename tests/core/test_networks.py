@@ -157,9 +157,20 @@ def test_torchs_own_initialisation_is_that_of_its_linear_layers() -> None:
         MLP(4, 3, initialization="xavier")  # type: ignore[arg-type]
 
 
+def test_dropout_is_torchs_on_a_cpu() -> None:
+    ours, theirs, x = MLP(4, 1, dropout=0.3).layers[2], nn.Dropout(0.3), torch.randn(6, 5, device="cpu")
+    outputs = []
+    for module in (ours, theirs):
+        torch.manual_seed(0)
+        outputs.append(module(x))
+    assert torch.equal(*outputs)
+    assert (outputs[0] == 0).any()
+    assert ours.eval()(x) is x
+
+
 def test_normalisation_comes_before_each_activation_and_dropout_behind_it() -> None:
     network = MLP(4, 1, (8, 6), dropout=0.1, activation=nn.ELU, layer_norm=True)
-    hidden = [OrthogonalLinear, LayerNorm, nn.ELU, nn.Dropout]
+    hidden = [OrthogonalLinear, LayerNorm, nn.ELU, Dropout]
     assert [type(layer) for layer in network.layers] == [*hidden, *hidden, OrthogonalLinear]
     x = torch.randn(5, 4)
     features = network.eval().layers[:2](x)
