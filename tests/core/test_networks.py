@@ -21,7 +21,7 @@ from iql_plugins.networks import (
     gaussian_actor,
     value_function,
 )
-from iql_plugins.networks.builders import ActivationName, LayerNorm, check_loaded, uninitialized
+from iql_plugins.networks.builders import ActivationName, Dropout, LayerNorm, check_loaded, uninitialized
 from iql_plugins.networks.distributions import Categorical, TanhMeanNormal, TanhNormal
 
 
