@@ -20,6 +20,11 @@ needs_compiler = pytest.mark.skipif(
     not compiler_available(torch.device("cpu")), reason="compiles, and there is no C++ compiler on the path"
 )
 
+#: Builds of torch for x86 have it; whether it is the faster one here does not matter to results.
+needs_onednn = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="multiplies by oneDNN, which this build of torch lacks"
+)
+
 #: Processes talk to each other by it on a CPU.
 needs_gloo = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()),

@@ -14,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from iql_plugins import _compat
 from iql_plugins.losses.iql import IQLLoss
+from iql_plugins.training.products import critics_apart, decompositions
 
 __all__ = ["MOST_GRAPHS", "Draw", "Graph", "LossGradients", "compiled", "compiler_available", "slots", "traced"]
 
@@ -239,10 +240,8 @@ def traced(loss: IQLLoss, state: Mapping[str, Tensor], batch: Mapping[str, Tenso
     # Tracing computes: on copies, and with the random state put back, it changes no running statistics and no draw.
     copies = [tensor.detach().clone() for tensor in state.values()]
     devices = [copies[0].device] if copies[0].is_cuda else []
-    aten = torch.ops.aten
-    table: dict[Any, Callable[..., Any]] = {aten.addmm.default: _addmm, aten.baddbmm.default: _baddbmm}
-    with torch.random.fork_rng(devices):
-        tracer = make_fx(losses_and_gradients, decomposition_table=table if copies[0].device.type == "cpu" else None)
+    with torch.random.fork_rng(devices), critics_apart(loss):
+        tracer = make_fx(losses_and_gradients, decomposition_table=decompositions(copies[0].device))
         graph: GraphModule = tracer(*copies, *(tensor.detach() for tensor in batch.values()))
     draws = _draws_outside(graph)
     drawing = {str(node.target) for node in graph.graph.nodes if _is_random(node.target)}
@@ -315,16 +314,6 @@ def _options(mode: str | None) -> dict[str, Any]:
     if mode not in modes:
         raise ValueError(f"mode must be one of {', '.join(modes)}, got {mode!r}")
     return dict(modes[mode])
-
-
-def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    # On a CPU a bias is cheaper in the kernel of the activation than in the product, which takes a copy of it in
-    # every row. A sum Inductor would put back into the product.
-    return alpha * torch.mm(left, right) - (-beta * bias)
-
-
-def _baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return alpha * torch.bmm(left, right) + beta * bias
 
 
 def _trained(state: Mapping[str, Tensor]) -> list[str]:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from agents import NETWORKS, OBJECTIVES, SPACES, make_agent, make_dataset
 from conftest import ACTIONS, OBSERVATION, keywords, make_batch, make_loss
-from requirements import needs_compiler
+from requirements import needs_compiler, needs_onednn
 from tensordict.nn import TensorDictModule
 from torch import nn
 
-from iql_plugins import IQLLoss
+from iql_plugins import IQLLoss, _compat
 from iql_plugins.data.packed import batch_source
 from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.training import gradients
@@ -80,6 +80,19 @@ def test_the_graph_takes_every_kind_of_observation_and_network(
     agent = make_agent(kind, dataset, actor_dropout=0.5, **options)
     source = batch_source(dataset, agent.normalizers)
     both(agent.loss, source.batch(torch.arange(8)), LossGradients(agent.loss, compile=True))
+
+
+@needs_onednn
+def test_large_products_are_onednns_where_those_are_faster(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_compat, "onednn_is_faster", lambda: True)
+    dataset, counts = make_dataset(SPACES["continuous"], rows=128), []
+    for width in (64, 128):  # of 64 critics are apart, and products too small
+        agent = make_agent("continuous", dataset, hidden_sizes=(width, width), batch_size=128, compile="no")
+        batch = batch_source(dataset, agent.normalizers).batch(torch.arange(128))
+        both(agent.loss, batch, LossGradients(agent.loss, compile=True))
+        counts.append(sum(node.target is torch.ops.iql_plugins.product.default for node in graphs[-1].graph.nodes))
+    # Of the hidden layer: once in V(s), V(s'), the policy, four critics, and twice for each gradient of four.
+    assert counts == [0, 15]
 
 
 class Batched(nn.Module):

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from agents import NETWORKS, OBJECTIVES, SPACES, make_dataset
-from requirements import needs_compiler
+from requirements import needs_compiler, needs_onednn
 from tensordict.nn import TensorDictModule
 from torch import Tensor, nn
 
+from iql_plugins import _compat
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.networks import critic, gaussian_actor
@@ -90,6 +91,20 @@ def test_each_agent_ends_where_it_would_have_alone(
         assert_equal(agent, other)
     before = {name: tensor.clone() for name, tensor in together[0].state()[1].items()}
     assert any(not torch.equal(tensor, together[1].state()[1][name]) for name, tensor in before.items())
+
+
+@needs_onednn
+@pytest.mark.parametrize("kind", ["continuous"])
+def test_wide_agents_end_where_each_would_have_alone_by_onednn(
+    kind: str, alike: Callable[..., list[Agent]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compat, "onednn_is_faster", lambda: True)
+    dataset, wide = dataset_of(kind), {"hidden_sizes": (128, 128), "batch_size": 128}
+    together, alone = alike(2, **wide), alike(2, **wide)
+    fit_together(together, dataset, 3)
+    for agent, other in zip(together, alone, strict=True):
+        other.fit(dataset, 3)
+        assert_equal(agent, other)
 
 
 @pytest.mark.parametrize("kind", ["image"])
