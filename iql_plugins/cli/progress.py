@@ -13,6 +13,7 @@ from iql_plugins.cli.training import Progress
 __all__ = ["reporter"]
 
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
+COMPILES = "compiles, in seconds; the next time it is on disk"
 
 
 @contextlib.contextmanager
@@ -27,7 +28,9 @@ def reporter(settings: Settings) -> Iterator[Callable[[Progress], None]]:
 
 def _line_of(settings: Settings) -> Callable[[Progress], None]:
     def report(progress: Progress) -> None:
-        if progress.evaluated:
+        if progress.compiles:
+            note(f"{progress.unit.title}: {COMPILES}")
+        elif progress.evaluated:
             note(
                 f"{progress.unit.title}: step {progress.step} of {settings.hyperparameters.n_steps}, "
                 f"{progress.rate:.0f} steps/s, {_losses(progress)}"
@@ -56,8 +59,10 @@ def _bars(settings: Settings) -> Iterator[Callable[[Progress], None]]:
         }
 
         def report(progress: Progress) -> None:
-            rate = f"{progress.rate:.0f} steps/s"
-            bars.update(tasks[progress.unit], completed=progress.step, rate=rate, losses=_losses(progress))
+            rate, losses = f"{progress.rate:.0f} steps/s", _losses(progress)
+            if progress.compiles:
+                rate, losses = "", COMPILES
+            bars.update(tasks[progress.unit], completed=progress.step, rate=rate, losses=losses)
 
         yield report
 

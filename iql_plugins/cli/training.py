@@ -82,6 +82,7 @@ class Progress:
         held_out: of the latest evaluation, what held-out episodes tell, see :data:`HELD_OUT`; empty without them.
         mean_return: of the latest evaluation; None before the first.
         evaluated: whether that evaluation has just been made.
+        compiles: whether its first step in this process, which is compiled, is yet to be taken.
     """
 
     unit: Unit
@@ -91,6 +92,7 @@ class Progress:
     held_out: Mapping[str, float]
     mean_return: float | None
     evaluated: bool
+    compiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -409,6 +411,8 @@ class _Trainer:
         with contextlib.ExitStack() as stack:
             self.events = stack.enter_context(_events(self.settings.tensorboard, self.folder, self.first_step))
             stack.enter_context(self.table)
+            if self.steps and self.agent.learner.compiled:
+                self.report(Progress(self.unit, self.first_step, 0.0, self.metrics, {}, None, False, compiles=True))
             yield
         self.seconds = time.monotonic() - self.begin
 

@@ -5,10 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from tensordict import TensorDict
 from tensordict.utils import NestedKey
 from torch import Size, Tensor, nn
-from torch.func import functional_call
 
 from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, shown
 from iql_plugins.losses import functional, objectives
@@ -110,13 +108,9 @@ class NetworkQuantities(TorchRLContract):
         named = dict(zip(in_keys_of(network), inputs.values(), strict=True))
         untrained = self._untrained["value_network"]
         with _Explained("value_network", network, inputs):
-            if untrained:
-                tensors = parameters.leaves(network)
-                detached = {name: tensors[name].detach() for name in untrained}
-                tensordict = TensorDict(named, batch_size=batch.shape)
-                output = functional_call(network, detached, (tensordict,), tie_weights=False)
-            else:
-                output = calls.outputs(network, named, batch.shape)
+            tensors = parameters.leaves(network) if untrained else {}
+            detached = {name: tensors[name].detach() for name in untrained}
+            output = calls.outputs(network, named, batch.shape, detached or None)
         value = _written("value", key, network, output)
         if value.shape[-1:] != (1,) or value.shape[: len(batch.shape)] != batch.shape:
             raise ValueError(
@@ -174,11 +168,7 @@ class NetworkQuantities(TorchRLContract):
         key = self._tensor_keys.state_action_value
 
         def call(tensors: "parameters.Tensors | None") -> Tensor:
-            if tensors is None:
-                return _written("state_action_value", key, network, calls.outputs(network, inputs, batch.shape))
-            tensordict = TensorDict(inputs, batch_size=batch.shape)
-            output = functional_call(network, tensors, (tensordict,), tie_weights=False)
-            return _written("state_action_value", key, network, output)
+            return _written("state_action_value", key, network, calls.outputs(network, inputs, batch.shape, tensors))
 
         with _Explained("qvalue_network", network, inputs):
             if self._critic_count is None and not untrained:

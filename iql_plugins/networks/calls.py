@@ -12,6 +12,7 @@ from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import ProbabilisticTensorDictModule, ProbabilisticTensorDictSequential, TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Size, Tensor, nn
+from torch.func import functional_call
 
 from iql_plugins import _compat
 
@@ -57,22 +58,25 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def outputs(network: nn.Module, inputs: Tensors, shape: Size) -> Tensors:
+def outputs(network: nn.Module, inputs: Tensors, shape: Size, leaves: Mapping[str, Tensor] | None = None) -> Tensors:
     """What a network writes, by its out_keys.
 
     Args:
         network: a TensorDict module.
         inputs: its inputs, by its in_keys and in their order.
         shape: the batch shape of the inputs.
+        leaves: parameters and buffers by name, in place of its own; None for these.
 
     Raises:
         RuntimeError: if a module returns more or fewer tensors than the network has out_keys.
     """
     module = plain_module(network)
     if module is None:
-        result: Tensors = network(TensorDict(dict(inputs), batch_size=shape))
+        result: Tensors = _call(network, leaves, TensorDict(dict(inputs), batch_size=shape))
         return result
-    written = module(*inputs.values())
+    if leaves is not None:
+        leaves = {name.removeprefix("module."): tensor for name, tensor in leaves.items()}
+    written = _call(module, leaves, *inputs.values())
     if isinstance(written, Mapping | TensorDictBase):
         return written
     tensors = written if isinstance(written, tuple) else (written,)
@@ -80,6 +84,10 @@ def outputs(network: nn.Module, inputs: Tensors, shape: Size) -> Tensors:
     if len(tensors) != len(out_keys):
         raise RuntimeError(f"the module returned {len(tensors)} tensors for the out_keys {list(out_keys)}")
     return dict(zip(out_keys, tensors, strict=True))
+
+
+def _call(module: nn.Module, leaves: Mapping[str, Tensor] | None, *inputs: Any) -> Any:
+    return module(*inputs) if leaves is None else functional_call(module, dict(leaves), inputs, tie_weights=False)
 
 
 def distribution(actor: nn.Module, inputs: Tensors, shape: Size) -> Any:

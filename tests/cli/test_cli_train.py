@@ -838,9 +838,12 @@ def test_each_process_trains_a_stack_of_one_method(run: Run, tmp_path: Path) -> 
 @pytest.mark.slow
 @needs_compiler
 def test_the_time_for_compiling_is_reported(run: Run) -> None:
-    status, out, _ = run("train", *SEEDS, "--seeds", "2", "--stack", "2", "--baseline", "none", "--compile", "yes")
+    status, out, err = run("train", *SEEDS, "--seeds", "2", "--stack", "2", "--baseline", "none", "--compile", "yes")
     assert status == 0
     assert re.search(r"^compiled in \d+\.\d s in all$", out, re.MULTILINE)
+    assert [line for line in err.splitlines() if "compiles" in line] == [
+        f"iql-plugins: IQL, seed {seed}: compiles, in seconds; the next time it is on disk" for seed in (0, 1)
+    ]
     document = json.loads((Path("runs") / os.listdir("runs")[0] / "results.json").read_text())
     for unit in document["by_seed"]:
         assert 0.0 < unit["warm_up_seconds"] < unit["seconds"]

@@ -15,6 +15,7 @@ from torch import nn
 
 import iql_plugins
 from iql_plugins import _compat
+from iql_plugins.training.gradients import LossGradients
 from iql_plugins.training.learner import Learner
 from iql_plugins.training.multi_seed import fit_together
 
@@ -94,13 +95,31 @@ def test_a_module_that_cannot_be_looked_into_is_called_as_it_is(monkeypatch: pyt
 
 
 @needs_compiler
-def test_a_graph_is_compiled_without_the_compiler_that_checks_nothing(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
+@pytest.mark.parametrize("missing", [[], ["standalone_compile"], ["standalone_compile", "compile"]])
+def test_a_graph_is_compiled_without_the_compilers_that_check_nothing(
+    missing: list[str], monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
-    graph = torch.fx.symbolic_trace(nn.Linear(2, 1, device=device))
-    monkeypatch.delattr(torch._inductor, "compile")
+    weight = torch.randn(1, 2, device=device)
+    graph = torch.fx.symbolic_trace(lambda x: [nn.functional.linear(x, weight)])
+    for name in missing:
+        monkeypatch.delattr(torch._inductor, name)
     given = torch.ones(3, 2, device=device)
     torch.testing.assert_close(_compat.compile_graph(graph, [given], {})(given), graph(given))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_what_was_compiled_once_comes_from_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found, batch = torch._dynamo.utils.counters["inductor"], keywords(make_batch("continuous"))
+    loss = make_loss("continuous").cpu()
+    batch = {name: tensor.cpu() for name, tensor in batch.items()}
+    outputs = []
+    for hits, misses in ((0, 1), (1, 0)):
+        found.clear()
+        outputs.append(LossGradients(loss, compile=True)(batch))
+        assert (found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]) == (hits, misses)
+    assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
 
 
 def test_compilers_are_looked_for_without_inductors_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
