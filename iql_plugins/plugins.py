@@ -111,6 +111,7 @@ class Host:
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._failed: dict[str, PluginError] = {}
+        self._entries: dict[str, EntryPoint] = {}
         self._adapters: dict[str, Adapter] = {}
         self._built_in: Mapping[str, object] = {}
         self._lock = RLock()
@@ -136,6 +137,7 @@ class Host:
                 if self.strict:
                     raise PluginError(error)
             version = distinct[0].dist.version if distinct[0].dist else "unknown"
+            self._entries[name] = distinct[0]
             infos[name] = PluginInfo(name, distinct[0].value, _origin(distinct[0]), version, error)
         return infos
 
@@ -145,9 +147,10 @@ class Host:
         Raises:
             PluginError: in strict mode, for a plugin that is broken.
         """
-        for name in self.available():
+        infos = self.available()
+        for name in infos:
             try:
-                self._plugin(name)
+                self._plugin(name, infos)
             except PluginError:
                 if self.strict:
                     raise
@@ -323,16 +326,22 @@ class Host:
         with self._lock:
             return self._manager.subset_hook_caller(hook, [p for p in self._manager.get_plugins() if p is not plugin])
 
-    def _plugin(self, name: str) -> object:
-        with self._lock:
-            return self._loaded(name)
+    def _plugin(self, name: str, infos: Mapping[str, PluginInfo] | None = None) -> object:
+        """The plugin of that name, imported once.
 
-    def _loaded(self, name: str) -> object:
+        Args:
+            name: of its entry point.
+            infos: what :meth:`available` says, for who has just asked: it reads the metadata of all distributions.
+        """
+        with self._lock:
+            return self._loaded(name, infos)
+
+    def _loaded(self, name: str, infos: Mapping[str, PluginInfo] | None) -> object:
         if (plugin := self._manager.get_plugin(name)) is not None:
             return plugin
         if name in self._failed:
             raise self._failed[name]
-        infos = self.available()
+        infos = self.available() if infos is None else infos
         if name not in infos:
             close = get_close_matches(name, infos, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
@@ -341,10 +350,9 @@ class Host:
             )
         if (error := infos[name].error) is not None:
             raise PluginError(error)
-        entry = next(entry for entry in self._find() if entry.name == name)
         try:
             with self.loading(infos[name]), _framework_later():
-                plugin = entry.load()
+                plugin = self._entries[name].load()
         # A plugin is a stranger's code: whatever it raises, SystemExit included, must not take the host down.
         except (Exception, SystemExit) as error:
             raise self._broken(name, f"cannot be imported: {type(error).__name__}: {error}") from error

@@ -286,6 +286,20 @@ def test_listing_imports_no_plugin() -> None:
     )
 
 
+def test_metadata_are_read_no_more_often_if_there_are_more_plugins() -> None:
+    def scans(count: int) -> int:
+        found = []
+
+        def find() -> list[Entry]:
+            found.append([good(f"plugin{number}") for number in range(count)])
+            return found[-1]
+
+        assert len(Host(find=find).check()) == count
+        return len(found)
+
+    assert scans(5) == scans(1)
+
+
 def test_the_installed_adapters_are_found_without_importing_one() -> None:
     code = (
         "import sys, iql_plugins.plugins as r; names = list(r.Host().available());"
