@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
+from iql_plugins.architecture import ACTIVATIONS, ActivationName, Initialization, Role
 from iql_plugins.losses.functional import LossFunction
 from iql_plugins.losses.objectives import SHIPPED, PolicyExtraction, ValueObjective, check_options
-from iql_plugins.networks.builders import ACTIVATIONS, ActivationName, Initialization, Role
 from iql_plugins.ranges import (
     AUTOMATIC,
     COUNT,

@@ -9,9 +9,10 @@ from tensordict.nn import TensorDictModule
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 
+from iql_plugins.architecture import Role
 from iql_plugins.config import IQLConfig, hyperparameters
 from iql_plugins.losses.iql import IQLLoss
-from iql_plugins.networks.builders import MLP, Role, networks_for
+from iql_plugins.networks.builders import MLP, networks_for
 from iql_plugins.networks.encoders import ObservationEncoder
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import assemble_loss, build_loss

@@ -1,11 +1,13 @@
 """The hooks of the adapter for d3rlpy."""
 
-from tensordict import TensorDictBase
+from typing import TYPE_CHECKING
 
-from iql_d3rlpy.batches import map_batch
-from iql_d3rlpy.reader import read_dataset
-from iql_plugins.data import Dataset, Options
 from iql_plugins.hookspecs import Adapter, hookimpl
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
+    from iql_plugins.data import Dataset, Options
 
 
 @hookimpl
@@ -19,12 +21,16 @@ def iql_adapter() -> Adapter:
 
 
 @hookimpl
-def iql_map_batch(batch: object) -> TensorDictBase | None:
+def iql_map_batch(batch: object) -> "TensorDictBase | None":
     """Takes d3rlpy's ``TransitionMiniBatch`` and ``TorchMiniBatch``."""
+    from iql_d3rlpy.batches import map_batch
+
     return map_batch(batch)
 
 
 @hookimpl
-def iql_read_dataset(source: object, options: Options) -> Dataset | None:
+def iql_read_dataset(source: object, options: "Options") -> "Dataset | None":
     """Takes d3rlpy's ``ReplayBuffer`` and ``MDPDataset``, and the ``.h5`` files that they dump."""
+    from iql_d3rlpy.reader import read_dataset
+
     return read_dataset(source, options)

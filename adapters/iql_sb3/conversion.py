@@ -7,8 +7,8 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import GymEnv
 from tensordict import TensorDictBase
 
+from iql_plugins.architecture import ACTIVATIONS
 from iql_plugins.config import IQLConfig, hyperparameters, renamed
-from iql_plugins.networks.builders import ACTIVATIONS
 from iql_plugins.networks.encoders import is_plain
 from iql_plugins.spaces import Spaces
 from iql_plugins.training.agent import Agent

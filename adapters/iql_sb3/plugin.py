@@ -4,14 +4,12 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from tensordict import TensorDictBase
-
-from iql_plugins.data import Dataset, Options
 from iql_plugins.hookspecs import Adapter, Training, hookimpl
-from iql_sb3.batches import map_batch
-from iql_sb3.reader import read_dataset
 
 if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
+    from iql_plugins.data import Dataset, Options
     from iql_sb3.iql import IQL
 
 
@@ -34,18 +32,22 @@ def iql_adapter() -> Adapter:
 
 
 @hookimpl
-def iql_map_batch(batch: object) -> TensorDictBase | None:
+def iql_map_batch(batch: object) -> "TensorDictBase | None":
     """Takes what the replay buffers of Stable-Baselines3 sample."""
+    from iql_sb3.batches import map_batch
+
     return map_batch(batch)
 
 
 @hookimpl
-def iql_read_dataset(source: object, options: Options) -> Dataset | None:
+def iql_read_dataset(source: object, options: "Options") -> "Dataset | None":
     """Takes the replay buffers of Stable-Baselines3."""
+    from iql_sb3.reader import read_dataset
+
     return read_dataset(source, options)
 
 
-def _fit(model: "IQL", dataset: TensorDictBase, n_steps: int, callback: Callable[[int], None]) -> None:
+def _fit(model: "IQL", dataset: "TensorDictBase", n_steps: int, callback: Callable[[int], None]) -> None:
     def called(local_variables: dict[str, Any], global_variables: dict[str, Any]) -> bool:
         callback(model.learner.step_count)
         return True

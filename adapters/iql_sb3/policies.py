@@ -12,11 +12,12 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from iql_plugins.architecture import ACTIVATIONS, Initialization, Role
 from iql_plugins.config import IQLConfig, hyperparameters
 from iql_plugins.data.normalizers import Normalizers
 from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.losses.iql import IQLLoss
-from iql_plugins.networks.builders import ACTIVATIONS, Initialization, Role, networks_for
+from iql_plugins.networks.builders import networks_for
 from iql_plugins.networks.encoders import is_plain
 from iql_plugins.spaces import Box
 from iql_plugins.training.agent import assemble_loss, build_loss

@@ -1,15 +1,18 @@
 """The hooks of the adapter for plain tensors."""
 
-from tensordict import TensorDictBase
+from typing import TYPE_CHECKING
 
 from iql_plugins.hookspecs import Adapter, Training, hookimpl
-from iql_tensor.algorithm import IQL
-from iql_tensor.batches import map_batch
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
 
 
 @hookimpl
 def iql_adapter() -> Adapter:
     """Plain tensors need no framework, and their native file is the common checkpoint."""
+    from iql_tensor.algorithm import IQL
+
     training = Training(
         from_agent=IQL.from_agent,
         to_agent=IQL.to_agent,
@@ -23,6 +26,8 @@ def iql_adapter() -> Adapter:
 
 
 @hookimpl
-def iql_map_batch(batch: object) -> TensorDictBase | None:
+def iql_map_batch(batch: object) -> "TensorDictBase | None":
     """Takes TensorDicts, which have the layout already, and mappings of tensors."""
+    from iql_tensor.batches import map_batch
+
     return map_batch(batch)

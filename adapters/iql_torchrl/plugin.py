@@ -1,11 +1,13 @@
 """The hooks of the adapter for TorchRL."""
 
-from tensordict import TensorDictBase
+from typing import TYPE_CHECKING
 
-from iql_plugins.data import Dataset, Options
 from iql_plugins.hookspecs import Adapter, Training, hookimpl
-from iql_torchrl.batches import map_batch
-from iql_torchrl.reader import read_dataset
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
+    from iql_plugins.data import Dataset, Options
 
 
 @hookimpl
@@ -22,12 +24,16 @@ def iql_adapter() -> Adapter:
 
 
 @hookimpl
-def iql_map_batch(batch: object) -> TensorDictBase | None:
+def iql_map_batch(batch: object) -> "TensorDictBase | None":
     """Takes what TorchRL's replay buffers and collectors return."""
+    from iql_torchrl.batches import map_batch
+
     return map_batch(batch)
 
 
 @hookimpl
-def iql_read_dataset(source: object, options: Options) -> Dataset | None:
+def iql_read_dataset(source: object, options: "Options") -> "Dataset | None":
     """Takes TorchRL's replay buffers."""
+    from iql_torchrl.reader import read_dataset
+
     return read_dataset(source, options)

@@ -140,9 +140,8 @@ def _run(given: Sequence[str]) -> "Result":
         packages = _installed()
         lines = [f"{name} {number}" for name, number in {PROGRAM: version(PROGRAM), **packages}.items()]
         return Result({"version": version(PROGRAM), "packages": packages}, ["\n".join(lines)])
-    # These take seconds to import.
+    # What a command needs beside its options takes seconds to import: that is left to its branch.
     from iql_plugins.cli import arguments as options
-    from iql_plugins.cli import completion, listings, policies, train
 
     if not set(given) - {"--json"}:
         raise UserError(f"which command? See {PROGRAM} --help")
@@ -156,12 +155,20 @@ def _run(given: Sequence[str]) -> "Result":
 
             return sweep.run(arguments, given)
         case options.Train():
+            from iql_plugins.cli import train
+
             return train.run(arguments, given)
         case options.Evaluate():
+            from iql_plugins.cli import policies
+
             return policies.evaluate(arguments)
         case options.Export():
+            from iql_plugins.cli import policies
+
             return policies.export(arguments)
         case options.Convert():
+            from iql_plugins.cli import policies
+
             return policies.convert(arguments)
         case options.Label():
             from iql_plugins.cli import label
@@ -172,7 +179,9 @@ def _run(given: Sequence[str]) -> "Result":
 
             return select.run(arguments)
         case options.Inspect():
-            return listings.inspect(arguments)
+            from iql_plugins.cli import inspect
+
+            return inspect.run(arguments)
         case options.Report():
             from iql_plugins.cli import report
 
@@ -186,8 +195,12 @@ def _run(given: Sequence[str]) -> "Result":
 
             return convert_dataset.run(arguments)
         case options.Adapters():
-            return listings.adapters(arguments)
+            from iql_plugins.cli import adapters
+
+            return adapters.run(arguments)
         case options.Completion():
+            from iql_plugins.cli import completion
+
             return completion.completion(arguments)
 
 

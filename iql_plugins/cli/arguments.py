@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeAlias
 
 from iql_plugins.cli.errors import UserError, imported, mistakes
-from iql_plugins.cli.settings import CHANGEABLE
 from iql_plugins.config import PRESETS, IQLConfig, preset
 from iql_plugins.plugins import PluginError, host
 
 tyro = imported("tyro")
 
 __all__ = [
+    "CHANGEABLE",
     "Adapters",
     "Arguments",
     "Completion",
@@ -83,6 +83,12 @@ def as_options(advice: str) -> str:
     return re.sub(r"`(\w+)`", lambda name: option(name[1]), advice)
 
 
+#: What may differ when a run goes on, and holds from there on: where its data are (not which), its end (not an earlier
+#: one), how it is looked at, and on what it is computed. All else is the checkpoints'.
+CHANGEABLE = (
+    *("n_steps", "episodes", "evaluation_episodes", "evaluate_every", "log_every", "tensorboard"),
+    *("device", "threads", "dataset", "memmap_dir"),
+)
 _RESUME = (
     "Run directory of a run to go on with, bit for bit as if it had never stopped. Everything is the run's, but for "
     "what these change from there on, which results.json records: "

@@ -15,6 +15,7 @@ import torch
 from tensordict import MemoryMappedTensor, TensorDictBase
 
 from iql_plugins import checkpoint
+from iql_plugins.cli.arguments import CHANGEABLE
 from iql_plugins.cli.errors import UserError, mistakes
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import Dataset, DatasetError, read_dataset
@@ -44,12 +45,6 @@ METHODS: Mapping[str, str] = {"iql": "IQL", "bc": "behaviour cloning"}
 
 CONFIG = "config.json"
 FORMAT = 1
-#: What may differ when a run goes on, and holds from there on: where its data are (not which), its end (not an earlier
-#: one), how it is looked at, and on what it is computed. All else is the checkpoints'.
-CHANGEABLE = (
-    *("n_steps", "episodes", "evaluation_episodes", "evaluate_every", "log_every", "tensorboard"),
-    *("device", "threads", "dataset", "memmap_dir"),
-)
 #: Settings that are integers of at least 1.
 COUNTS = ("episodes", "evaluation_episodes", "evaluate_every", "log_every", "threads", "stack")
 #: No machine has more cores to use; a file that asks for millions asks for the memory of their stacks.

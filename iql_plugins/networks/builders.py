@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -23,6 +23,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from iql_plugins.architecture import ACTIVATIONS, ActivationName, Initialization, Role
 from iql_plugins.networks.distributions import Categorical, TanhMeanNormal, TanhNormal
 from iql_plugins.networks.encoders import Encoded, ObservationEncoder
 from iql_plugins.ranges import choice
@@ -51,18 +52,6 @@ __all__ = [
 LOG_STD_RANGE = (-5.0, 2.0)
 
 Activation = Callable[[], nn.Module]
-ActivationName = Literal["relu", "leaky_relu", "elu", "gelu", "silu", "mish", "tanh"]
-Initialization = Literal["orthogonal", "torch"]
-Role = Literal["actor", "critic", "value"]
-#: What comes behind a hidden layer, by the name in a configuration.
-ACTIVATIONS: Mapping[ActivationName, type[nn.Module]] = dict(
-    zip(
-        get_args(ActivationName),
-        (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh),
-        strict=True,
-    )
-)
-
 
 _INITIALIZES = ContextVar("initializes", default=True)
 

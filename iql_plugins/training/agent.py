@@ -17,6 +17,7 @@ from torch.distributions import AffineTransform, Distribution, TransformedDistri
 from torch.optim import Optimizer
 
 from iql_plugins import checkpoint
+from iql_plugins.architecture import Role
 from iql_plugins.checkpoint import CheckpointError
 from iql_plugins.config import IQLConfig, hyperparameters
 from iql_plugins.data.intake import check_numbers
@@ -28,7 +29,7 @@ from iql_plugins.losses.bootstrap import ValueEstimator, ValueEstimators
 from iql_plugins.losses.iql import DiscreteIQLLoss, IQLLoss
 from iql_plugins.losses.parameters import ESTIMATOR, NETWORKS
 from iql_plugins.networks import calls
-from iql_plugins.networks.builders import Role, check_loaded, networks_for, uninitialized
+from iql_plugins.networks.builders import check_loaded, networks_for, uninitialized
 from iql_plugins.networks.encoders import ObservationEncoder, is_plain
 from iql_plugins.spaces import Box, Discrete, Space, Spaces
 from iql_plugins.training.gradients import compiler_available

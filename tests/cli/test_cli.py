@@ -20,7 +20,7 @@ from packaging.utils import canonicalize_name
 from strangers import Entry, plugin, write_distribution
 
 from iql_plugins import data, plugins
-from iql_plugins.cli import COMMANDS, label, listings, main, output, policies, report
+from iql_plugins.cli import COMMANDS, inspect, label, main, output, policies, report
 from iql_plugins.cli.reference_scores import normalized_score, reference
 from iql_plugins.cli.rollouts import LONGEST_EPISODE, environment_spaces, rollouts
 from iql_plugins.cli.statistics import estimate
@@ -121,6 +121,16 @@ def test_the_version_is_there_without_torch() -> None:
     assert finished.stdout.startswith(f"iql-plugins {version('iql-plugins')}\n")
 
 
+@pytest.mark.parametrize("arguments", ["--help", "train --help", "adapters", "completion bash"])
+def test_what_needs_no_training_imports_nothing_that_trains(arguments: str) -> None:
+    code = f"import sys; from iql_plugins.cli import main; main({arguments.split()}); print(*sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    modules = finished.stdout.splitlines()[-1].split()
+    assert "iql_plugins.config" in modules
+    # TensorDict takes longer than torch itself.
+    assert not {"tensordict", "torch._dynamo", "sympy", "iql_plugins.cli.settings"} & set(modules)
+
+
 @pytest.mark.parametrize(
     ("env", "advice"),
     [
@@ -215,12 +225,12 @@ def test_a_mistake_is_one_line_and_status_2(
 
 
 def test_an_error_of_ours_is_no_mistake_of_the_user(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from iql_plugins.cli import listings
+    from iql_plugins.cli import adapters
 
     def fail(arguments: object) -> None:
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(listings, "adapters", fail)
+    monkeypatch.setattr(adapters, "run", fail)
     status, out, err = run("adapters", "--json")
     assert status == 1
     assert json.loads(out) == {"error": "ZeroDivisionError: division by zero"}
@@ -239,14 +249,14 @@ def test_a_missing_package_is_named_with_its_extra(run: Run, monkeypatch: pytest
 def test_whatever_libraries_print_stdout_is_one_json_document() -> None:
     code = """
 import atexit, ctypes, os, subprocess, sys
-from iql_plugins.cli import listings, main
-def noisy(arguments, quiet=listings.adapters):
+from iql_plugins.cli import adapters, main
+def noisy(arguments, quiet=adapters.run):
     print("python")
     os.write(1, b"descriptor\\n")
     ctypes.CDLL(None).puts(b"C")
     subprocess.run(["echo", "child"])
     return quiet(arguments)
-listings.adapters = noisy
+adapters.run = noisy
 atexit.register(lambda: print("at exit"))
 sys.argv = ["iql-plugins", "adapters", "--json"]
 sys.exit(main())
@@ -280,10 +290,10 @@ def test_an_adapter_says_what_it_needs_and_what_is_wrong(run: Run, monkeypatch: 
     def needs_more() -> object:
         raise ImportError("No module named 'stable_baselines4'")
 
-    from iql_plugins.cli import listings
+    from iql_plugins.cli import adapters
 
     requirements = {"stranger": ["torch", "stable-baselines4>=1; extra == 'missing'", "numpy>=1; extra == 'there'"]}
-    monkeypatch.setattr(listings, "requires", lambda name: requirements.get(name))
+    monkeypatch.setattr(adapters, "requires", lambda name: requirements.get(name))
     entries = [
         stranger("broken", broken),
         stranger("missing", needs_more),
@@ -491,7 +501,7 @@ def test_a_file_to_write_needs_a_folder_and_is_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """That is found before anything is read, or made."""
-    for module, reader in ((policies, "load_agent"), (label, "load_agent"), (listings, "read_dataset"),
+    for module, reader in ((policies, "load_agent"), (label, "load_agent"), (inspect, "read_dataset"),
                            (report, "read_run")):  # fmt: skip
         monkeypatch.setattr(module, reader, lambda *arguments, **options: pytest.fail("something was read"))
     given = [policy if word == "POLICY" else word for word in command]

@@ -197,8 +197,9 @@ def test_what_is_wrong_with_what_a_pickle_holds_names_the_file(tmp_path: Path) -
 
 def counted(monkeypatch: pytest.MonkeyPatch, adapter: str, user: str) -> list[object]:
     """The batches that the module of an adapter which trains has mapped by the hook's function."""
-    function = importlib.import_module(f"iql_{adapter}.plugin").map_batch
-    module = importlib.import_module(f"iql_{adapter}.{user}")
+    names = ("plugin", "batches", user)
+    plugin, batches, module = (importlib.import_module(f"iql_{adapter}.{name}") for name in names)
+    function = batches.map_batch
     assert module.map_batch is function
     seen: list[object] = []
 
@@ -206,6 +207,10 @@ def counted(monkeypatch: pytest.MonkeyPatch, adapter: str, user: str) -> list[ob
         seen.append(batch)
         return function(batch, *rest)
 
+    with monkeypatch.context() as hook:
+        hook.setattr(batches, "map_batch", counting)
+        plugin.iql_map_batch(None)
+    assert seen.pop() is None
     monkeypatch.setattr(module, "map_batch", counting)
     return seen
 

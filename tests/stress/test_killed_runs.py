@@ -37,7 +37,7 @@ SETUPS = {
 }
 #: What takes a command line long to import: its processes are forks of one that has.
 IMPORTED = [
-    *("pytest", "torch._dynamo", "iql_plugins.cli.train", "iql_plugins.training.multi_seed", "iql_tensor.plugin"),
+    *("pytest", "torch._dynamo", "iql_plugins.cli.train", "iql_plugins.training.multi_seed", "iql_tensor.algorithm"),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.font_manager", "scipy.stats"),
     *("rich.table", "rich.progress", "rich.console", "gymnasium.envs.classic_control.pendulum"),
 ]
