@@ -108,6 +108,7 @@ class Host:
         self.allow = None if allow is None else frozenset(allow)
         self.loading: Callable[[PluginInfo], AbstractContextManager[object]] = nullcontext
         self._find = find
+        self._imported = False
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(hookspecs)
         self._failed: dict[str, PluginError] = {}
@@ -191,8 +192,15 @@ class Host:
             NotRecognizedError: if none does.
             PluginError: in strict mode, if a plugin is broken.
         """
-        self.check()
+        # A loop asks at every step; metadata are read as long as it takes to import all.
+        if not self._imported:
+            self.check()
+            self._imported = True
         mapped: TensorDictBase | None = self._manager.hook.iql_map_batch(batch=batch)
+        if mapped is None:
+            # One that was installed since may know it.
+            self.check()
+            mapped = self._manager.hook.iql_map_batch(batch=batch)
         if mapped is None:
             kind = type(batch).__qualname__
             raise NotRecognizedError(f"no adapter knows this batch, {kind}; {self._installed()}")

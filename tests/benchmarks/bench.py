@@ -16,7 +16,7 @@ import tyro
 from contestants import PEERS, Maker, Size, dataset_of, installed, makers, ours
 from interleaved import Steps, Timing, now, timings
 
-from iql_plugins import checkpoint
+from iql_plugins import _compat, checkpoint
 from iql_plugins.cli.errors import UserError, imported
 from iql_plugins.cli.output import Result, captured_stdout, json_text, show, table
 from iql_plugins.cli.train import device_name
@@ -140,10 +140,12 @@ def products(size: Size, device: torch.device) -> Steps:
     """Matrix products as large as the largest of a step: what the device can do at most."""
     left = torch.randn(size.hidden, size.hidden, device=device)
     right = torch.randn(size.hidden, size.batch, device=device)
+    by_onednn = device.type == "cpu" and _compat.onednn_is_faster()
+    multiply = _compat.onednn_product if by_onednn else torch.mm
 
     def steps(count: int) -> None:
         for _ in range(count * PRODUCTS):
-            torch.mm(left, right)
+            multiply(left, right)
 
     return steps
 

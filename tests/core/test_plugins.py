@@ -300,6 +300,19 @@ def test_metadata_are_read_no_more_often_if_there_are_more_plugins() -> None:
     assert scans(5) == scans(1)
 
 
+def test_batches_are_mapped_without_reading_metadata_again_and_by_what_is_installed_later() -> None:
+    found, scans = [good(iql_map_batch=lambda batch: TensorDict() if batch == 1 else None)], []
+    host = Host(find=lambda: scans.append(1) or found)
+    host.map_batch(1)
+    before = len(scans)
+    host.map_batch(1)
+    assert len(scans) == before
+    with pytest.raises(TypeError, match="no adapter knows this batch"):
+        host.map_batch(2)
+    found.append(good("later", iql_map_batch=lambda batch: TensorDict() if batch == 2 else None))
+    host.map_batch(2)
+
+
 def test_the_installed_adapters_are_found_without_importing_one() -> None:
     code = (
         "import sys, iql_plugins.plugins as r; names = list(r.Host().available());"
