@@ -10,6 +10,8 @@ from tensordict import TensorDict
 
 from iql_plugins import DiscreteIQLLoss, IQLLoss, SoftUpdate, plugins
 from iql_plugins.networks import categorical_actor, critic, discrete_critic, gaussian_actor, value_function
+from iql_plugins.networks.encoders import ObservationEncoder
+from iql_plugins.spaces import Box
 
 OBSERVATION, ACTION, ACTIONS = 5, 3, 4
 
@@ -118,6 +120,34 @@ def make_loss(kind: str, *, updater: bool = True, **kwargs: Any) -> IQLLoss:
     if updater:
         SoftUpdate(loss, tau=0.005)
     return loss
+
+
+class Encoder(ObservationEncoder):
+    """One layer, and what else is given."""
+
+    def __init__(self, *layers: torch.nn.Module) -> None:
+        super().__init__([Box((OBSERVATION,))])
+        self.layers = torch.nn.Sequential(torch.nn.Linear(OBSERVATION, 6), *layers, torch.nn.Tanh())
+        self.size = 6
+
+    def forward(self, *observations: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = self.layers(*observations)
+        return features
+
+
+def shared_encoder_loss(kind: str, encoder: ObservationEncoder | None = None, **kwargs: Any) -> IQLLoss:
+    """A loss with ``separate_losses`` whose networks share an encoder."""
+    encoder = encoder or Encoder()
+    options: dict[str, Any] = {"hidden_sizes": (8,), "encoder": encoder}
+    size, actions = encoder.size, ACTIONS if kind == "discrete" else ACTION
+    make_actor, make_critic = (categorical_actor, discrete_critic) if kind == "discrete" else (gaussian_actor, critic)
+    return make_loss(
+        kind,
+        actor_network=make_actor(size, actions, **options),
+        qvalue_network=make_critic(size, actions, **options),
+        value_network=value_function(size, **options),
+        **{"separate_losses": True, **kwargs},
+    )
 
 
 def total(outputs: TensorDict | tuple[torch.Tensor, ...]) -> torch.Tensor:

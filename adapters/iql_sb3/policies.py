@@ -128,7 +128,9 @@ class IQLPolicy(Loaded, BasePolicy):
         n_critics: number of critics, each with a features extractor of its own.
         features_extractor_class: the class of the features extractors.
         features_extractor_kwargs: its arguments besides the observation space.
-        share_features_extractor: whether all networks share one, which the actor's loss alone trains.
+        share_features_extractor: whether all networks share one, which the actor's loss alone trains. It runs once for
+            s and once for s' in a step, and that of the target critics once; one with buffers (batch norm), dropout or
+            hooks runs for each network.
         normalize_images: whether pixels are divided by 255.
         optimizer_class: of the one optimiser of all networks.
         optimizer_kwargs: its arguments, besides the learning rate.

@@ -1,7 +1,7 @@
 """Reading a batch by the key layout, and checking it before anything is computed from it."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 import torch
@@ -10,6 +10,7 @@ from tensordict.utils import NestedKey, unravel_key
 from torch import Size, Tensor
 
 from iql_plugins.keys import AUTO_MASK_KEYS, DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, flat_name, next_key, shown
+from iql_plugins.networks.encoders import Evaluations
 
 __all__ = ["Batch", "BatchReader"]
 
@@ -25,6 +26,8 @@ class Batch:
         batch_dims: how many dimensions the batch size of a TensorDict has, None for keyword tensors.
         time_dim: index of the dimension named ``"time"``, None without one.
         action_index: ``[*B]`` discrete actions as indices, once the critics have told how many there are.
+        all_losses: whether all losses will be computed of it.
+        evaluations: of encoders that networks share, by the name of the network that trains one.
     """
 
     tensors: dict[NestedKey, Tensor]
@@ -33,6 +36,8 @@ class Batch:
     batch_dims: int | None = None
     time_dim: int | None = None
     action_index: Tensor | None = None
+    all_losses: bool = False
+    evaluations: dict[str, Evaluations] = field(default_factory=dict)
 
     def select(self, keys: Iterable[NestedKey]) -> dict[NestedKey, Tensor]:
         """The tensors of ``keys``."""

@@ -59,8 +59,10 @@ class IQLLoss(NetworkQuantities):
     policy; gradients stop at the target critics, at V(s') and at the advantage. Networks that share
     modules: a parameter of actor and V is trained by both losses, by ``loss_actor`` alone with
     ``separate_losses=True``; one of V or the actor in the critics likewise by both, with
-    ``separate_losses=True`` by the actor's (or else V's) loss alone. A single ``qvalue_network``
-    duplicated for several critics becomes their own, newly initialised; only with
+    ``separate_losses=True`` by the actor's (or else V's) loss alone. With it, an encoder that networks share
+    (``encoder=`` of :mod:`iql_plugins.networks`) is evaluated once for each observation, and the others have its
+    features without gradient; not so one with buffers, dropout or hooks, whose evaluations count. A single
+    ``qvalue_network`` duplicated for several critics becomes their own, newly initialised; only with
     ``separate_losses=True`` does it keep following what it shares.
 
     **Who owns the parameters.** The loss. The actor, V and a single critic (``num_qvalue_nets=1``) are the
@@ -205,6 +207,7 @@ class IQLLoss(NetworkQuantities):
         if torch.is_grad_enabled():
             self._check_wrapper(tensordict)
         of = self._quantities(tensordict, tensors, self.in_keys)
+        of.batch.all_losses = True
         value, actor, qvalue = of.value_loss, of.actor_loss, of.qvalue_loss
         self._move_temperature(of)
         outputs = {

@@ -32,7 +32,7 @@ class _PolicyEvaluation(NetworkQuantities):
         """``[*B]`` Q'(s', π(s')) of the target critics, their mean, within :attr:`value_range` and as much again."""
         network = self._network("target_qvalue_network")
         after = {key: batch.tensors[next_key(key)] for key in in_keys_of(network)}
-        values = self._critic_values(network, frozenset(), frozenset(), replace(batch, tensors=after))
+        values = self._critic_values("target_qvalue_network", frozenset(), replace(batch, tensors=after))
         mean = at_least_float32(values).mean(0)
         # Exactly its bounds would cut errors off on one side only: values near one would be biased.
         low, high = self.value_range

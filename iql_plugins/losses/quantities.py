@@ -1,6 +1,7 @@
 """What the losses of a batch are made of: what the networks say, each computed once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,13 @@ from iql_plugins.losses import functional, objectives
 from iql_plugins.losses.batch import Batch, to_batch_shape
 from iql_plugins.losses.bootstrap import time_dimension
 from iql_plugins.losses.functional import LossFunction
+from iql_plugins.losses.parameters import NETWORKS
 from iql_plugins.losses.temperature import AutomaticTemperature
 from iql_plugins.losses.torchrl_contract import TorchRLContract, check_written, in_keys_of
 from iql_plugins.networks import calls, parameters
 from iql_plugins.networks.builders import ValueDropout
 from iql_plugins.networks.distributions import at_least_float32, evaluated_action
+from iql_plugins.networks.encoders import Encoded, Evaluations
 from iql_plugins.networks.ensemble import CriticEnsemble
 from iql_plugins.ranges import AUTOMATIC
 
@@ -65,8 +68,32 @@ class NetworkQuantities(TorchRLContract):
         # Critics that share everything run once, one critic runs as it is: neither needs stacking.
         together = self.num_qvalue_nets == 1 or self._tied >= parameters.leaves(self.qvalue_network).keys()
         self._ensemble = None if together else CriticEnsemble.read(self.qvalue_network)
+        # Of the targets, names of what is evaluated once for all of them.
+        self._tied_in_targets = frozenset[str]()
+        self._encoder_owners = self._find_encoder_owners()
         self._action_bounds = _bounds(self.actor_network)
         self._value_drops = any(isinstance(module, ValueDropout) for module in self.value_network.modules())
+
+    def _find_encoder_owners(self) -> dict[str, str]:
+        """For each network whose encoder would be asked more than once for the same: which one trains it, by names."""
+        leaves = parameters.leaves(self.qvalue_network)
+        tied = {name: id(leaves[name]) for name in self._tied}
+        sharing: dict[Hashable, list[str]] = {}
+        owners: dict[str, str] = {}
+        for name in NETWORKS:
+            encoded = _encoded(self._network(name))
+            own = [] if encoded is None else list(map(id, encoded.encoder.parameters()))
+            if encoded is None or not own or not calls.is_repeatable(encoded.encoder):
+                continue
+            sharing.setdefault((type(encoded.encoder), *own), []).append(name)
+            if name == "qvalue_network" and set(own) <= set(tied.values()):
+                owners["target_qvalue_network"] = "target_qvalue_network"
+                self._tied_in_targets = frozenset(leaf for leaf, tensor in tied.items() if tensor in own)
+        for names in sharing.values():
+            # Where several losses train it, each may be asked for its gradient alone: they have no graph in common.
+            if self.separate_losses and len(names) > 1:
+                owners |= dict.fromkeys(names, names[0])
+        return owners
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         applied = super()._apply(fn, recurse)
@@ -77,7 +104,7 @@ class NetworkQuantities(TorchRLContract):
     def _distribution(self, batch: Batch) -> Any:
         """The policy's, of actions in the batch's states."""
         inputs = batch.select(in_keys_of(self.actor_network))
-        with _Explained("actor_network", self.actor_network, inputs):
+        with _Explained("actor_network", self.actor_network, inputs), self._sharing("actor_network", batch):
             return calls.distribution(self.actor_network, inputs, batch.shape)
 
     def _log_prob(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
@@ -107,7 +134,7 @@ class NetworkQuantities(TorchRLContract):
         inputs = batch.select(keys)
         named = dict(zip(in_keys_of(network), inputs.values(), strict=True))
         untrained = self._untrained["value_network"]
-        with _Explained("value_network", network, inputs):
+        with _Explained("value_network", network, inputs), self._sharing("value_network", batch):
             tensors = parameters.leaves(network) if untrained else {}
             detached = {name: tensors[name].detach() for name in untrained}
             output = calls.outputs(network, named, batch.shape, detached or None)
@@ -121,13 +148,12 @@ class NetworkQuantities(TorchRLContract):
     @torch.no_grad()
     def _target_q(self, batch: Batch, shape: Size) -> Tensor:
         """``[N, *B]`` Q(s, a) of the target critics, without gradient."""
-        values = self._critic_values(self._network("target_qvalue_network"), frozenset(), frozenset(), batch)
+        values = self._critic_values("target_qvalue_network", frozenset(), batch)
         return at_least_float32(self._chosen(values, batch, shape))
 
     def _q(self, batch: Batch, shape: Size) -> Tensor:
         """``[N, *B]`` Q(s, a) of the critics."""
-        untrained = self._untrained["qvalue_network"]
-        values = self._critic_values(self.qvalue_network, self._tied, untrained, batch)
+        values = self._critic_values("qvalue_network", self._untrained["qvalue_network"], batch)
         return at_least_float32(self._chosen(values, batch, shape))
 
     def _policy_q(self, batch: Batch, distribution: Any, shape: Size) -> Tensor:
@@ -158,24 +184,27 @@ class NetworkQuantities(TorchRLContract):
     def _frozen_critic_values(self, batch: Batch) -> Tensor:
         """``[N, *B, ...]`` what the critics write; no gradient reaches their parameters."""
         everything = frozenset(parameters.leaves(self.qvalue_network))
-        return self._critic_values(self.qvalue_network, self._tied, everything, batch)
+        return self._critic_values("qvalue_network", everything, batch)
 
-    def _critic_values(
-        self, network: nn.Module, tied: frozenset[str], untrained: frozenset[str], batch: Batch
-    ) -> Tensor:
-        """``[N, *B, ...]`` what critics write; no gradient reaches the leaves of ``untrained``."""
+    def _critic_values(self, name: str, untrained: frozenset[str], batch: Batch) -> Tensor:
+        """``[N, *B, ...]`` what critics or their targets write; no gradient reaches the leaves of ``untrained``."""
+        network, tied = self._network(name), self._tied
         inputs = batch.select(in_keys_of(network))
         key = self._tensor_keys.state_action_value
 
         def call(tensors: "parameters.Tensors | None") -> Tensor:
             return _written("state_action_value", key, network, calls.outputs(network, inputs, batch.shape, tensors))
 
-        with _Explained("qvalue_network", network, inputs):
+        with _Explained("qvalue_network", network, inputs), self._sharing(name, batch):
             if self._critic_count is None and not untrained:
                 values = call(None).unsqueeze(0)
             else:
                 tensors = parameters.leaves(network)
-                tensors = {name: t.detach() if name in untrained else t for name, t in tensors.items()}
+                tensors = {leaf: t.detach() if leaf in untrained else t for leaf, t in tensors.items()}
+                if name == "target_qvalue_network":
+                    # They have a slice for each critic of what critics share: all follow the same tensor.
+                    tied = self._tied_in_targets
+                    tensors |= {leaf: tensors[leaf][0] for leaf in tied}
                 if self._critic_count is None:
                     values = call(tensors).unsqueeze(0)
                 elif (perceptron := self._usable_ensemble(network, inputs)) is not None:
@@ -192,6 +221,18 @@ class NetworkQuantities(TorchRLContract):
                         randomness=self.vmap_randomness,
                     )
         return values
+
+    def _sharing(self, name: str, batch: Batch) -> AbstractContextManager[None]:
+        """Inside, a network takes what is known already of features of an encoder that it shares."""
+        owner = self._encoder_owners.get(name)
+        if owner is None:
+            return nullcontext()
+        trained, asked = _encoded(self._network(owner)), _encoded(self._network(name))
+        if trained is None or asked is None or calls.has_hooks(trained.encoder) or calls.has_hooks(asked.encoder):
+            return nullcontext()
+        if owner not in batch.evaluations:
+            batch.evaluations[owner] = Evaluations(trained.encoder, trained=batch.all_losses)
+        return _Sharing(asked, batch.evaluations[owner])
 
     def _usable_ensemble(self, network: nn.Module, inputs: Mapping[NestedKey, Tensor]) -> CriticEnsemble | None:
         """The critics' steps, if nothing was asked for that they leave out."""
@@ -258,6 +299,11 @@ class NetworkQuantities(TorchRLContract):
                 f"got {tuple(values.shape[1:])}"
             )
         return values.squeeze(-1)
+
+
+def _encoded(network: nn.Module) -> Encoded | None:
+    """What puts an encoder before a perceptron in a network; None where nothing does."""
+    return next((module for module in network.modules() if isinstance(module, Encoded)), None)
 
 
 def _once(compute: Callable[["BatchQuantities"], Any]) -> Any:
@@ -428,6 +474,19 @@ def _written(name: str, key: NestedKey, network: nn.Module, output: calls.Tensor
         check_written(name, key, network)
         raise KeyError(f"{type(network).__name__} has {shown(key)} among its out_keys, but did not write it")
     return tensor
+
+
+class _Sharing(AbstractContextManager[None]):
+    """Lends a network the evaluations of its encoder."""
+
+    def __init__(self, encoded: Encoded, evaluations: Evaluations) -> None:
+        self._encoded, self._evaluations = encoded, evaluations
+
+    def __enter__(self) -> None:
+        self._encoded.evaluations = self._evaluations
+
+    def __exit__(self, *error: object) -> None:
+        self._encoded.evaluations = None
 
 
 class _Explained:

@@ -16,9 +16,21 @@ from torch.func import functional_call
 
 from iql_plugins import _compat
 
-__all__ = ["distribution", "evaluation_mode", "outputs"]
+__all__ = ["distribution", "evaluation_mode", "has_hooks", "is_repeatable", "outputs"]
 
 Tensors = Mapping[NestedKey, Tensor]
+
+_DRAWING = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    nn.FractionalMaxPool2d,
+    nn.FractionalMaxPool3d,
+    nn.RReLU,
+)
 
 
 @contextmanager
@@ -50,6 +62,16 @@ def plain_module(network: nn.Module) -> nn.Module | None:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module, or one inside it, runs hooks of its own."""
     return any(_hooked(submodule) for submodule in module.modules())
+
+
+def is_repeatable(module: nn.Module) -> bool:
+    """Whether each call of a module has the same result: it has no buffers, such as running statistics, nor dropout.
+
+    What its code draws or counts beside torch's modules nobody can tell.
+    """
+    dropout = (m.dropout for m in module.modules() if isinstance(m, nn.RNNBase | nn.MultiheadAttention))
+    drawing = any(isinstance(submodule, _DRAWING) for submodule in module.modules()) or any(dropout)
+    return not drawing and next(module.buffers(), None) is None
 
 
 def _hooked(module: nn.Module) -> bool:

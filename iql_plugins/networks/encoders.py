@@ -1,5 +1,6 @@
 """Observations of every kind as one vector: numbers flattened, integers one-hot, images through convolutions."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 
 from iql_plugins.spaces import Box, Discrete, Space
 
-__all__ = ["Encoded", "NatureCNN", "ObservationEncoder"]
+__all__ = ["Encoded", "Evaluations", "NatureCNN", "ObservationEncoder"]
 
 NATURE_FEATURES = 512
 #: The smallest image that the convolutions reduce to at least one pixel.
@@ -88,13 +89,56 @@ class ObservationEncoder(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+class Evaluations:
+    """An encoder that several networks have, or copies of it with the very parameters, evaluated once.
+
+    Observations are told apart by identity: these are of one batch, and are gone with it.
+
+    Args:
+        encoder: that of the network which trains it; the others' features have no gradient.
+        trained: whether its gradient will be asked for, whoever asks for features first.
+    """
+
+    def __init__(self, encoder: ObservationEncoder, trained: bool) -> None:
+        self.encoder = encoder
+        self.trained = trained
+        self._known: list[tuple[Sequence[Tensor], bool, Tensor]] = []
+
+    def __call__(self, encoder: ObservationEncoder, observations: Sequence[Tensor]) -> Tensor:
+        """``[*B, size]`` features.
+
+        Args:
+            encoder: of the network that asks.
+            observations: as the encoder takes them.
+        """
+        trains = encoder is self.encoder
+        gradient = torch.is_grad_enabled() and (trains or self.trained)
+        found = [
+            features
+            for known, with_gradient, features in self._known
+            if with_gradient >= gradient and all(map(operator.is_, known, observations))
+        ]
+        if found:
+            features = found[0]
+        else:
+            with torch.set_grad_enabled(gradient):
+                features = self.encoder(*observations)
+            self._known.append((observations, gradient, features))
+        return features if trains else features.detach()
+
+
 class Encoded(nn.Module):
     """A perceptron over encoded observations and, after them, further inputs.
 
     Args:
         encoder: of the first inputs.
         body: takes the features and the other inputs.
+
+    Attributes:
+        evaluations: what is known of the encoder's features; None but for the time of a loss whose networks share it.
     """
+
+    evaluations: Evaluations | None = None
 
     def __init__(self, encoder: ObservationEncoder, body: nn.Module) -> None:
         super().__init__()
@@ -104,7 +148,9 @@ class Encoded(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """``[*B, out_features]`` of the perceptron."""
         count = len(self.encoder.spaces)
-        output: Tensor = self.body(self.encoder(*inputs[:count]), *inputs[count:])
+        observations, evaluations = inputs[:count], self.evaluations
+        features = self.encoder(*observations) if evaluations is None else evaluations(self.encoder, observations)
+        output: Tensor = self.body(features, *inputs[count:])
         return output
 
 

@@ -14,7 +14,10 @@ from requirements import needs_proc
 from tensordict import TensorDict
 
 import iql_plugins
+from iql_plugins.config import IQLConfig
 from iql_plugins.hookspecs import Training
+from iql_plugins.networks.encoders import NatureCNN
+from iql_plugins.spaces import Box, Discrete, Spaces
 from iql_plugins.testing import check_adapter
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.learner import DivergenceError, Learner
@@ -125,11 +128,16 @@ def test_a_million_transitions_take_their_packed_size_once(name: str) -> None:
 EVERY = pytest.mark.parametrize("name", FRAMEWORKS)
 
 
-def algorithm_of(name: str, **hyperparameters: Any) -> tuple[Training, Agent, Any]:
-    """An adapter's training, an agent, and the adapter's algorithm around it."""
+def training_of(name: str) -> Training:
     pytest.importorskip(FRAMEWORKS[name])
     training = iql_plugins.load(name).training
     assert training is not None
+    return training
+
+
+def algorithm_of(name: str, **hyperparameters: Any) -> tuple[Training, Agent, Any]:
+    """An adapter's training, an agent, and the adapter's algorithm around it."""
+    training = training_of(name)
     agent = make_agent("continuous", **hyperparameters)
     return training, agent, training.from_agent(agent)
 
@@ -219,6 +227,28 @@ def test_weights_that_the_last_step_spoils_are_noticed_in_all_adapters(name: str
 
     with pytest.raises(DivergenceError, match=r"^the actor's weights not finite at step 5"):
         training.fit(algorithm, make_dataset(SPACES["continuous"]), 5, callback)
+
+
+@EVERY
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_images_are_bytes_until_the_encoders_have_them(
+    name: str, on_disk: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    training = training_of(name)
+    spaces = Spaces({"camera": Box((3, 36, 36), "uint8"), "speed": Box((2,))}, Discrete(3))
+    agent = Agent(spaces, IQLConfig(batch_size=8, hidden_sizes=(8,), compile="no"), seed=0)
+    seen: list[torch.dtype] = []
+    forward = NatureCNN.forward
+
+    def encoded(self: NatureCNN, image: torch.Tensor) -> torch.Tensor:
+        seen.append(image.dtype)
+        return forward(self, image)
+
+    monkeypatch.setattr(NatureCNN, "forward", encoded)
+    data = make_dataset(spaces).cpu()
+    training.fit(training.from_agent(agent), data.memmap(tmp_path) if on_disk else data, 1, lambda step: None)
+    # d3rlpy makes floats of them, on the device.
+    assert set(seen) == {torch.float32 if name == "d3rlpy" else torch.uint8}
 
 
 #: As the README of each adapter says.

@@ -22,6 +22,7 @@ from iql_plugins.config import IQLConfig
 from iql_plugins.spaces import Box, Discrete, Spaces
 from iql_plugins.training.agent import Agent
 from iql_sb3 import IQL, MultiInputPolicy
+from iql_sb3.networks import FeaturesEncoder
 from iql_sb3.policies import layer_sizes
 
 
@@ -142,6 +143,26 @@ def test_a_shared_features_extractor_learns_from_the_actors_loss_alone() -> None
     for name, output in zip(("actor", "qvalue", "value"), outputs, strict=False):
         gradient = torch.autograd.grad(output, weight, retain_graph=True, allow_unused=True)[0]
         assert (gradient is not None and bool(gradient.any())) == (name == "actor")
+
+
+@pytest.mark.parametrize(("share", "expected"), [(False, 7), (True, 3)])
+def test_frames_are_bytes_until_they_are_features(share: bool, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy_kwargs = {**NETWORKS, "share_features_extractor": share}
+    model = learned("CnnPolicy", RandomEnv(spaces.Box(0, 255, (3, 36, 36), np.uint8)), policy_kwargs=policy_kwargs)
+    offline = IQL("CnnPolicy", dataset=model.replay_buffer, policy_kwargs=policy_kwargs, **SMALL)
+    seen: list[torch.dtype] = []
+    forward = FeaturesEncoder.forward
+
+    def encoded(self: FeaturesEncoder, observation: torch.Tensor) -> torch.Tensor:
+        seen.append(observation.dtype)
+        return forward(self, observation)
+
+    monkeypatch.setattr(FeaturesEncoder, "forward", encoded)
+    for each in (model, offline):
+        each.policy.loss(**each._batch(8, 1.0))
+        # A shared extractor runs once for s and for s', and that of the targets for s.
+        assert seen == expected * [torch.uint8]
+        seen.clear()
 
 
 def test_a_features_extractor_of_the_users_own_is_one_for_each_network(tmp_path: Path) -> None:

@@ -1,12 +1,19 @@
 """Observations of every kind as one vector."""
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from agents import SPACES, draw
+from conftest import Encoder, gradients, keywords, make_batch, shared_encoder_loss
 from torch import nn
 
+from iql_plugins import IQLLoss
 from iql_plugins.networks.encoders import Encoded, NatureCNN, ObservationEncoder, is_plain
 from iql_plugins.spaces import Box, Discrete
+from iql_plugins.training.gradients import LossGradients, traced
 
 
 def test_integers_become_one_hot_counted_from_the_start() -> None:
@@ -74,3 +81,117 @@ def test_further_inputs_follow_the_features() -> None:
 def test_a_missing_observation_is_an_error() -> None:
     with pytest.raises(ValueError, match="shorter"):
         ObservationEncoder([Box((3,)), Discrete(2)])(torch.zeros(1, 3))
+
+
+# Networks that share an encoder
+
+
+@pytest.fixture
+def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of encoders, one entry for each: whether it has a gradient."""
+    seen: list[bool] = []
+    forward = Encoder.forward
+
+    def counted(self: Encoder, *observations: torch.Tensor) -> torch.Tensor:
+        features = forward(self, *observations)
+        seen.append(features.requires_grad)
+        return features
+
+    monkeypatch.setattr(Encoder, "forward", counted)
+    return seen
+
+
+def one_by_one(loss: IQLLoss) -> IQLLoss:
+    """A copy of a loss, each of whose networks evaluates the encoder for itself."""
+    copied = copy.deepcopy(loss)
+    copied._encoder_owners.clear()
+    return copied
+
+
+def assert_the_same(loss: IQLLoss, other: IQLLoss, batch: Any) -> None:
+    outputs, expected = loss(batch.copy()), other(batch.copy())
+    torch.testing.assert_close(outputs, expected)
+    torch.testing.assert_close(gradients(loss, outputs), gradients(other, expected))
+
+
+@pytest.mark.parametrize("options", [{}, {"policy_extraction": "ddpg_bc"}, {"num_qvalue_nets": 1}], ids=str)
+@pytest.mark.parametrize("randomness", ["different", "same"])
+def test_an_encoder_that_networks_share_is_evaluated_once_for_each_observation(
+    kind: str, options: dict[str, Any], randomness: str, evaluations: list[bool]
+) -> None:
+    loss, batch = shared_encoder_loss(kind, **options), make_batch(kind)
+    loss.vmap_randomness = randomness
+    with torch.no_grad():
+        for target in loss._network("target_qvalue_network").buffers():
+            target.mul_(0.9)
+    loss(batch.copy())
+    # Of s by the encoder and by that of the targets, and of s'; the policy's loss alone trains it.
+    assert sorted(evaluations) == [False, False, True]
+    other = one_by_one(loss)
+    evaluations.clear()
+    other(batch.copy())
+    assert len(evaluations) > 3
+    assert_the_same(loss, other, batch)
+    # Nothing is left over: what is written into a batch counts in the next call.
+    for tensor in (batch["observation"], batch["next", "observation"]):
+        tensor.add_(1.0)
+    assert_the_same(loss, other, batch)
+    assert not any(isinstance(module, Encoded) and module.evaluations for module in loss.modules())
+
+
+def test_a_traced_loss_has_each_evaluation_once(kind: str, evaluations: list[bool]) -> None:
+    loss = shared_encoder_loss(kind)
+    batch, computed = keywords(make_batch(kind)), LossGradients(loss)
+    state = computed.state()
+    graph = traced(loss, state, batch, stacked=False)
+    assert len(evaluations) == 3
+    grads, outputs = graph(state, batch, [])
+    other = one_by_one(loss)
+    expected = other(**batch)
+    torch.testing.assert_close(outputs, tuple(expected))
+    torch.testing.assert_close(grads, gradients(other, expected))
+
+
+CALLS: dict[str, Callable[[IQLLoss, Any], object]] = {
+    "value_loss": lambda loss, batch: loss.value_loss(batch),
+    "qvalue_loss": lambda loss, batch: loss.qvalue_loss(batch),
+    "labels": lambda loss, batch: loss.labels(batch),
+    "no_grad": torch.no_grad()(lambda loss, batch: loss(batch)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_where_nothing_trains_a_shared_encoder_it_has_no_gradient(name: str, evaluations: list[bool]) -> None:
+    CALLS[name](shared_encoder_loss("continuous"), make_batch("continuous"))
+    assert evaluations
+    assert not any(evaluations)
+    assert len(evaluations) <= 3
+
+
+def hooked() -> Encoder:
+    encoder = Encoder()
+    encoder.layers[0].register_forward_hook(lambda *_: None)
+    return encoder
+
+
+@pytest.mark.parametrize(
+    ("encoder", "options"),
+    [
+        (lambda: Encoder(nn.BatchNorm1d(6)), {}),
+        (lambda: Encoder(nn.Dropout(0.5)), {}),
+        (hooked, {}),
+        # Each loss may be asked for its gradient alone.
+        (Encoder, {"separate_losses": False}),
+    ],
+    ids=["statistics", "dropout", "hooks", "all losses"],
+)
+def test_an_encoder_whose_evaluations_differ_or_are_looked_at_has_all_of_them(
+    encoder: Callable[[], Encoder], options: dict[str, Any], evaluations: list[bool]
+) -> None:
+    loss, batch = shared_encoder_loss("continuous", encoder(), **options), make_batch("continuous")
+    counts = []
+    for each in (loss, one_by_one(loss)):
+        evaluations.clear()
+        each(batch.copy())
+        counts.append(len(evaluations))
+    assert counts == [7, 7]

@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from agents import NETWORKS
-from conftest import ACTION, ACTIONS, OBSERVATION, gradients, keywords, make_batch, make_loss, total
+from conftest import (
+    ACTION,
+    ACTIONS,
+    OBSERVATION,
+    gradients,
+    keywords,
+    make_batch,
+    make_loss,
+    shared_encoder_loss,
+    total,
+)
 from tensordict import TensorDict
 from torch import Tensor
 from torch.func import functional_call
@@ -59,6 +69,7 @@ VARIANTS: dict[str, Callable[[str], IQLLoss]] = {
     "two_critics": make_loss,
     "tied": tied_loss,
     "shared_trunk": shared_trunk_loss,
+    "shared_encoder": shared_encoder_loss,
     # With a large α no action is so bad that it does not count.
     "sparse": lambda kind: make_loss(kind, value_objective="sparse", objective_options={"alpha": 100.0}),
     "exponential": lambda kind: make_loss(kind, value_objective="exponential"),
@@ -100,6 +111,8 @@ def masked_and_weighted(batch: TensorDict) -> TensorDict:
         ("continuous", climbing_loss, "aot_eager", "TD0", False, True, "same"),
         ("discrete", climbing_loss, "aot_eager", "TD0", True, True, "different"),
         ("continuous", automatic_loss, "aot_eager", "TD0", False, True, "different"),
+        ("continuous", shared_encoder_loss, "aot_eager", "TD0", True, False, "different"),
+        ("discrete", shared_encoder_loss, "aot_eager", "TD0", False, True, "same"),
     ],
     ids=[
         "inductor",
@@ -109,6 +122,8 @@ def masked_and_weighted(batch: TensorDict) -> TensorDict:
         "masked_climbing_vmap",
         "masked_climbing_keywords",
         "masked_automatic",
+        "shared_encoder_keywords",
+        "masked_shared_encoder_vmap",
     ],
 )
 @pytest.mark.slow
