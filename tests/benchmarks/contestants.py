@@ -24,6 +24,7 @@ from torch import Tensor
 from iql_plugins.cli.errors import UserError
 from iql_plugins.cli.training import adapter_training
 from iql_plugins.config import Compile, IQLConfig
+from iql_plugins.hookspecs import Training
 from iql_plugins.keys import flat_name
 from iql_plugins.networks import critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Spaces
@@ -132,10 +133,15 @@ def ours(adapter: str, compile: Compile, *, mode: str | None = None, capture: bo
     def make(size: Size, data: TensorDict) -> Steps:
         agent = Agent(spaces_of(size), config_of(size, compile), seed=0, device=_device(data))
         agent.learner = Learner.from_config(agent.loss, agent.config, seed=0, mode=mode, capture=capture)
-        algorithm = training.from_agent(agent)
-        return lambda count: training.fit(algorithm, data, count, _ignore)
+        return fit(training, agent, data)
 
     return make
+
+
+def fit(training: Training, agent: Agent, data: TensorDict) -> Steps:
+    """Steps of an agent through an adapter."""
+    algorithm = training.from_agent(agent)
+    return lambda count: training.fit(algorithm, data, count, _ignore)
 
 
 def _ignore(step: int) -> None:
@@ -198,19 +204,15 @@ def _d3rlpy(size: Size, data: TensorDict) -> Steps:
     return d3rlpy_fit(d3rlpy_iql(size, f"{device.type}:{device.index or 0}"), mdp_dataset(data.cpu()))
 
 
-def d3rlpy_iql(size: Size, device: str) -> Any:
-    """d3rlpy's IQL at a size."""
+def d3rlpy_iql(size: Size, device: str, **options: Any) -> Any:
+    """d3rlpy's IQL at a size, with perceptrons unless ``options`` of its configuration say otherwise."""
     # The first message comes when it is imported.
     with contextlib.redirect_stdout(io.StringIO()):
         import d3rlpy
 
     encoder = d3rlpy.models.VectorEncoderFactory([size.hidden, size.hidden])
-    return d3rlpy.algos.IQLConfig(
-        batch_size=size.batch,
-        actor_encoder_factory=encoder,
-        critic_encoder_factory=encoder,
-        value_encoder_factory=encoder,
-    ).create(device=device)
+    options = options or {f"{role}_encoder_factory": encoder for role in ("actor", "critic", "value")}
+    return d3rlpy.algos.IQLConfig(batch_size=size.batch, **options).create(device=device)
 
 
 def mdp_dataset(data: TensorDict) -> Any:
@@ -251,13 +253,13 @@ def _stable_baselines3(size: Size, data: TensorDict) -> Steps:
     return sb3_train(sb3_sac(size, data, _device(data)), size)
 
 
-def sb3_environment(size: Size) -> Any:
-    """An environment with the spaces of :func:`spaces_of`, which is never stepped."""
+def sb3_environment(size: Size, observations: Any = None) -> Any:
+    """An environment with the spaces of :func:`spaces_of`, or a space of other observations, which is never stepped."""
     import gymnasium
     from stable_baselines3.common.env_util import make_vec_env
 
     class Still(gymnasium.Env[Any, Any]):
-        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size.observation,))
+        observation_space = observations or gymnasium.spaces.Box(-np.inf, np.inf, (size.observation,))
         action_space = gymnasium.spaces.Box(-1.0, 1.0, (size.action,))
 
     return make_vec_env(Still, 1)
@@ -280,12 +282,16 @@ def sb3_replay_buffer(size: Size, data: TensorDict, env: Any) -> Any:
 
 def sb3_sac(size: Size, data: TensorDict, device: torch.device | str) -> Any:
     """SAC at a size, with its data."""
+    arch = {"net_arch": [size.hidden, size.hidden]}
+    return sac(size, data, sb3_environment(size), policy="MlpPolicy", policy_kwargs=arch, device=device)
+
+
+def sac(size: Size, data: TensorDict, env: Any, **options: Any) -> Any:
+    """SAC with ``options`` of its own, and its data."""
     from stable_baselines3 import SAC
     from stable_baselines3.common.logger import configure
 
-    env = sb3_environment(size)
-    arch = {"net_arch": [size.hidden, size.hidden]}
-    model = SAC("MlpPolicy", env, buffer_size=1, batch_size=size.batch, policy_kwargs=arch, device=device)
+    model = SAC(env=env, buffer_size=1, batch_size=size.batch, **options)
     model.set_logger(configure(None, []))
     model.replay_buffer = sb3_replay_buffer(size, data, env)
     model.replay_buffer.device = model.device

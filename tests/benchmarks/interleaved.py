@@ -86,6 +86,7 @@ def report(modes: Mapping[str, Callable[[], Mapping[str, Steps]]], options: Opti
         document = {mode: {name: asdict(timing) for name, timing in result.items()} for mode, result in results.items()}
         print(json.dumps(machine | document))
         return
+    width = max((len(name) for result in results.values() for name in result), default=0)
     for mode, result in results.items():
         for name, timing in result.items():
-            print(f"{mode:10} {name:12} {timing.ms:8.3f} ms   {timing.ratio:.2f} times as long as ours")
+            print(f"{mode:10} {name:{max(width, 12)}} {timing.ms:8.3f} ms   {timing.ratio:.2f} times as long as ours")
