@@ -52,6 +52,9 @@ class NatureCNN(nn.Module):
         pixels = image.reshape(-1, *image.shape[-3:])
         if self.channels_last:
             pixels = pixels.movedim(-1, 1)
+        elif pixels.device.type == "cpu":
+            # In memory, too, channels are last: oneDNN's backward pass takes two thirds of the time then.
+            pixels = pixels.movedim(1, -1).contiguous().movedim(-1, 1)
         weight: Tensor = self.convolutions[0].weight  # type: ignore[assignment]
         features: Tensor = self.linear(self.convolutions(pixels.to(weight.dtype) / 255.0))
         return features.reshape(*image.shape[:-3], -1)

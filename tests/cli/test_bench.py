@@ -193,6 +193,29 @@ def test_a_mistake_ends_a_benchmark_before_anything_is_measured(
     assert len(err.splitlines()) == 1
 
 
+def test_images_are_measured_with_their_evaluations_of_encoders(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("d3rlpy", "stable_baselines3"):
+        pytest.importorskip(library)
+    import bench_images
+
+    monkeypatch.setattr(bench_images, "SIZE", contestants.Size(action=2, batch=2, transitions=200))
+    modes = {"eager": lambda: bench_images.contestants("no")}
+    capfd.readouterr()
+    interleaved.report(modes, interleaved.Options(rounds=1, steps=1))
+    lines = [line.removeprefix("eager").split(")")[0].strip() for line in capfd.readouterr().out.splitlines()]
+    # With its own: actor and V(s), V(s') once, N critics and their targets.
+    assert lines == [
+        "tensor (7",
+        "sb3 (7",
+        "sb3, shared (3",
+        "d3rlpy (7",
+        "d3rlpy's IQL (10",
+        "SB3's SAC (5",
+    ]
+
+
 def test_large_data_are_measured_where_the_disk_has_room(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

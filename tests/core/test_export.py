@@ -22,6 +22,7 @@ SPACES = {
     "integers": Spaces(Discrete(16), Discrete(4)),
     "dict": Spaces({"position": Box((3,)), "goal": Discrete(4)}, Box((2,), low=(-2.0, 0.0), high=(2.0, 1.0))),
     "image": Spaces(Box((36, 36, 3), "uint8"), Discrete(4)),
+    "channels first": Spaces(Box((3, 36, 36), "uint8"), Discrete(4)),
 }
 
 
@@ -76,7 +77,11 @@ def test_an_onnx_file_acts_like_the_agent_whatever_the_batch_size(
 @pytest.mark.parametrize(
     ("kind", "written", "options"),
     [
-        *[(kind, written, {}) for kind in ("continuous", "dict", "image") for written in ("torch", "torchscript")],
+        *[
+            (kind, written, {})
+            for kind in ("continuous", "dict", "image", "channels first")
+            for written in ("torch", "torchscript")
+        ],
         *[(kind, "torchscript", options) for kind in ("continuous", "discrete") for options in OBJECTIVES.values()],
         *[("continuous", "torchscript", options) for options in NETWORKS.values()],
         *[(kind, written, NETWORKS["all"]) for kind in ("continuous", "image") for written in ("torch", "torchscript")],
