@@ -168,7 +168,12 @@ def _without_probes() -> dict[str, bool]:
     """
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and sys.platform == "linux" and not amx()
-    return {"cpp.vec_isa_ok": True} if known else {}
+    try:
+        # What a user has set stays.
+        asked = torch._inductor.config.cpp.vec_isa_ok is None
+    except AttributeError:
+        asked = False
+    return {"cpp.vec_isa_ok": True} if known and asked else {}
 
 
 def onednn_is_faster() -> bool:

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from iql_plugins.cli.errors import imported
 from iql_plugins.cli.output import note
 from iql_plugins.cli.settings import Settings, Unit
@@ -13,7 +15,6 @@ from iql_plugins.cli.training import Progress
 __all__ = ["reporter"]
 
 LOSSES = ("loss_actor", "loss_qvalue", "loss_value")
-COMPILES = "compiles, in seconds; the next time it is on disk"
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def reporter(settings: Settings) -> Iterator[Callable[[Progress], None]]:
 def _line_of(settings: Settings) -> Callable[[Progress], None]:
     def report(progress: Progress) -> None:
         if progress.compiles:
-            note(f"{progress.unit.title}: {COMPILES}")
+            note(f"{progress.unit.title}: {_compiles(settings)}")
         elif progress.evaluated:
             note(
                 f"{progress.unit.title}: step {progress.step} of {settings.hyperparameters.n_steps}, "
@@ -61,10 +62,15 @@ def _bars(settings: Settings) -> Iterator[Callable[[Progress], None]]:
         def report(progress: Progress) -> None:
             rate, losses = f"{progress.rate:.0f} steps/s", _losses(progress)
             if progress.compiles:
-                rate, losses = "", COMPILES
+                rate, losses = "", _compiles(settings)
             bars.update(tasks[progress.unit], completed=progress.step, rate=rate, losses=losses)
 
         yield report
+
+
+def _compiles(settings: Settings) -> str:
+    on_disk = ": seconds the first time, fewer from the disk later"
+    return "compiles" + (on_disk if torch.device(settings.device).type == "cpu" else "")
 
 
 def _losses(progress: Progress) -> str:

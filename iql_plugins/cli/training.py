@@ -82,7 +82,8 @@ class Progress:
         held_out: of the latest evaluation, what held-out episodes tell, see :data:`HELD_OUT`; empty without them.
         mean_return: of the latest evaluation; None before the first.
         evaluated: whether that evaluation has just been made.
-        compiles: whether its first step in this process, which is compiled, is yet to be taken.
+        compiles: whether its first step in this process, which is compiled, is yet to be taken; of trainings that take
+            their steps together the first one says so.
     """
 
     unit: Unit
@@ -334,6 +335,8 @@ def _fit(
             stack.enter_context(trainer.started())
         if steps == 0:
             return
+        if first.agent.learner.compiled:
+            first.report(Progress(first.unit, first.first_step, 0.0, first.metrics, {}, None, False, compiles=True))
         if processes is not None:
             # These are trained alone, see train.run.
             agent = first.agent
@@ -411,8 +414,6 @@ class _Trainer:
         with contextlib.ExitStack() as stack:
             self.events = stack.enter_context(_events(self.settings.tensorboard, self.folder, self.first_step))
             stack.enter_context(self.table)
-            if self.steps and self.agent.learner.compiled:
-                self.report(Progress(self.unit, self.first_step, 0.0, self.metrics, {}, None, False, compiles=True))
             yield
         self.seconds = time.monotonic() - self.begin
 

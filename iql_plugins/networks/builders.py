@@ -142,11 +142,11 @@ class Dropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """The input, of which parts are dropped in training mode, and the rest is divided by what is kept of them."""
-        if not self.training:
+        if not self.training or self.p == 0.0:
             return input
         keep = 1.0 - self.p
-        mask = torch.empty_like(input, memory_format=torch.contiguous_format).bernoulli_(keep)
-        return input * mask.div_(keep)
+        mask = torch.empty_like(input).bernoulli_(keep)
+        return input * (mask.div_(keep) if keep else mask)
 
 
 class ValueDropout(Dropout):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from iql_plugins.networks.builders import MLP, LayerNorm
+from iql_plugins.networks.builders import MLP, Dropout, LayerNorm
 from iql_plugins.networks.calls import has_hooks, plain_module
 
 __all__ = ["CriticEnsemble"]
@@ -18,6 +18,7 @@ __all__ = ["CriticEnsemble"]
 _ELEMENTWISE = (
     nn.Identity,
     nn.Dropout,
+    Dropout,
     nn.ReLU,
     nn.LeakyReLU,
     nn.ELU,

@@ -153,12 +153,14 @@ class Draw:
 
     Attributes:
         shape: of the mask; where trainings are stacked, of all of them.
+        stride: in memory, which CPUs fill in its order.
         dtype: of the mask.
         device: of the mask.
         probability: of a one.
     """
 
     shape: torch.Size
+    stride: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
     probability: float = 0.5
@@ -169,7 +171,7 @@ class Draw:
 
     def empty(self) -> Tensor:
         """Memory for a mask."""
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
     def fill(self, mask: Tensor) -> Tensor:
         """Draws into a mask, or a part of it."""
@@ -252,19 +254,23 @@ def traced(loss: IQLLoss, state: Mapping[str, Tensor], batch: Mapping[str, Tenso
 
 def _draws_outside(graph: GraphModule) -> list[Draw]:
     """Makes the masks that a graph draws its last inputs; returns them in the order in which it draws."""
+    aten = torch.ops.aten
     nodes: list[Any] = list(graph.graph.nodes)
     after_inputs = next(node for node in nodes if node.op != "placeholder")
     draws: list[Draw] = []
     for node in nodes:
-        if node.target not in (torch.ops.aten.bernoulli_.float, torch.ops.aten.bernoulli.p):
+        if node.target not in (aten.bernoulli_.float, aten.bernoulli.p):
             continue
         example = node.meta["val"]
-        draws.append(Draw(example.shape, example.dtype, example.device, *node.args[1:]))
+        draws.append(Draw(example.shape, example.stride(), example.dtype, example.device, *node.args[1:]))
         with graph.graph.inserting_before(after_inputs):
             mask = graph.graph.placeholder(f"mask{len(draws)}")
         with graph.graph.inserting_before(node):
-            # What follows may write into it, and inputs stay as they are.
-            own = graph.graph.call_function(torch.ops.aten.clone.default, (mask,))
+            # What follows may write into the mask, inputs stay as they are, and what is drawn into may be a view.
+            if node.target is aten.bernoulli.p:
+                own = graph.graph.call_function(aten.clone.default, (mask,))
+            else:
+                own = graph.graph.call_function(aten.copy_.default, (node.args[0], mask))
         mask.meta, own.meta = dict(node.meta), dict(node.meta)
         node.replace_all_uses_with(own)
         graph.graph.erase_node(node)

@@ -36,7 +36,7 @@ def fit_together(
     Args:
         agents: alike in all but their seeds: spaces, hyper-parameters, normalisers, networks, steps taken, and one
             Adam each, as :func:`~iql_plugins.training.learner.adam` makes it. Networks draw no random numbers but
-            dropout's masks.
+            dropout's masks, which are each agent's own where what is dropped is contiguous in memory.
         dataset: transitions by the key layout, batch size ``[N]``.
         n_steps: gradient steps of each agent.
         callback: called with the number of steps that each agent has taken, after each of them.

@@ -16,6 +16,9 @@ __all__ = ["critics_apart", "decompositions", "large", "product"]
 #: with AVX-512: below, calling it costs more than it saves.
 _LEAST_MULTIPLICATIONS, _LEAST_SIZE = 128**3, 64
 
+#: Of a batched product that is taken apart: a graph grows by each.
+_MOST_MATRICES = 32
+
 _aten = torch.ops.aten
 
 if not hasattr(torch.ops.iql_plugins, "product"):
@@ -59,13 +62,13 @@ def decompositions(device: torch.device) -> dict[Any, Callable[..., Any]]:
 def critics_apart(loss: IQLLoss) -> Iterator[None]:
     """Evaluates one critic after the other, meanwhile, where oneDNN computes: it has no batched products to gain from.
 
-    Narrow critics stay together, whose products torch computes, and those with dropout, as they draw when nothing is
-    traced.
+    Narrow critics stay together, whose products torch computes, and those that draw, as they do when nothing is traced.
     """
     network = loss.qvalue_network
+    on_cpu = next(network.parameters()).device.type == "cpu"
     wide = any(min(weight.shape[-2:]) >= _LEAST_SIZE for weight in network.parameters() if weight.ndim > 1)
-    drops = any(isinstance(module, nn.Dropout) for module in network.modules())
-    apart = _compat.onednn_is_faster() and wide and not drops
+    drops = loss.vmap_randomness != "different" or any(isinstance(m, nn.Dropout) for m in network.modules())
+    apart = on_cpu and wide and not drops and _compat.onednn_is_faster()
     before, loss.deactivate_vmap = loss.deactivate_vmap, loss.deactivate_vmap or apart
     try:
         yield
@@ -91,6 +94,6 @@ def _mm(left: Tensor, right: Tensor) -> Any:
 
 
 def _bmm(left: Tensor, right: Tensor) -> Any:
-    if not large(left, right):
+    if not large(left, right) or len(left) > _MOST_MATRICES:
         return NotImplemented
     return torch.stack([_mm(*matrices) for matrices in zip(left.unbind(), right.unbind(), strict=True)])

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from iql_plugins.data.packed import batch_source
 from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.training import gradients
 from iql_plugins.training.gradients import MOST_GRAPHS, LossGradients, compiler_available
+from iql_plugins.training.products import critics_apart
 
 
 @pytest.fixture
@@ -80,6 +82,51 @@ def test_the_graph_takes_every_kind_of_observation_and_network(
     agent = make_agent(kind, dataset, actor_dropout=0.5, **options)
     source = batch_source(dataset, agent.normalizers)
     both(agent.loss, source.batch(torch.arange(8)), LossGradients(agent.loss, compile=True))
+
+
+class Masked(nn.Module):
+    """V of which parts are dropped in a way of its own."""
+
+    def __init__(self, drop: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.last, self.drop = nn.Linear(OBSERVATION, 8), nn.Linear(8, 1), drop
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        return self.last(self.drop(self.first(observation)))
+
+
+def _partly(features: torch.Tensor) -> torch.Tensor:
+    mask = torch.ones_like(features)
+    mask[:, :4].bernoulli_(0.5)
+    return features * mask
+
+
+@pytest.mark.parametrize(
+    "drop", [_partly, lambda features: nn.functional.dropout(features.t()).t()], ids=["a view", "transposed"]
+)
+def test_masks_are_those_of_autograd_wherever_they_are_drawn(
+    drop: Callable[[torch.Tensor], torch.Tensor], graphs: list[Any]
+) -> None:
+    loss = make_loss("continuous", value_network=TensorDictModule(Masked(drop), ["observation"], ["state_value"]))
+    both(loss, keywords(make_batch("continuous")), LossGradients(loss, compile=True))
+    assert len(graphs) == 1
+
+
+@needs_onednn
+@pytest.mark.parametrize("reason", ["no CPU", "one mask for all critics"])
+def test_critics_are_evaluated_together_where_apart_brings_nothing_or_other_draws(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compat, "onednn_is_faster", lambda: True)
+    loss = make_agent("continuous", hidden_sizes=(64, 64)).loss
+    with critics_apart(loss):
+        assert loss.deactivate_vmap == (next(loss.parameters()).device.type == "cpu")
+    if reason == "no CPU":
+        loss = loss.to("meta")
+    else:
+        loss.set_vmap_randomness("same")
+    with critics_apart(loss):
+        assert not loss.deactivate_vmap
 
 
 @needs_onednn

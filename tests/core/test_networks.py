@@ -166,6 +166,7 @@ def test_dropout_is_torchs_on_a_cpu() -> None:
     assert torch.equal(*outputs)
     assert (outputs[0] == 0).any()
     assert ours.eval()(x) is x
+    assert not MLP(4, 1, dropout=1.0).layers[2](x).any()
 
 
 def test_normalisation_comes_before_each_activation_and_dropout_behind_it() -> None:
