@@ -75,7 +75,7 @@ def test_the_speed_is_measured_beside_peers_that_print_nothing(
 
 @pytest.mark.slow
 def test_a_benchmark_prints_its_table_alone() -> None:
-    options = [*SMALL, "--rounds", "1", "--steps", "2"]
+    options = [*SMALL, "--rounds", "1", "--steps", "10"]
     finished = subprocess.run([sys.executable, bench.__file__, *options], capture_output=True, text=True, check=True)
     assert finished.stdout.split()[:3] == ["ms", "a", "step"]
     assert "[info" not in finished.stdout + finished.stderr

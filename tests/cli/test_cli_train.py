@@ -842,7 +842,7 @@ def test_the_time_for_compiling_is_reported(run: Run) -> None:
     assert status == 0
     assert re.search(r"^compiled in \d+\.\d s in all$", out, re.MULTILINE)
     assert [line for line in err.splitlines() if "compiles" in line] == [
-        "iql-plugins: IQL, seed 0: compiles: seconds the first time, fewer from the disk later"
+        "IQL, seed 0: compiles: seconds the first time, fewer from the disk later"
     ]
     document = json.loads((Path("runs") / os.listdir("runs")[0] / "results.json").read_text())
     for unit in document["by_seed"]:
