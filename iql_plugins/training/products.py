@@ -65,10 +65,10 @@ def critics_apart(loss: IQLLoss) -> Iterator[None]:
     Narrow critics stay together, whose products torch computes, and those that draw, as they do when nothing is traced.
     """
     network = loss.qvalue_network
-    on_cpu = next(network.parameters()).device.type == "cpu"
-    wide = any(min(weight.shape[-2:]) >= _LEAST_SIZE for weight in network.parameters() if weight.ndim > 1)
+    weights = [weight for weight in network.parameters() if weight.ndim > 1 and weight.device.type == "cpu"]
+    wide = any(min(weight.shape[-2:]) >= _LEAST_SIZE for weight in weights)
     drops = loss.vmap_randomness != "different" or any(isinstance(m, nn.Dropout) for m in network.modules())
-    apart = on_cpu and wide and not drops and _compat.onednn_is_faster()
+    apart = wide and not drops and _compat.onednn_is_faster()
     before, loss.deactivate_vmap = loss.deactivate_vmap, loss.deactivate_vmap or apart
     try:
         yield

@@ -9,7 +9,7 @@ import pytest
 import torch
 from agents import SPACES, make_agent, make_dataset
 from conftest import keywords, make_batch, make_loss
-from requirements import needs_compiler
+from requirements import needs_compiler, needs_onednn
 from tensordict.nn import TensorDictModule
 from torch import nn
 
@@ -120,6 +120,34 @@ def test_what_was_compiled_once_comes_from_the_disk(monkeypatch: pytest.MonkeyPa
         outputs.append(LossGradients(loss, compile=True)(batch))
         assert (found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]) == (hits, misses)
     assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("name", "vectors", "faster"),
+    [("AMD EPYC", "AVX512", True), ("AMD EPYC", "AVX2", False), ("Intel", "AVX512", False)],
+)
+def test_onednn_is_faster_where_mkl_leaves_avx_512_unused(
+    name: str, vectors: str, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for backend in (torch.backends.mkl, torch.backends.mkldnn):
+        monkeypatch.setattr(backend, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    assert _compat.onednn_is_faster() is faster
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not _compat.onednn_is_faster()
+
+
+@pytest.mark.parametrize("asked", [None, False])
+def test_probes_of_the_compiler_are_left_out_unless_a_user_has_decided(
+    asked: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": asked}):
+        assert _compat._without_probes() == ({"cpp.vec_isa_ok": True} if asked is None else {})
 
 
 def test_compilers_are_looked_for_without_inductors_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
