@@ -135,6 +135,20 @@ class Encoder(ObservationEncoder):
         return features
 
 
+def dtypes_given(encoder: type[torch.nn.Module], monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Of the observations that encoders of a class are called with from here on, in order."""
+    given: list[torch.dtype] = []
+    forward = encoder.forward
+
+    def encoded(self: torch.nn.Module, observation: torch.Tensor) -> torch.Tensor:
+        given.append(observation.dtype)
+        features: torch.Tensor = forward(self, observation)
+        return features
+
+    monkeypatch.setattr(encoder, "forward", encoded)
+    return given
+
+
 def shared_encoder_loss(kind: str, encoder: ObservationEncoder | None = None, **kwargs: Any) -> IQLLoss:
     """A loss with ``separate_losses`` whose networks share an encoder."""
     encoder = encoder or Encoder()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from agents import SPACES, make_agent, make_dataset, same, weights
+from conftest import dtypes_given
 from requirements import needs_proc
 from tensordict import TensorDict
 
@@ -237,14 +238,7 @@ def test_images_are_bytes_until_the_encoders_have_them(
     training = training_of(name)
     spaces = Spaces({"camera": Box((3, 36, 36), "uint8"), "speed": Box((2,))}, Discrete(3))
     agent = Agent(spaces, IQLConfig(batch_size=8, hidden_sizes=(8,), compile="no"), seed=0)
-    seen: list[torch.dtype] = []
-    forward = NatureCNN.forward
-
-    def encoded(self: NatureCNN, image: torch.Tensor) -> torch.Tensor:
-        seen.append(image.dtype)
-        return forward(self, image)
-
-    monkeypatch.setattr(NatureCNN, "forward", encoded)
+    seen = dtypes_given(NatureCNN, monkeypatch)
     data = make_dataset(spaces).cpu()
     training.fit(training.from_agent(agent), data.memmap(tmp_path) if on_disk else data, 1, lambda step: None)
     # d3rlpy makes floats of them, on the device.

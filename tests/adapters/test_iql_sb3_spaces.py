@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("stable_baselines3")
 
+from conftest import dtypes_given
 from gymnasium import spaces
 from sb3_helpers import NETWORKS, OBSERVATIONS, SMALL, RandomEnv, SmallPolicy, Widened
 from stable_baselines3.common.envs import BitFlippingEnv, IdentityEnv, IdentityEnvBox, SimpleMultiObsEnv
@@ -150,14 +151,7 @@ def test_frames_are_bytes_until_they_are_features(share: bool, expected: int, mo
     policy_kwargs = {**NETWORKS, "share_features_extractor": share}
     model = learned("CnnPolicy", RandomEnv(spaces.Box(0, 255, (3, 36, 36), np.uint8)), policy_kwargs=policy_kwargs)
     offline = IQL("CnnPolicy", dataset=model.replay_buffer, policy_kwargs=policy_kwargs, **SMALL)
-    seen: list[torch.dtype] = []
-    forward = FeaturesEncoder.forward
-
-    def encoded(self: FeaturesEncoder, observation: torch.Tensor) -> torch.Tensor:
-        seen.append(observation.dtype)
-        return forward(self, observation)
-
-    monkeypatch.setattr(FeaturesEncoder, "forward", encoded)
+    seen = dtypes_given(FeaturesEncoder, monkeypatch)
     for each in (model, offline):
         each.policy.loss(**each._batch(8, 1.0))
         # A shared extractor runs once for s and for s', and that of the targets for s.
