@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from iql_plugins import IQLLoss
 from iql_plugins.networks import MLP, critic, value_function
+from iql_plugins.networks.builders import Dropout
 from iql_plugins.networks.ensemble import CriticEnsemble
 
 ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Identity)
@@ -124,9 +125,10 @@ def test_critics_that_share_a_layer_are_stacked_in_the_others(shared: nn.Module)
     assert_equal_to_the_loop(loss)
 
 
+@pytest.mark.parametrize("dropout", [nn.Dropout, Dropout])
 @pytest.mark.parametrize("before", [False, True])
-def test_dropout_draws_for_each_critic_and_follows_the_mode(before: bool) -> None:
-    layers = [nn.Dropout(0.5), nn.Linear(OBSERVATION, ACTIONS)] if before else [sequential(nn.Dropout(0.5))]
+def test_dropout_draws_for_each_critic_and_follows_the_mode(before: bool, dropout: type[nn.Dropout]) -> None:
+    layers = [dropout(0.5), nn.Linear(OBSERVATION, ACTIONS)] if before else [sequential(dropout(0.5))]
     body = nn.Sequential(*layers)
     loss = loss_of(body, count=2)
     assert loss._ensemble is not None
