@@ -111,14 +111,16 @@ def test_a_graph_is_compiled_without_the_compilers_that_check_nothing(
 @pytest.mark.slow
 def test_what_was_compiled_once_comes_from_the_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    found, batch = torch._dynamo.utils.counters["inductor"], keywords(make_batch("continuous"))
+    counters, batch = torch._dynamo.utils.counters, keywords(make_batch("continuous"))
     loss = make_loss("continuous").cpu()
     batch = {name: tensor.cpu() for name, tensor in batch.items()}
     outputs = []
-    for hits, misses in ((0, 1), (1, 0)):
-        found.clear()
+    for known in (False, True):
+        counters.clear()
         outputs.append(LossGradients(loss, compile=True)(batch))
-        assert (found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]) == (hits, misses)
+        # Inductor's graphs are found by themselves or, where AOTAutograd keeps its own, with those.
+        found = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+        assert (found > 0, counters["inductor"]["fxgraph_cache_miss"]) == (known, 0 if known else 1)
     assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))
 
 
