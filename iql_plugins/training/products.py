@@ -14,7 +14,10 @@ __all__ = ["critics_apart", "decompositions", "large", "product"]
 
 #: Multiplications of a product, and its smallest dimension, from which on oneDNN is faster than MKL on AMD's processors
 #: with AVX-512: below, calling it costs more than it saves.
-_LEAST_MULTIPLICATIONS, _LEAST_SIZE = 128**3, 64
+_LEAST_MULTIPLICATIONS, _LEAST_SIZE = 3 * 2**19, 4
+
+#: Of a layer's weight, both ways, from which on oneDNN computes all of its products at usual batch sizes.
+_WIDE = 64
 
 #: Of a batched product that is taken apart: a graph grows by each.
 _MOST_MATRICES = 32
@@ -66,7 +69,7 @@ def critics_apart(loss: IQLLoss) -> Iterator[None]:
     """
     network = loss.qvalue_network
     weights = [weight for weight in network.parameters() if weight.ndim > 1 and weight.device.type == "cpu"]
-    wide = any(min(weight.shape[-2:]) >= _LEAST_SIZE for weight in weights)
+    wide = any(min(weight.shape[-2:]) >= _WIDE for weight in weights)
     drops = loss.vmap_randomness != "different" or any(isinstance(m, nn.Dropout) for m in network.modules())
     apart = wide and not drops and _compat.onednn_is_faster()
     before, loss.deactivate_vmap = loss.deactivate_vmap, loss.deactivate_vmap or apart
@@ -87,6 +90,9 @@ def _baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alph
 
 
 def _mm(left: Tensor, right: Tensor) -> Any:
+    if left.stride(0) == 1 < left.stride(1) and right.shape[1] < min(_WIDE, len(left)):
+        # The gradient of a layer of few inputs: MKL's vectors go along the columns, of which its transpose has many.
+        return torch.mm(right.t(), left.t()).t()
     if not large(left, right):
         return NotImplemented
     # oneDNN's call would copy a transposed matrix on one thread: the kernel that makes it can as well write it so.
