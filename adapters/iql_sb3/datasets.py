@@ -9,6 +9,7 @@ import torch
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 from tensordict import TensorDictBase
+from tensordict.utils import NestedKey
 from torch import Tensor
 
 from iql_plugins.data import read_dataset, summary
@@ -198,15 +199,14 @@ class OfflineData:
             # What is on disk stays there.
             self._rewards, self._done = (column if self.on_disk else column.to(device, copy=True) for column in columns)
 
-    def _transform(self, piece: TensorDictBase) -> TensorDictBase:
-        piece = piece.select(*self._observed, "action", _REWARD, _DONE, _TERMINATED).to(self._device)
-        normalizers = self._inputs.normalizers
-        piece.set("action", _policy_action(self._inputs, piece.get("action"), scaled=self._scaled))
+    def _transform(self, piece: dict[NestedKey, Tensor]) -> dict[NestedKey, Tensor]:
+        piece = {name: piece[name] for name in (*self._observed, "action", _REWARD, _DONE, _TERMINATED)}
+        piece["action"] = _policy_action(self._inputs, piece["action"], scaled=self._scaled)
         if not self.raw:
             for key in self._inputs.spaces.observations:
                 for name in (key, next_key(key)):
-                    piece.set(name, self._inputs.network(key, piece.get(name)))
-            piece.set(_REWARD, normalizers.reward(piece.get(_REWARD)))
+                    piece[name] = self._inputs.network(key, piece[name])
+            piece[_REWARD] = self._inputs.normalizers.reward(piece[_REWARD])
         return piece
 
     def __len__(self) -> int:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from tensordict import MemoryMappedTensor, TensorDictBase
+from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
 
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
+from iql_plugins.data.packed import MappedDataset
 from iql_plugins.limits import load_torch
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.algorithm import Algorithm
@@ -66,15 +67,10 @@ class IQL(Algorithm):
         if len(read) == 0:
             raise ValueError("the dataset is empty: it has no transition to draw")
 
-        def transform(transitions: TensorDictBase) -> TensorDictBase:
-            # First there, then normalised: the normalisers' numbers are where the networks are.
-            return agent.normalizers(transitions.to(agent.device))
-
         mapped = any(isinstance(tensor, MemoryMappedTensor) for tensor in read.values(True, True))
         return TensorDictReplayBuffer(
-            storage=TensorStorage(read if mapped else transform(read), device="cpu" if mapped else agent.device),
+            storage=_Mapped(read, agent) if mapped else TensorStorage(_in_units(agent, read), device=agent.device),
             sampler=_Sampler(agent, on_disk=mapped),
-            transform=transform if mapped else None,
             batch_size=agent.config.batch_size,
         )
 
@@ -145,6 +141,30 @@ class IQL(Algorithm):
         tensors = _tensors(entries.get("loss"), "loss.") | _tensors(entries.get("tensors"), "")
         document = checkpoint.unseal(metadata, tensors, name, _CONTAINER)
         return cls(Agent.from_state(document, tensors, name=name, **arguments))
+
+
+class _Mapped(TensorStorage):  # type: ignore[misc]
+    """Transitions that stay on disk; what is read of them is in the networks' units.
+
+    A transform of the buffer would take twice as long.
+    """
+
+    def __init__(self, transitions: TensorDictBase, agent: Agent) -> None:
+        super().__init__(transitions, device="cpu")
+        self._agent = agent
+        self._source = MappedDataset(transitions, agent.normalizers, agent.device)
+
+    def get(self, index: Any) -> TensorDictBase:
+        drawn = isinstance(index, Tensor) and index.ndim == 1 and index.dtype is torch.int64
+        if drawn and bool((index >= 0).all()):
+            return TensorDict(self._source.rows(index), batch_size=index.shape, device=self._agent.device)
+        return _in_units(self._agent, super().get(index))
+
+
+def _in_units(agent: Agent, transitions: TensorDictBase) -> TensorDictBase:
+    # First there, then normalised: the normalisers' numbers are where the networks are.
+    result: TensorDictBase = agent.normalizers(transitions.to(agent.device))
+    return result
 
 
 class _Sampler(RandomSampler):  # type: ignore[misc]

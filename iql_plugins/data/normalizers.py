@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tensordict import TensorDictBase
@@ -16,6 +16,8 @@ from iql_plugins.keys import DISCOUNT, STEPS_TO_NEXT_OBS, AcceptedKeys, next_key
 from iql_plugins.spaces import Box, Discrete, Spaces
 
 __all__ = ["Normalizers"]
+
+_Batch = TypeVar("_Batch", TensorDictBase, dict[NestedKey, Tensor])
 
 _KEYS = AcceptedKeys()
 _REWARD = next_key(_KEYS.reward)
@@ -165,11 +167,11 @@ class Normalizers(nn.Module):
         """
         return self.get_buffer("reward_scale") * reward + self.get_buffer("reward_shift") * count
 
-    def forward(self, batch: TensorDictBase) -> TensorDictBase:
+    def forward(self, batch: _Batch) -> _Batch:
         """A batch by the key layout in the networks' units; entries that are not normalised are shared.
 
         Args:
-            batch: in the environment's units; it is not changed.
+            batch: in the environment's units, a TensorDict or a dictionary of all its keys; it is not changed.
         """
         result = batch.copy()
         ways: dict[NestedKey, Callable[[Tensor], Tensor]] = {
@@ -181,12 +183,13 @@ class Normalizers(nn.Module):
         for key, way in ways.items():
             # What is missing, the loss names.
             if (value := batch.get(key, None)) is not None:
-                result.set(key, way(value))
+                result[key] = way(value)
         return result
 
-    def _shifts(self, batch: TensorDictBase, reward: Tensor) -> Tensor | float:
+    def _shifts(self, batch: TensorDictBase | dict[NestedKey, Tensor], reward: Tensor) -> Tensor | float:
         """What :meth:`reward` calls ``count``."""
-        steps, discounts = batch.get(STEPS_TO_NEXT_OBS, None), batch.get(DISCOUNT, None)
+        steps: Any = batch.get(STEPS_TO_NEXT_OBS, None)
+        discounts: Any = batch.get(DISCOUNT, None)
         if discounts is None and steps is None:
             return 1.0
         if self.discount == 1.0:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from tensordict import MemoryMappedTensor, TensorDict, TensorDictBase
+from tensordict import MemoryMappedTensor, TensorDictBase
 from tensordict.utils import NestedKey
 from torch import Tensor
 
@@ -13,7 +13,8 @@ from iql_plugins.keys import flat_name
 
 __all__ = ["BatchSource", "MappedDataset", "PackedDataset", "batch_source"]
 
-Transform = Callable[[TensorDictBase], TensorDictBase]
+#: Of tensors by the key layout.
+Transform = Callable[[dict[NestedKey, Tensor]], dict[NestedKey, Tensor]]
 
 
 class BatchSource(Protocol):
@@ -71,7 +72,7 @@ class PackedDataset:
         self._length = len(dataset)
         if self._length == 0:
             raise ValueError("the dataset is empty: it has no transition to draw")
-        first = _leaves(dataset[:1], transform, device)
+        first = _sorted_leaves(dataset[:1], transform, device)
         self._matrices: dict[torch.dtype, Tensor] = {}
         # name, matrix, first and last column, shape of one entry, dtype
         self._columns: list[tuple[str, torch.dtype, int, int, torch.Size, torch.dtype]] = []
@@ -86,7 +87,7 @@ class PackedDataset:
             self._matrices[storage] = torch.empty(self._length, width, dtype=storage, device=device)
         for start in range(0, self._length, CHUNK):
             stop = min(start + CHUNK, self._length)
-            piece = _leaves(dataset[start:stop], transform, device)
+            piece = _sorted_leaves(dataset[start:stop], transform, device)
             for (_, storage, left, right, _, _), tensor in zip(self._columns, piece.values(), strict=True):
                 self._matrices[storage][start:stop, left:right] = tensor.reshape(stop - start, -1)
 
@@ -135,16 +136,28 @@ class MappedDataset:
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """The transitions ``index`` (``[B]`` int64) by keyword name, each ``[B, ...]``."""
+        return {flat_name(key): tensor for key, tensor in self.rows(index).items()}
+
+    def rows(self, index: Tensor) -> dict[NestedKey, Tensor]:
+        """The transitions ``index`` (``[B]`` int64) by key, each ``[B, ...]``."""
         index = index.cpu()
-        rows = TensorDict({key: tensor[index] for key, tensor in self._tensors.items()}, batch_size=[len(index)])
-        return {flat_name(key): tensor for key, tensor in _leaves(rows, self._transform, self._device).items()}
+        rows = {key: tensor.index_select(0, index) for key, tensor in self._tensors.items()}
+        return _leaves(rows, self._transform, self._device)
 
 
-def _leaves(piece: TensorDictBase, transform: Transform | None, device: torch.device | None) -> dict[NestedKey, Tensor]:
+def _leaves(
+    piece: dict[NestedKey, Tensor], transform: Transform | None, device: torch.device | None
+) -> dict[NestedKey, Tensor]:
     # First there, then transformed: the normalisers' numbers are where the networks are.
-    piece = piece if device is None else piece.to(device)
-    piece = piece if transform is None else transform(piece)
-    return dict(sorted(piece.items(True, True), key=lambda item: flat_name(item[0])))
+    piece = piece if device is None else {key: tensor.to(device) for key, tensor in piece.items()}
+    return piece if transform is None else transform(piece)
+
+
+def _sorted_leaves(
+    piece: TensorDictBase, transform: Transform | None, device: torch.device | None
+) -> dict[NestedKey, Tensor]:
+    leaves = _leaves(dict(piece.items(True, True)), transform, device)
+    return dict(sorted(leaves.items(), key=lambda item: flat_name(item[0])))
 
 
 def _storage(tensor: Tensor) -> torch.dtype:

@@ -140,8 +140,14 @@ def test_the_replay_buffer_is_torchrls_and_samples_in_the_networks_units() -> No
 def test_a_memory_mapped_dataset_stays_on_disk(tmp_path: Path) -> None:
     dataset = make_dataset(SPACES["continuous"]).cpu().memmap(str(tmp_path))
     (agent,) = agents("continuous", dataset.to(torch.empty(0).device), 1)
-    kept = IQL(agent).replay_buffer(dataset)._storage._storage
+    buffer = IQL(agent).replay_buffer(dataset)
+    kept = buffer._storage._storage
     assert all(isinstance(tensor, MemoryMappedTensor) for tensor in kept.values(True, True))
+    # However it is read, it is in the networks' units.
+    rows = agent.normalizers(dataset[2:5].to(agent.device))
+    for index in (slice(2, 5), torch.arange(2, 5), torch.arange(2, 5) - len(dataset), [2, 3, 4]):
+        torch.testing.assert_close(buffer[index]["observation"], rows["observation"])
+    torch.testing.assert_close(buffer[2]["action"], rows["action"][0])
 
 
 def test_a_dataset_that_does_not_fit_trains_nothing() -> None:

@@ -13,6 +13,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,6 +50,8 @@ class Options:
     """Of shards and memory in turn; medians are shown."""
     threads: int = 1
     """Of torch."""
+    compile: Literal["yes", "no"] = "no"
+    """Whether losses and gradients are compiled: the first step is then later, the others sooner."""
 
 
 def main(options: Options) -> None:
@@ -70,14 +73,14 @@ def main(options: Options) -> None:
         for adapter in options.adapters:
             begin = time.perf_counter()
             tensors = read_dataset(shards).tensors
-            first, rate = measured(adapter, tensors, size, options.steps)
+            first, rate = measured(adapter, tensors, options)
             memory = resident()
             rates, ratios = [rate], []
             if options.rows <= IN_MEMORY:
                 copied = tensors.clone()
                 for _ in range(options.rounds):
-                    rates.append(measured(adapter, tensors, size, options.steps)[1])
-                    ratios.append(rates[-1] / measured(adapter, copied, size, options.steps)[1])
+                    rates.append(measured(adapter, tensors, options)[1])
+                    ratios.append(rates[-1] / measured(adapter, copied, options)[1])
             compared = f"{statistics.median(ratios):.2f}" if ratios else "-"
             print(
                 f"{adapter:>12} {first - begin:>9.2f} s {statistics.median(rates):>15.1f} {compared:>10} {memory:>20}"
@@ -116,11 +119,12 @@ def write(file: Path, size: Size) -> None:
                     member.write(values.tobytes())
 
 
-def measured(adapter: str, tensors: TensorDictBase, size: Size, steps: int) -> tuple[float, float]:
+def measured(adapter: str, tensors: TensorDictBase, options: Options) -> tuple[float, float]:
     """When the first step was done, and steps a second of the second half."""
+    size, steps = Size(transitions=options.rows), options.steps
     training, spaces = adapter_training(adapter), spaces_of(size)
-    config = config_of(size, "no").replace(
-        n_steps=steps, normalize_observations=True, reward_scale="return_range", compile="no"
+    config = config_of(size, options.compile).replace(
+        n_steps=steps, normalize_observations=True, reward_scale="return_range"
     )
     agent = Agent(spaces, config, normalizers=Normalizers.fit(tensors, spaces, config), seed=0)
     times: list[float] = []
