@@ -179,9 +179,9 @@ class _Rows(Sequence[tuple[Any, int]]):
     def _last(self, rows: Array) -> Array:
         """Which of these rows are the last ones of their episodes, those included that the data only breaks off."""
         following = np.minimum(rows + 1, len(self) - 1)
-        last: Array = self._done[rows] | (rows == len(self) - 1)
+        last: Array = _taken(self._done, rows) | (rows == len(self) - 1)
         for before, after in self.observations:
-            last |= (before[following] != after[rows]).reshape(len(rows), -1).any(1)
+            last |= (_taken(before, following) != _taken(after, rows)).reshape(len(rows), -1).any(1)
         return last
 
     def batch(self, index: Array) -> TransitionMiniBatch:
@@ -189,15 +189,15 @@ class _Rows(Sequence[tuple[Any, int]]):
         count = self._counts(index)
         # The last step of each transition; there, its episode may end.
         end = index + count - 1
-        terminal = self._terminated[end]
+        terminal = _taken(self._terminated, end)
         following = np.where(self._last(end), end, np.minimum(end + 1, len(self) - 1))
         stacks = list(self._stacks(index, end, terminal))
         return TransitionMiniBatch(
             observations=one_or_many([stack for stack, _ in stacks]),
-            actions=float32(self.action[index]),
+            actions=float32(_taken(self.action, index)),
             rewards=float32(reward_sums(self.reward, index, count, self._n_steps, self._gamma)),
             next_observations=one_or_many([stack for _, stack in stacks]),
-            next_actions=zeroed(float32(self.action[following]), terminal),
+            next_actions=zeroed(float32(_taken(self.action, following)), terminal),
             terminals=float32(terminal[:, None]),
             intervals=float32(count[:, None]),
             transitions=Picked(self._picker, lambda position: self[int(index[position])], len(index)),
@@ -219,9 +219,9 @@ class _Rows(Sequence[tuple[Any, int]]):
             before_start = before_start | (rows[0][0] == 0) | self._last(row)
             rows.insert(0, (row, before_start))
         for before, after in self.observations:
-            frames = [zeroed(float32(before[row]), missing) for row, missing in rows]
+            frames = [zeroed(float32(_taken(before, row)), missing) for row, missing in rows]
             frames_after = [zeroed(frame.copy(), terminal) for frame in frames[1:]]
-            frames_after.append(zeroed(float32(after[end]), terminal))
+            frames_after.append(zeroed(float32(_taken(after, end)), terminal))
             yield _stacked(frames), _stacked(frames_after)
 
 
@@ -237,6 +237,11 @@ class _Episodes(Sequence[Any]):
             return [self[number] for number in range(*index.indices(len(self)))]
         number = range(len(self))[index]
         return self._read(int(self._last[number - 1]) + 1 if number else 0, int(self._last[number]))
+
+
+def _taken(array: Array, rows: Array) -> Array:
+    """Some rows of an array. ``take`` needs half of the time, and copies all of them unless they are contiguous."""
+    return array.take(rows, axis=0) if array.flags.c_contiguous else array[rows]
 
 
 def _stacked(frames: Sequence[Array]) -> Array:

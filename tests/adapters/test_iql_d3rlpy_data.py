@@ -508,6 +508,13 @@ def test_scalers_are_fitted_to_data_on_disk_without_a_look_at_each_step(
             np.testing.assert_allclose(getattr(ours, field.name), getattr(theirs, field.name), rtol=1e-6)
 
 
+def test_every_other_row_of_data_on_disk_is_drawn_as_of_data_in_memory(tmp_path: Path) -> None:
+    mapped = load_dataset("pendulum-v1-sac")[:400].memmap(tmp_path)[::2]
+    found = to_replay_buffer(mapped)
+    assert isinstance(found, MappedReplayBuffer)
+    assert_same_batches(to_replay_buffer(mapped.clone()), found, 200)
+
+
 def test_what_summaries_do_not_know_d3rlpy_fits_to_each_step(tmp_path: Path) -> None:
     load_dataset("pendulum-v1-sac")[:400].memmap(tmp_path / "shards")
     picker = PICKERS["three_steps"]
