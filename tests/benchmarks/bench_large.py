@@ -67,7 +67,7 @@ def main(options: Options) -> None:
         write(file, size)
         begin = time.perf_counter()
         assert iql_plugins(["convert-dataset", str(file), str(shards)]) == 0
-        print(f"converted in {time.perf_counter() - begin:.1f} s, peak of memory {peak()}")
+        print(f"converted in {time.perf_counter() - begin:.1f} s, peak of memory, mapped files included, {peak()}")
         file.unlink()
         print(f"{'':>12} {'first step':>11} {'steps a second':>15} {'in memory':>10} {'private and mapped':>20}")
         for adapter in options.adapters:
