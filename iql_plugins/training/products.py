@@ -90,8 +90,7 @@ def _baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alph
 
 
 def _mm(left: Tensor, right: Tensor) -> Any:
-    if left.stride(0) == 1 < left.stride(1) and right.shape[1] < min(_WIDE, len(left)):
-        # The gradient of a layer of few inputs: MKL's vectors go along the columns, of which its transpose has many.
+    if _has_short_rows(left, right):
         return torch.mm(right.t(), left.t()).t()
     if not large(left, right):
         return NotImplemented
@@ -100,6 +99,16 @@ def _mm(left: Tensor, right: Tensor) -> Any:
 
 
 def _bmm(left: Tensor, right: Tensor) -> Any:
+    if _has_short_rows(left, right):
+        return torch.bmm(right.mT, left.mT).mT
     if not large(left, right) or len(left) > _MOST_MATRICES:
         return NotImplemented
     return torch.stack([_mm(*matrices) for matrices in zip(left.unbind(), right.unbind(), strict=True)])
+
+
+def _has_short_rows(left: Tensor, right: Tensor) -> bool:
+    """Whether a product is the gradient of the weight of few inputs, whose transpose MKL computes faster.
+
+    Its vectors go along rows.
+    """
+    return left.stride(-2) == 1 < left.stride(-1) and right.shape[-1] < min(_WIDE, left.shape[-2])

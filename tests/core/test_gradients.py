@@ -20,6 +20,7 @@ from iql_plugins.data.packed import batch_source
 from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.training import gradients
 from iql_plugins.training.gradients import MOST_GRAPHS, LossGradients, compiler_available
+from iql_plugins.training.multi_seed import fit_together
 from iql_plugins.training.products import critics_apart
 
 
@@ -138,17 +139,28 @@ def test_large_products_are_onednns_where_those_are_faster(graphs: list[Any], mo
         batch = batch_source(dataset, agent.normalizers).batch(torch.arange(128))
         both(agent.loss, batch, LossGradients(agent.loss, compile=True))
         counts.append(sum(node.target is torch.ops.iql_plugins.product.default for node in graphs[-1].graph.nodes))
-        # MKL is faster where rows are long: gradients of weights of few columns are computed transposed.
-        assert not [product for product in graphs[-1].graph.nodes if _has_short_rows(product)]
+        assert not any(map(_has_short_rows, graphs[-1].graph.nodes))
     # Of the hidden layer: once in V(s), V(s'), the policy, four critics, and twice for each gradient of four.
     assert counts == [0, 15]
 
 
+@needs_onednn
+def test_gradients_of_few_columns_are_computed_transposed_for_several_seeds_too(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compat, "onednn_is_faster", lambda: True)
+    dataset = make_dataset(SPACES["continuous"])
+    fit_together([make_agent("continuous", dataset, compile="yes") for _ in range(2)], dataset, 1)
+    assert any(node.target is torch.ops.aten.bmm.default for node in graphs[-1].graph.nodes)
+    assert not any(map(_has_short_rows, graphs[-1].graph.nodes))
+
+
 def _has_short_rows(node: torch.fx.Node) -> bool:
-    if node.target is not torch.ops.aten.mm.default:
+    """Whether MKL would be faster at the transpose of a product."""
+    if node.target not in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
         return False
     left, right = (operand.meta["val"] for operand in node.args)
-    return left.stride(0) == 1 < left.stride(1) and right.shape[1] < len(left)
+    return left.stride(-2) == 1 < left.stride(-1) and right.shape[-1] < left.shape[-2]
 
 
 class Batched(nn.Module):
