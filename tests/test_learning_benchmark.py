@@ -1,5 +1,6 @@
-"""The benchmark of learning: which rows it trains, and what its tables make of them. Nothing is trained here."""
+"""The benchmark of learning: which rows it trains, and what its tables make of them. Nothing large is trained here."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from agents import SPACES, make_dataset, observations
 from matplotlib.figure import Figure
 from processes import ROOT
 
+from iql_plugins.config import IQLConfig
 from iql_plugins.training.learner import DivergenceError
 
 TASK = "reagent-pendulum"
@@ -145,6 +148,43 @@ def test_rows_of_another_dataset_are_trained_again_and_no_others(
     benchmark.run(arguments)
     assert len(trained) == 1
     assert len(list(benchmark.interquartile_table(3))) == 4
+
+
+def test_a_training_that_was_stopped_goes_on_from_its_last_evaluation(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, config = make_dataset(SPACES["continuous"]), IQLConfig(batch_size=8, hidden_sizes=(8,), compile="no")
+    problem = SimpleNamespace(
+        act=lambda act: act, env="", sha256=OLD, spaces=SPACES["continuous"], config=config, data=dataset
+    )
+    seen: list[float] = []
+    states = observations(SPACES["continuous"])
+
+    def rollouts(act: Any, env: str, starts: Sequence[int]) -> list[Any]:
+        if len(seen) == stop:
+            raise KeyboardInterrupt
+        seen.append(float(act(states).sum()))
+        return [SimpleNamespace(total=seen[-1])] * len(starts)
+
+    monkeypatch.setattr(benchmark, "problem_of", lambda *_: problem)
+    monkeypatch.setattr(benchmark, "rollouts", rollouts)
+    stop, arguments = -1, (TASK, "IQL (tensor)", [0], Path("nowhere"))
+    monkeypatch.setitem(benchmark.TASKS, TASK, dataclasses.replace(benchmark.TASKS[TASK], n_steps=30))
+    expected = benchmark.learn(*arguments)[0]
+    kept = benchmark.unfinished(TASK, "IQL (tensor)", 0, OLD)
+    kept.unlink()
+    seen.clear()
+    stop = 4
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.learn(*arguments)
+    stop = -1
+    found = benchmark.learn(*arguments)[0]
+    assert len(seen) == benchmark.EVALUATIONS
+    assert (found["curve"], found["returns"]) == (expected["curve"], expected["returns"])
+    # Of other hyper-parameters it is another training.
+    problem.config = config.replace(expectile=0.8)
+    benchmark.learn(*arguments)
+    assert len(seen) == 2 * benchmark.EVALUATIONS
 
 
 def test_rows_of_other_hyper_parameters_are_none(benchmark: ModuleType, rows: Callable[..., Rows]) -> None:

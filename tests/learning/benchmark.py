@@ -397,12 +397,29 @@ def learn(name: str, method: str, seeds: Sequence[int], file: Path) -> dict[int,
             lambda step: evaluate(step, policies) if step % between == 0 else None,
         )
 
+    def started(seed: int) -> tuple[Trainer, Callable[[], None]]:
+        """A training, ours from its last evaluation on if it was stopped after one; and what keeps it for that."""
+        if METHODS[method].start is not _THROUGH_TENSOR:
+            return METHODS[method].start(problem, seed), lambda: None
+        agent, kept = Agent(problem.spaces, problem.config, seed=seed), unfinished(name, method, seed, problem.sha256)
+        if kept.exists() and (stopped := Agent.load(kept)).config == agent.config:
+            agent, rows[seed] = stopped, stopped.extra["row"]
+
+        def keep() -> None:
+            agent.extra["row"] = rows[seed]
+            kept.parent.mkdir(exist_ok=True)
+            agent.save(kept)
+
+        return (partial(agent.fit, problem.data), agent.act), keep
+
     def alone(seed: int) -> None:
-        fit, act = METHODS[method].start(problem, seed)
+        (fit, act), keep = started(seed)
+        done = len(rows[seed]["curve"]) if seed in rows else 0
         try:
-            for evaluation in range(1, EVALUATIONS + 1):
+            for evaluation in range(done + 1, EVALUATIONS + 1):
                 fit(between)
                 evaluate(evaluation * between, {seed: act})
+                keep()
         except DivergenceError as error:
             if seed not in rows:
                 evaluate(0, {seed: METHODS[method].start(problem, seed)[1]})
@@ -422,6 +439,11 @@ def learn(name: str, method: str, seeds: Sequence[int], file: Path) -> dict[int,
     used["packages"] |= {name: version(name) for name in ("d3rlpy", "stable-baselines3")}
     about = {"seconds": seconds, "config": config, "dataset_sha256": problem.sha256, "versions": used}
     return {seed: row | about for seed, row in rows.items()}
+
+
+def unfinished(task: str, method: str, seed: int, sha256: str) -> Path:
+    """Where a training is kept that may be stopped."""
+    return RESULTS / "unfinished" / f"{task}, {method}, seed {seed}, {sha256[:16]}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -474,7 +496,8 @@ def missing_rows(arguments: Run, digests: Mapping[str, str]) -> Iterator[tuple[s
     for first in range(arguments.seeds):
         for task in arguments.tasks:
             for method in arguments.methods:
-                stacked = METHODS[method].start is _THROUGH_TENSOR
+                # Wide networks are not trained faster together, and alone they go on where they were stopped.
+                stacked = METHODS[method].start is _THROUGH_TENSOR and TASKS[task].hidden <= 128
                 if not METHODS[method].trains_on(task) or (stacked and first):
                     continue
                 rows = rows_of(task, method)
@@ -504,6 +527,8 @@ def run(arguments: Run) -> None:
             found = {str(seed): row for seed, row in finished.result().items()}
             results.setdefault(method, {}).update(found)
             checkpoint.write_bytes(RESULTS / f"{task}.json", (json.dumps(results, indent=1) + "\n").encode())
+            for seed in seeds:
+                unfinished(task, method, seed, digests[task]).unlink(missing_ok=True)
             means = ", ".join(f"{statistics.mean(row['returns']):.1f}" for row in found.values())
             sys.stdout.write(f"{task}, {method}, seed {', '.join(found)}: {means}\n")
             sys.stdout.flush()
