@@ -12,7 +12,6 @@ from torchrl.data import RandomSampler, TensorDictReplayBuffer, TensorStorage
 
 from iql_plugins import checkpoint
 from iql_plugins.checkpoint import CheckpointError
-from iql_plugins.data.packed import MappedDataset
 from iql_plugins.limits import load_torch
 from iql_plugins.training.agent import Agent
 from iql_plugins.training.algorithm import Algorithm
@@ -67,10 +66,15 @@ class IQL(Algorithm):
         if len(read) == 0:
             raise ValueError("the dataset is empty: it has no transition to draw")
 
+        def transform(transitions: TensorDictBase) -> TensorDictBase:
+            # First there, then normalised: the normalisers' numbers are where the networks are.
+            return agent.normalizers(transitions.to(agent.device))
+
         mapped = any(isinstance(tensor, MemoryMappedTensor) for tensor in read.values(True, True))
         return TensorDictReplayBuffer(
-            storage=_Mapped(read, agent) if mapped else TensorStorage(_in_units(agent, read), device=agent.device),
+            storage=_Mapped(read, device="cpu") if mapped else TensorStorage(transform(read), device=agent.device),
             sampler=_Sampler(agent, on_disk=mapped),
+            transform=transform if mapped else None,
             batch_size=agent.config.batch_size,
         )
 
@@ -144,27 +148,17 @@ class IQL(Algorithm):
 
 
 class _Mapped(TensorStorage):  # type: ignore[misc]
-    """Transitions that stay on disk; what is read of them is in the networks' units.
-
-    A transform of the buffer would take twice as long.
-    """
-
-    def __init__(self, transitions: TensorDictBase, agent: Agent) -> None:
-        super().__init__(transitions, device="cpu")
-        self._agent = agent
-        self._source = MappedDataset(transitions, agent.normalizers, agent.device)
+    """Transitions on disk, whose rows are read in half of the time."""
 
     def get(self, index: Any) -> TensorDictBase:
         drawn = isinstance(index, Tensor) and index.ndim == 1 and index.dtype is torch.int64
-        if drawn and bool((index >= 0).all()):
-            return TensorDict(self._source.rows(index), batch_size=index.shape, device=self._agent.device)
-        return _in_units(self._agent, super().get(index))
-
-
-def _in_units(agent: Agent, transitions: TensorDictBase) -> TensorDictBase:
-    # First there, then normalised: the normalisers' numbers are where the networks are.
-    result: TensorDictBase = agent.normalizers(transitions.to(agent.device))
-    return result
+        if not (drawn and bool((index >= 0).all())):
+            return super().get(index)
+        # Plain tensors of the same memory: those that know of their file take longer.
+        rows = {
+            key: tensor.as_subclass(Tensor).index_select(0, index) for key, tensor in self._storage.items(True, True)
+        }
+        return TensorDict(rows, batch_size=index.shape, device=self.device)
 
 
 class _Sampler(RandomSampler):  # type: ignore[misc]

@@ -174,6 +174,7 @@ class Normalizers(nn.Module):
             batch: in the environment's units, a TensorDict or a dictionary of all its keys; it is not changed.
         """
         result = batch.copy()
+        put = result.set if isinstance(result, TensorDictBase) else result.__setitem__
         ways: dict[NestedKey, Callable[[Tensor], Tensor]] = {
             _KEYS.action: self.policy_action,
             _REWARD: lambda reward: self.reward(reward, self._shifts(batch, reward)),
@@ -183,7 +184,7 @@ class Normalizers(nn.Module):
         for key, way in ways.items():
             # What is missing, the loss names.
             if (value := batch.get(key, None)) is not None:
-                result[key] = way(value)
+                put(key, way(value))
         return result
 
     def _shifts(self, batch: TensorDictBase | dict[NestedKey, Tensor], reward: Tensor) -> Tensor | float:

@@ -136,13 +136,9 @@ class MappedDataset:
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """The transitions ``index`` (``[B]`` int64) by keyword name, each ``[B, ...]``."""
-        return {flat_name(key): tensor for key, tensor in self.rows(index).items()}
-
-    def rows(self, index: Tensor) -> dict[NestedKey, Tensor]:
-        """The transitions ``index`` (``[B]`` int64) by key, each ``[B, ...]``."""
         index = index.cpu()
         rows = {key: tensor.index_select(0, index) for key, tensor in self._tensors.items()}
-        return _leaves(rows, self._transform, self._device)
+        return {flat_name(key): tensor for key, tensor in _leaves(rows, self._transform, self._device).items()}
 
 
 def _leaves(

@@ -14,7 +14,7 @@ __all__ = ["critics_apart", "decompositions", "large", "product"]
 
 #: Multiplications of a product, and its smallest dimension, from which on oneDNN is faster than MKL on AMD's processors
 #: with AVX-512: below, calling it costs more than it saves.
-_LEAST_MULTIPLICATIONS, _LEAST_SIZE = 3 * 2**19, 4
+_LEAST_MULTIPLICATIONS, _LEAST_SIZE = 3 * 2**19, 6
 
 #: Of a layer's weight, both ways, from which on oneDNN computes all of its products at usual batch sizes.
 _WIDE = 64
@@ -91,7 +91,7 @@ def _baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alph
 
 def _mm(left: Tensor, right: Tensor) -> Any:
     if _has_short_rows(left, right):
-        return torch.mm(right.t(), left.t()).t()
+        return torch.mm(right.t(), left.t()).t().contiguous()
     if not large(left, right):
         return NotImplemented
     # oneDNN's call would copy a transposed matrix on one thread: the kernel that makes it can as well write it so.
@@ -100,8 +100,9 @@ def _mm(left: Tensor, right: Tensor) -> Any:
 
 def _bmm(left: Tensor, right: Tensor) -> Any:
     if _has_short_rows(left, right):
-        return torch.bmm(right.mT, left.mT).mT
-    if not large(left, right) or len(left) > _MOST_MATRICES:
+        return torch.bmm(right.mT, left.mT).mT.contiguous()
+    # Narrow ones are faster together.
+    if not large(left, right) or min(*left.shape[1:], right.shape[-1]) < _WIDE or len(left) > _MOST_MATRICES:
         return NotImplemented
     return torch.stack([_mm(*matrices) for matrices in zip(left.unbind(), right.unbind(), strict=True)])
 

@@ -1,5 +1,6 @@
 """An agent in TorchRL's hands: the same loss, TorchRL's replay buffer, torch's files."""
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,11 @@ def test_a_memory_mapped_dataset_stays_on_disk(tmp_path: Path) -> None:
     for index in (slice(2, 5), torch.arange(2, 5), torch.arange(2, 5) - len(dataset), [2, 3, 4]):
         torch.testing.assert_close(buffer[index]["observation"], rows["observation"])
     torch.testing.assert_close(buffer[2]["action"], rows["action"][0])
+    # What is written is in the environment's units, and in what is drawn next, of a copy as well.
+    buffer.set_at_(("next", "reward"), torch.full((3, 1), 9.0, device="cpu"), slice(2, 5))
+    for written in (buffer, copy.deepcopy(buffer)):
+        reward = written._storage[torch.arange(2, 5, device="cpu")]["next", "reward"]
+        assert torch.equal(reward, torch.full((3, 1), 9.0, device="cpu"))
 
 
 def test_a_dataset_that_does_not_fit_trains_nothing() -> None:

@@ -16,9 +16,12 @@ from tensordict.nn import TensorDictModule
 from torch import nn
 
 from iql_plugins import IQLLoss, _compat
+from iql_plugins.config import IQLConfig
 from iql_plugins.data.packed import batch_source
 from iql_plugins.losses.bootstrap import ValueEstimators
+from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training import gradients
+from iql_plugins.training.agent import Agent
 from iql_plugins.training.gradients import MOST_GRAPHS, LossGradients, compiler_available
 from iql_plugins.training.multi_seed import fit_together
 from iql_plugins.training.products import critics_apart
@@ -153,6 +156,48 @@ def test_gradients_of_few_columns_are_computed_transposed_for_several_seeds_too(
     fit_together([make_agent("continuous", dataset, compile="yes") for _ in range(2)], dataset, 1)
     assert any(node.target is torch.ops.aten.bmm.default for node in graphs[-1].graph.nodes)
     assert not any(map(_has_short_rows, graphs[-1].graph.nodes))
+
+
+@needs_onednn
+@pytest.mark.parametrize(("columns", "count"), [(5, 0), (6, 3)])
+def test_narrow_products_of_large_batches_are_onednns_too(
+    columns: int, count: int, graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compat, "onednn_is_faster", lambda: True)
+    spaces = Spaces(Box((2,)), Box((columns,), "float32", (-1.0,) * columns, (1.0,) * columns))
+    config = IQLConfig(hidden_sizes=(256, 256), batch_size=1024, compile="no")
+    loss = Agent(spaces, config, seed=0).loss
+    batch = {
+        name: torch.rand(1024, size)
+        for name, size in (("observation", 2), ("action", columns), ("next_observation", 2), ("next_reward", 1))
+    } | dict.fromkeys(("next_done", "next_terminated"), torch.zeros(1024, 1, dtype=torch.bool))
+    both(loss, batch, LossGradients(loss, compile=True))
+    # Of the policy's last layer: forward, and both gradients. Critics have two columns more.
+    products = [node for node in graphs[-1].graph.nodes if node.target is torch.ops.iql_plugins.product.default]
+    sizes = [(*node.meta["val"].shape, node.args[0].meta["val"].shape[1]) for node in products]
+    assert sum(columns in size for size in sizes) == count
+
+
+class LowRank(nn.Module):
+    """V with a weight that is a product, and is looked at as a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(3, OBSERVATION))
+        self.last = nn.Linear(8, 1)
+
+    def forward(self, observation: torch.Tensor) -> torch.Tensor:
+        weight = (self.left.t() @ self.right).view(-1)
+        return self.last(nn.functional.linear(observation, (weight / weight.norm()).view(8, -1)).relu())
+
+
+@needs_onednn
+def test_products_that_are_computed_transposed_lie_in_memory_as_torchs(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compat, "onednn_is_faster", lambda: True)
+    loss = make_loss("continuous", value_network=TensorDictModule(LowRank(), ["observation"], ["state_value"]))
+    both(loss, keywords(make_batch("continuous")), LossGradients(loss, compile=True))
 
 
 def _has_short_rows(node: torch.fx.Node) -> bool:
