@@ -109,7 +109,7 @@ def test_presets_are_those_of_their_sources(name: str) -> None:
     config = preset(name)
     values = (config.expectile, config.temperature, config.actor_dropout, config.reward_shift, config.reward_scale)
     assert values == SOURCES[name]
-    assert config.actor_schedule == ("constant" if name == "antmaze-finetune" else "cosine")
+    assert config.actor_schedule == ("constant" if name in ("antmaze-finetune", "locomotion") else "cosine")
     assert config.normalize_observations is (name in ("locomotion", "maze2d"))
     shared = (config.batch_size, config.hidden_sizes, config.discount, config.polyak, config.max_weight)
     assert shared == (256, (256, 256), 0.99, 0.005, 100.0)
@@ -119,19 +119,19 @@ def test_presets_are_those_of_their_sources(name: str) -> None:
 
 #: The scale of V, the learning rates and the schedule of the authors' configurations and scripts.
 OF_OBJECTIVES: dict[tuple[str, str], tuple[dict[str, float], float, str]] = {
-    ("locomotion", "gumbel"): ({"loss_temperature": 2.0}, 3e-4, "cosine"),
+    ("locomotion", "gumbel"): ({"loss_temperature": 2.0}, 3e-4, "constant"),
     ("locomotion-paper", "gumbel"): ({"loss_temperature": 2.0}, 3e-4, "cosine"),
     ("antmaze", "gumbel"): ({"loss_temperature": 0.6}, 3e-4, "constant"),
     ("antmaze-finetune", "gumbel"): ({"loss_temperature": 0.8, "max_clip": 5.0}, 3e-4, "constant"),
     ("kitchen", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
     ("adroit", "gumbel"): ({"loss_temperature": 5.0}, 3e-4, "cosine"),
     ("maze2d", "gumbel"): ({}, 3e-4, "cosine"),
-    ("locomotion", "sparse"): ({"alpha": 1.0}, 3e-4, "cosine"),
+    ("locomotion", "sparse"): ({"alpha": 1.0}, 3e-4, "constant"),
     ("antmaze", "sparse"): ({"alpha": 0.1}, 2e-4, "cosine"),
     ("antmaze-finetune", "sparse"): ({"alpha": 0.1}, 2e-4, "constant"),
     ("kitchen", "sparse"): ({"alpha": 0.5}, 3e-4, "cosine"),
     ("adroit", "sparse"): ({}, 3e-4, "cosine"),
-    ("locomotion", "exponential"): ({"alpha": 2.0}, 3e-4, "cosine"),
+    ("locomotion", "exponential"): ({"alpha": 2.0}, 3e-4, "constant"),
     ("antmaze", "exponential"): ({"alpha": 0.5}, 2e-4, "cosine"),
     ("antmaze-finetune", "exponential"): ({"alpha": 0.5}, 2e-4, "constant"),
     ("kitchen", "exponential"): ({"alpha": 2.0}, 3e-4, "cosine"),
