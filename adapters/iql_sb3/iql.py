@@ -95,7 +95,7 @@ class IQL(OfflineLearning):
         objective_options: hyper-parameters that these two alone have, by name.
         actor_schedule: ``"cosine"`` multiplies the actor's learning rate by a cosine from 1 to 0 over
             ``actor_schedule_steps`` gradient steps, offline and online together, and by 0 after them.
-        actor_schedule_steps: see above.
+        actor_schedule_steps: see above; what is ``"constant"`` has none.
         max_grad_norm: the largest norm of each network's gradient; None for no clipping.
         normalize_observations: whether to standardise observations by the dataset's mean and deviation.
         reward_scale: factor of rewards, offline and online; ``"return_range"`` is 1000 over the range of the dataset's
@@ -171,7 +171,7 @@ class IQL(OfflineLearning):
         value_objective: str = "expectile",
         policy_extraction: str = "awr",
         objective_options: Mapping[str, float] | None = None,
-        actor_schedule: ActorSchedule = "cosine",
+        actor_schedule: ActorSchedule = "constant",
         actor_schedule_steps: int = 1_000_000,
         max_grad_norm: float | None = None,
         normalize_observations: bool = False,

@@ -180,7 +180,7 @@ def test_a_reward_scale_also_counts_online(dataset: TensorDict) -> None:
 
 
 def test_the_actors_cosine_stays_at_its_end(dataset: TensorDict) -> None:
-    model = model_of(dataset=dataset, actor_schedule_steps=4, learning_starts=0)
+    model = model_of(dataset=dataset, actor_schedule="cosine", actor_schedule_steps=4, learning_starts=0)
     model.learn_offline(4)
     actor = copy.deepcopy(model.policy.loss.actor_network.state_dict())
     model.learn(6)
@@ -773,7 +773,8 @@ def test_rates_that_were_set_on_an_agent_count_in_the_model_around_it(dataset: T
 def test_a_zip_of_an_earlier_release_goes_on(
     dataset: TensorDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = model_of(dataset=dataset, learning_rate=lambda left: 0.01 * (1 + left), actor_schedule_steps=20)
+    schedule = {"actor_schedule": "cosine", "actor_schedule_steps": 20}
+    whole = model_of(dataset=dataset, learning_rate=lambda left: 0.01 * (1 + left), **schedule)
     whole.learn_offline(4)
     state = whole.learner.state_dict()
     del state["learning_rates"]

@@ -110,6 +110,7 @@ def test_presets_are_those_of_their_sources(name: str) -> None:
     values = (config.expectile, config.temperature, config.actor_dropout, config.reward_shift, config.reward_scale)
     assert values == SOURCES[name]
     assert config.actor_schedule == ("constant" if name in ("antmaze-finetune", "locomotion") else "cosine")
+    assert IQLConfig().actor_schedule == "constant"
     assert config.normalize_observations is (name in ("locomotion", "maze2d"))
     shared = (config.batch_size, config.hidden_sizes, config.discount, config.polyak, config.max_weight)
     assert shared == (256, (256, 256), 0.99, 0.005, 100.0)

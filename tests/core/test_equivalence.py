@@ -284,7 +284,13 @@ def assert_equal_records(record: Record, expected: Record, dtype: torch.dtype) -
 
 
 PLAIN = {"actor_schedule": "constant"}
-ALL = {"actor_dropout": 0.1, "max_grad_norm": 0.5, "discount": 0.95, "loss_function": "smooth_l1"}
+ALL = {
+    "actor_schedule": "cosine",
+    "actor_dropout": 0.1,
+    "max_grad_norm": 0.5,
+    "discount": 0.95,
+    "loss_function": "smooth_l1",
+}
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.__name__)

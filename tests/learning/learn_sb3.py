@@ -44,6 +44,7 @@ HYPERPARAMETERS: dict[str, Any] = {
     "learning_rate": CONFIG.actor_learning_rate,
     "normalize_observations": CONFIG.normalize_observations,
     "reward_scale": CONFIG.reward_scale,
+    "actor_schedule": CONFIG.actor_schedule,
     "actor_schedule_steps": CONFIG.n_steps,
     "policy_kwargs": {"net_arch": list(CONFIG.hidden_sizes)},
     "device": "cpu",
