@@ -488,6 +488,7 @@ def test_the_configuration_reaches_the_learner() -> None:
         actor_learning_rate=0.1,
         critic_learning_rate=0.2,
         value_learning_rate=0.3,
+        actor_schedule="cosine",
         polyak=0.5,
         max_grad_norm=2.0,
     )
