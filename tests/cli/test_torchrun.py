@@ -36,7 +36,10 @@ SMALL = [
 ]
 
 #: Still under way when its processes are killed.
-LONGER = [*SMALL, "--n-steps", "4000", "--evaluate-every", "200", "--log-every", "50", "--hold-out", "0.1"]
+LONGER = [
+    *(*SMALL, "--n-steps", str(2000 * max(KILLS, 2)), "--evaluate-every", "200", "--log-every", "50"),
+    *("--hold-out", "0.1"),
+]
 
 
 @contextlib.contextmanager
