@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from processes import ROOT
 
 from iql_plugins.config import IQLConfig
+from iql_plugins.training.agent import Agent
 from iql_plugins.training.learner import DivergenceError
 
 TASK = "reagent-pendulum"
@@ -177,10 +178,14 @@ def test_a_training_that_was_stopped_goes_on_from_its_last_evaluation(
     stop = 4
     with pytest.raises(KeyboardInterrupt):
         benchmark.learn(*arguments)
+    stopped = Agent.load(kept)
+    stopped.extra["seconds"] = 1000.0
+    stopped.save(kept)
     stop = -1
     found = benchmark.learn(*arguments)[0]
     assert len(seen) == benchmark.EVALUATIONS
     assert (found["curve"], found["returns"]) == (expected["curve"], expected["returns"])
+    assert 1000 <= found["seconds"] < 1600
     # Of other hyper-parameters it is another training.
     problem.config = config.replace(expectile=0.8)
     benchmark.learn(*arguments)

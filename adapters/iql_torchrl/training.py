@@ -151,7 +151,7 @@ class _Mapped(TensorStorage):  # type: ignore[misc]
     """Transitions on disk, whose rows are read in half of the time."""
 
     def get(self, index: Any) -> TensorDictBase:
-        drawn = isinstance(index, Tensor) and index.ndim == 1 and index.dtype is torch.int64
+        drawn = isinstance(index, Tensor) and index.ndim == 1 and index.dtype is torch.int64 and index.is_cpu
         if not (drawn and bool((index >= 0).all())):
             return super().get(index)
         # Plain tensors of the same memory: those that know of their file take longer.

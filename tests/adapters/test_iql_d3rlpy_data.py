@@ -61,7 +61,7 @@ from tensordict import TensorDict
 from iql_d3rlpy import BoundedActionScaler, FastReplayBuffer, as_fast_buffer, plugin, to_replay_buffer
 from iql_d3rlpy import buffer as buffer_module
 from iql_d3rlpy.buffer import UnsupportedBufferError
-from iql_d3rlpy.mapped import MappedReplayBuffer, _Rows
+from iql_d3rlpy.mapped import MappedReplayBuffer, _Rows, _taken
 from iql_plugins.cli import main
 from iql_plugins.data import DatasetError, episodes, load_dataset, summary
 from iql_plugins.training.learner import DivergenceError
@@ -513,6 +513,17 @@ def test_every_other_row_of_data_on_disk_is_drawn_as_of_data_in_memory(tmp_path:
     found = to_replay_buffer(mapped)
     assert isinstance(found, MappedReplayBuffer)
     assert_same_batches(to_replay_buffer(mapped.clone()), found, 200)
+
+
+def test_rows_that_do_not_lie_one_after_the_other_are_not_copied_for_each_batch() -> None:
+    class Watched(np.ndarray[Any, Any]):
+        def take(self, *arguments: Any, **options: Any) -> Any:
+            assert self.flags.c_contiguous
+            return super().take(*arguments, **options)
+
+    array, rows = np.arange(20).reshape(10, 2), np.array([3, 0])
+    for rows_of in (array, array[::2]):
+        np.testing.assert_array_equal(_taken(rows_of.view(Watched), rows), rows_of[rows])
 
 
 def test_what_summaries_do_not_know_d3rlpy_fits_to_each_step(tmp_path: Path) -> None:

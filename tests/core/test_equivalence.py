@@ -1,5 +1,6 @@
 """One dataset, one seed, the same weights: every way into the loss gives the same losses, gradients and parameters."""
 
+import inspect
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -329,6 +330,13 @@ def test_every_adapter_has_the_same_schedule_dropout_and_clipping(path: Path, ki
     torch.manual_seed(1)
     np.random.seed(1)
     assert_equal_records(path(agent, dataset), expected, dtype)
+
+
+def test_every_adapter_keeps_the_policys_rate_unless_it_is_told_otherwise() -> None:
+    assert IQLConfig().actor_schedule == "constant"
+    assert inspect.signature(iql_sb3.IQL).parameters["actor_schedule"].default == "constant"
+    for config in (iql_d3rlpy.IQLConfig(), iql_d3rlpy.DiscreteIQLConfig()):
+        assert config.actor_schedule_steps is None
 
 
 def test_a_time_limit_bootstraps_in_every_adapter_and_a_terminal_state_in_none(kind: str) -> None:

@@ -376,6 +376,7 @@ def learn(name: str, method: str, seeds: Sequence[int], file: Path) -> dict[int,
     starts = range(FIRST_SEED, FIRST_SEED + EPISODES)
     between = task.n_steps // EVALUATIONS
     begin = time.perf_counter()
+    earlier: list[float] = []
 
     def evaluate(step: int, policies: Mapping[int, Act]) -> None:
         for seed, act in policies.items():
@@ -404,9 +405,10 @@ def learn(name: str, method: str, seeds: Sequence[int], file: Path) -> dict[int,
         agent, kept = Agent(problem.spaces, problem.config, seed=seed), unfinished(name, method, seed, problem.sha256)
         if kept.exists() and (stopped := Agent.load(kept)).config == agent.config:
             agent, rows[seed] = stopped, stopped.extra["row"]
+            earlier.append(stopped.extra["seconds"])
 
         def keep() -> None:
-            agent.extra["row"] = rows[seed]
+            agent.extra |= {"row": rows[seed], "seconds": sum(earlier) + time.perf_counter() - begin}
             kept.parent.mkdir(exist_ok=True)
             agent.save(kept)
 
@@ -434,7 +436,7 @@ def learn(name: str, method: str, seeds: Sequence[int], file: Path) -> dict[int,
     for seed in seeds:
         if seed not in rows:
             alone(seed)
-    seconds = round((time.perf_counter() - begin) / len(seeds))
+    seconds = round((sum(earlier) + time.perf_counter() - begin) / len(seeds))
     used = versions()
     used["packages"] |= {name: version(name) for name in ("d3rlpy", "stable-baselines3")}
     about = {"seconds": seconds, "config": config, "dataset_sha256": problem.sha256, "versions": used}
