@@ -348,6 +348,11 @@ VARIATIONS = {
     "orthogonal": Method(changes={"initialization": "orthogonal"}),
     "LayerNorm in critics and V": Method(changes={"critic_layer_norm": True}),
     "LayerNorm in the actor": Method(changes={"actor_layer_norm": True}),
+    "dropout of 0.5 in V": Method(changes={"value_dropout": 0.5}),
+    "GELU": Method(changes={"activation": "gelu"}),
+    # Twice as wide: the tasks that are shown have 128.
+    "256 units in critics and V": Method(changes={"critic_hidden_sizes": (256, 256)}, tasks=SHOWN),
+    "256 units in the actor": Method(changes={"actor_hidden_sizes": (256, 256)}, tasks=SHOWN),
     "auto temperature": Method(changes={"temperature": "auto"}),
     "auto temperature, 0.5": Method(changes={"temperature": "auto_0.5"}),
     "noise threshold 1": Method(changes={"objective_options": {"noise_threshold": 1.0}}),
