@@ -68,7 +68,8 @@ def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
 
     .. math:: L_2^\tau(u) = |\tau - \mathbb{1}(u < 0)|\, u^2
 
-    Equation 5 of the paper with :math:`u = Q(s, a) - V(s)`.
+    Equation 5 of the paper with :math:`u = Q(s, a) - V(s)`: ``critic.py``, lines 8 to 10, of
+    github.com/ikostrikov/implicit_q_learning, its authors' code.
 
     >>> expectile_loss(torch.tensor([2.0, -2.0]), expectile=0.75)  # V too low by 2, V too high by 2
     tensor([3., 1.])
@@ -250,8 +251,9 @@ def advantage_weight(advantage: Tensor, temperature: float | Tensor, max_weight:
 
     .. math:: w = \min\big(e^{\beta A(s, a)},\, w_{\max}\big), \qquad A(s, a) = Q(s, a) - V(s)
 
-    Equation 7 of the paper, with the clip of its authors' code. The exponent is clamped before it
-    is exponentiated, so nothing overflows in any dtype.
+    Equation 7 of the paper, with the clip of its authors' code, ``actor.py``, lines 15 to 16, of
+    github.com/ikostrikov/implicit_q_learning. The exponent is clamped before it is exponentiated, so
+    nothing overflows in any dtype.
 
     >>> advantage_weight(torch.tensor([0.0, 1.0, 1e6]), temperature=3.0)
     tensor([  1.0000,  20.0855, 100.0000])
@@ -429,8 +431,9 @@ def ddpg_bc_loss(q: Tensor, log_prob: Tensor, bc_coefficient: float, *, mask: Te
 def expected_q(q: Tensor, probabilities: Tensor) -> Tensor:
     r"""What a policy over discrete actions expects, :math:`\sum_a \pi(a \mid s)\, Q(s, a)`.
 
-    What Q of the policy's action is in :func:`ddpg_bc_loss`, as in discrete SAC (Christodoulou 2019,
-    arXiv:1910.07207): an index has no gradient.
+    What Q of the policy's action is in :func:`ddpg_bc_loss`, for an index has no gradient. As in discrete SAC
+    (Christodoulou 2019, arXiv:1910.07207): ``sacd/agent/sacd.py``, lines 115 to 125, of
+    github.com/toshikwa/sac-discrete.pytorch.
 
     >>> expected_q(torch.tensor([[1.0, 5.0]]), torch.tensor([[0.75, 0.25]]))
     tensor([2.])

@@ -169,7 +169,7 @@ def _exponential_regression(of: Quantities) -> Tensor:
 
 
 def _sharp_exponential_weight(of: Quantities) -> Tensor:
-    # The authors' code: actor.py, lines 18 to 21, of github.com/ryanxhr/IVR.
+    """``[*B]`` min(exp(10 advantage / alpha), max_weight): ``actor.py``, lines 18 to 21, of github.com/ryanxhr/IVR."""
     return functional.advantage_weight(of.signal, 10.0 / of.setting("alpha"), of.setting("max_weight"))
 
 
