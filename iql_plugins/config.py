@@ -311,13 +311,16 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 _IVR_ANTMAZE = dict.fromkeys(("actor_learning_rate", "critic_learning_rate", "value_learning_rate"), 2e-4)
-#: What the authors of a value objective change of a preset: the configurations and scripts of github.com/ryanxhr/IVR
+#: What the authors of an objective change of a preset: the configurations and scripts of github.com/ryanxhr/IVR
 #: for "sparse" and "exponential", which have none for antmaze-finetune: there they are antmaze's; those of
 #: github.com/Div99/XQL for "gumbel" (``offline/reproduce``, the consistent ones; its README for antmaze-finetune).
+#: For "ddpg_bc" the scale of behaviour cloning of GCIQL in github.com/seohongpark/ogbench
+#: (``impls/hyperparameters.sh``, lines 6 to 97 for point mazes, and 110 to 201 for those of ants, but for data that
+#: explore); what else is there is of goals and of wider networks.
 #: Under ``""`` what they have everywhere; of the other presets they have no numbers.
-OF_OBJECTIVES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+OF_OBJECTIVES: Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
-        "gumbel": {
+        ("value_objective", "gumbel"): {
             "": {"value_layer_norm": True},
             "locomotion": {"objective_options": {"loss_temperature": 2.0}},
             "antmaze": {"objective_options": {"loss_temperature": 0.6}, "actor_schedule": "constant"},
@@ -325,31 +328,37 @@ OF_OBJECTIVES: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "kitchen": {"objective_options": {"loss_temperature": 5.0}},
             "adroit": {"objective_options": {"loss_temperature": 5.0}},
         },
-        "sparse": {
+        ("value_objective", "sparse"): {
             "": {"value_layer_norm": True},
             "locomotion": {"objective_options": {"alpha": 1.0}},
             "antmaze": {"objective_options": {"alpha": 0.1}, **_IVR_ANTMAZE},
             "antmaze-finetune": {"objective_options": {"alpha": 0.1}, **_IVR_ANTMAZE},
             "kitchen": {"objective_options": {"alpha": 0.5}},
         },
-        "exponential": {
+        ("value_objective", "exponential"): {
             "": {"value_layer_norm": True},
             "locomotion": {"objective_options": {"alpha": 2.0}},
             "antmaze": {"objective_options": {"alpha": 0.5}, **_IVR_ANTMAZE},
             "antmaze-finetune": {"objective_options": {"alpha": 0.5}, **_IVR_ANTMAZE},
             "kitchen": {"objective_options": {"alpha": 2.0}},
         },
+        ("policy_extraction", "ddpg_bc"): {
+            "antmaze": {"objective_options": {"bc_coefficient": 0.3}},
+            "maze2d": {"objective_options": {"bc_coefficient": 0.003}},
+        },
     }
 )
 
 
 def preset(name: str, **changes: Any) -> IQLConfig:
-    """A preset's hyper-parameters, some of them changed; with a value objective, those that its authors take there.
+    """A preset's hyper-parameters, some of them changed; with another objective, those that its authors take there.
 
     >>> preset("antmaze", n_steps=10).temperature
     10.0
     >>> preset("antmaze", value_objective="sparse").objective_options
     {'alpha': 0.1}
+    >>> preset("maze2d", policy_extraction="ddpg_bc").objective_options
+    {'bc_coefficient': 0.003}
 
     Raises:
         ValueError: for a name that is no preset; lists them.
@@ -357,11 +366,15 @@ def preset(name: str, **changes: Any) -> IQLConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
-    of_objective = OF_OBJECTIVES.get(changes.get("value_objective", ""), {})
-    own = {**of_objective.get("", {}), **of_objective.get(name.removesuffix(_PAPER), {})}
-    if "objective_options" in changes:
-        changes["objective_options"] = {**own.get("objective_options", {}), **changes["objective_options"]}
-    return IQLConfig().replace(**{**PRESETS[name], **own, **changes})
+    settings: dict[str, Any] = dict(PRESETS[name])
+    options: dict[str, float] = {}
+    for kind in ("value_objective", "policy_extraction"):
+        of_objective = OF_OBJECTIVES.get((kind, changes.get(kind, "")), {})
+        for own in (of_objective.get("", {}), of_objective.get(name.removesuffix(_PAPER), {})):
+            settings |= own
+            options |= own.get("objective_options", {})
+    options |= changes.get("objective_options", {})
+    return IQLConfig().replace(**{**settings, **changes, "objective_options": options})
 
 
 def _check_names(changes: Mapping[str, Any]) -> None:

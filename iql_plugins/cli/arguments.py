@@ -551,12 +551,13 @@ def _starting_point(arguments: Sequence[str]) -> IQLConfig:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", nargs="?")
     parser.add_argument("--dataset", nargs="?", default=DEFAULT_DATASET)
-    parser.add_argument("--value-objective", nargs="?")
+    for kind in (kinds := ("value_objective", "policy_extraction")):
+        parser.add_argument(option(kind), nargs="?")
     known, _ = parser.parse_known_args(spelled(arguments))
     name = starting_preset(known.preset, known.dataset)
     if name is None:
         return IQLConfig()
-    own = {} if known.value_objective is None else {"value_objective": known.value_objective}
+    own = {kind: chosen for kind in kinds if (chosen := getattr(known, kind)) is not None}
     return preset(name, **own).replace(objective_options={})
 
 

@@ -150,6 +150,9 @@ def test_options_win_over_the_preset_and_the_preset_over_the_defaults() -> None:
     for spelled in (["--value_objective", "sparse"], ["--value_objective=sparse"], ["--value-objective=sparse"]):
         assert hyperparameters("--preset=antmaze", *spelled) == preset("antmaze", value_objective="sparse")
     assert hyperparameters(*sparse, "--objective-options", "alpha", "3").objective_options == {"alpha": 3.0}
+    climbing = ["--preset", "maze2d", "--policy-extraction", "ddpg_bc"]
+    assert hyperparameters(*climbing) == preset("maze2d", policy_extraction="ddpg_bc")
+    assert hyperparameters(*climbing).objective_options == {"bc_coefficient": 0.003}
     with pytest.raises(UserError, match=r"value_objective must be one of 'expectile', .* got 'tilt'"):
         hyperparameters("--preset", "antmaze", "--value-objective", "tilt")
 

@@ -152,6 +152,19 @@ def test_a_preset_with_a_value_objective_is_that_of_its_authors(name: str, value
     assert all(getattr(config, key) == others[key] for key in shared)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("maze2d", {"bc_coefficient": 0.003}), ("antmaze", {"bc_coefficient": 0.3}), ("locomotion", {})],
+)
+def test_a_preset_with_a_policy_extraction_is_that_of_its_authors(name: str, options: dict[str, float]) -> None:
+    assert preset(name, policy_extraction="ddpg_bc") == preset(name).replace(
+        policy_extraction="ddpg_bc", objective_options=options
+    )
+    # Beside those of the value objective's authors.
+    both = preset(name, value_objective="gumbel", policy_extraction="ddpg_bc").objective_options
+    assert both == {**options, **preset(name, value_objective="gumbel").objective_options}
+
+
 def test_what_is_given_beside_a_preset_wins_option_by_option() -> None:
     config = preset("antmaze", value_objective="gumbel", objective_options={"max_clip": 5.0})
     assert config.objective_options == {"loss_temperature": 0.6, "max_clip": 5.0}
