@@ -9,6 +9,7 @@ import numpy as np
 
 __all__ = [
     "AUTOMATIC",
+    "AUTOMATIC_SHARE",
     "COUNT",
     "COUNTS",
     "EXPECTILE",
@@ -63,6 +64,10 @@ def choice(literal: Any) -> Range:
     return Range(f"one of {', '.join(map(repr, options))}", lambda value: value in options)
 
 
+#: The effective sample size that ``"auto"`` asks for.
+AUTOMATIC_SHARE = 0.7
+
+
 def target_share(temperature: object) -> float | None:
     """The effective sample size that ``"auto"`` asks for, or ``"auto_0.5"``; None for what is neither.
 
@@ -72,7 +77,7 @@ def target_share(temperature: object) -> float | None:
     if not isinstance(temperature, str):
         return None
     try:
-        share = 0.7 if temperature == "auto" else float(temperature.removeprefix("auto_"))
+        share = AUTOMATIC_SHARE if temperature == "auto" else float(temperature.removeprefix("auto_"))
     except ValueError:
         return None
     return share if temperature.startswith("auto") and QUANTILE.holds(share) else None

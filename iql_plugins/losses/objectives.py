@@ -112,6 +112,7 @@ class ValueObjective:
         remedy: what keeps V from growing by the errors of Q, as advice to a user whose values diverge; hyper-parameters
             are in backticks.
         softened_by: the option that makes the weights of actions more equal as it grows, if there is one.
+        weighs_all: whether bad actions weigh something, too; where not, it is ordinary that few teach the policy.
     """
 
     name: str
@@ -120,6 +121,7 @@ class ValueObjective:
     options: Mapping[str, Option] = field(default_factory=dict)
     remedy: str = "a lower `discount`"
     softened_by: str | None = None
+    weighs_all: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +217,8 @@ SHIPPED = (
         _sparse_weight,
         {"alpha": Option(1.0, POSITIVE, "α > 0, in return units; small, V is close to the maximum.")},
         _LARGER_ALPHA,
+        softened_by="alpha",
+        weighs_all=False,
     ),
     ValueObjective(
         "exponential",

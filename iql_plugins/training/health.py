@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from iql_plugins.losses.objectives import policy_extraction, reads_temperature, value_objective
+from iql_plugins.ranges import AUTOMATIC_SHARE
 
 __all__ = ["HealthWarning", "Looks", "health_warnings"]
 
@@ -20,6 +21,9 @@ _MEDIAN_ERROR, _DEVIATION = 1.2533, 1.4826
 #: With fewer than a tenth of a batch, single transitions decide: ``examples/choosing_hyperparameters.md``, which says
 #: to raise the temperature only as far.
 FEWEST_EFFECTIVE_SAMPLES = 0.1
+#: Where bad actions weigh nothing there are fewer: trainings that were well had 0.05 to 0.08, ones of which next to
+#: nothing taught the policy 0 to 0.02.
+FEWEST_GOOD_SAMPLES = 0.03
 #: (Σw)² / (B Σw²) is 1 / (1 + c²), c the weights' coefficient of variation, which is the standard deviation of
 #: temperature × advantage if that is small. A c of a tenth tells hardly any action from another.
 MOST_EFFECTIVE_SAMPLES = 1.0 / (1.0 + 0.1**2)
@@ -29,6 +33,8 @@ MOST_AT_MAX_WEIGHT = 0.2
 #: Below, exp(temperature × advantage) is of the critics' errors as much as of actions. Trainings that a fixed
 #: temperature lost had 1.0 to 1.8 at their end, one that none harmed 3.
 LEAST_SIGNAL = 2.0
+#: Below, it is of the critics' errors more than of actions, however many teach the policy.
+LEAST_SIGNAL_ALONE = 1.0
 #: Values that come to their end as an exponential does, and move by less than a tenth from the third quarter of a
 #: training to the last one, have reached nine tenths of it.
 MOST_MOVEMENT = 0.1
@@ -89,11 +95,14 @@ def health_warnings(
     ``few-effective-samples`` fewer than a tenth of the transitions teach the policy
     ``clipped-weights``       more than a fifth of the weights are clipped at ``max_weight``
     ``equal-weights``         the weights differ by less than a tenth: it is behaviour cloning
+    ``noisy-advantages``      advantages spread less far than the critics disagree, and weights differ by them
     ========================= ==================================================================
 
-    The last three are of the weights in the last quarter, where a policy is learned by weights of a temperature that is
-    not 0, or of an option that does the same. Each is told if it is beyond the noise from batch to batch, and from 5
-    looks on (20 for the second).
+    The last four are of the weights in the last quarter, where a policy is learned by weights of a temperature that is
+    not 0, or of an option that does the same, and values have not diverged. Where bad actions weigh nothing, as by the
+    objective ``sparse``, few are fewer than three in a hundred, and the other three are no signs. The last one is none
+    with an automatic temperature or a ``noise_threshold``, and where more teach the policy than that temperature asks
+    for. Each is told if it is beyond the noise from batch to batch, and from 5 looks on (20 for the second).
 
     >>> from iql_plugins.config import IQLConfig
     >>> looks = [{"step": step, "mean_value": -0.1 * step, "mean_qvalue": -5.0} for step in range(100)]
@@ -112,11 +121,13 @@ def health_warnings(
     if endless:
         return [_diverged(f"values were no longer finite: {', '.join(endless)}", of.value_objective)]
     found = [] if value_range is None else list(_diverged_values(looks, of.value_objective, *value_range))
-    # Values that no rewards explain need no more steps.
-    unsettled = None if found else _unsettled_values(looks, of.value_objective)
-    found += [] if unsettled is None else [unsettled]
+    if found:
+        # Values that no rewards explain need no more steps, and what actions weigh by them is no fault of the weights.
+        return found
+    if (unsettled := _unsettled_values(looks, of.value_objective)) is not None:
+        found.append(unsettled)
     if (advice := _of_sharpness(of)) is not None:
-        found += _of_weights(looks, *advice, of.objective_options.get("noise_threshold", 0.0))
+        found += _of_weights(looks, of, *advice)
     return found
 
 
@@ -209,28 +220,40 @@ def _of_sharpness(of: Weighted) -> tuple[str, str] | None:
     )
 
 
-def _of_weights(looks: Sequence[Look], softer: str, sharper: str, threshold: float) -> Iterator[HealthWarning]:
+def _of_weights(looks: Sequence[Look], of: Weighted, softer: str, sharper: str) -> Iterator[HealthWarning]:
     """What has no end of five looks is NaN, and beyond no limit."""
     effective, effective_error = _end(looks, "effective_sample_size")
     clipped, clipped_error = _end(looks, "share_at_max_weight")
     signal, signal_error = _end(looks, "signal_to_noise")
-    if effective + STANDARD_ERRORS * effective_error < FEWEST_EFFECTIVE_SAMPLES:
+    weighs_all = value_objective(of.value_objective).weighs_all
+    threshold = of.objective_options.get("noise_threshold", 0.0)
+    # 0 is that of critics that do not differ. Where bad actions weigh nothing, a threshold leaves fewer still.
+    told_of_noise = signal > 0.0 and weighs_all and "noise_threshold" in policy_extraction(of.policy_extraction).options
+    most_signal = signal + STANDARD_ERRORS * signal_error if told_of_noise else math.nan
+    noise = f"advantages spread only {signal:.2g} times as far as the critics disagree"
+    larger_threshold = f"noise_threshold {2.0 * (threshold or 1.0):g} among the `objective_options`"
+    is_few = effective + STANDARD_ERRORS * effective_error < (
+        FEWEST_EFFECTIVE_SAMPLES if weighs_all else FEWEST_GOOD_SAMPLES
+    )
+    if is_few:
         found = f"the effective sample size was {effective:.2g} of a batch in the last quarter"
         reason = "the few transitions with the largest weights decided what the policy learned"
         noisy = softer
-        # 0 is that of critics that do not differ.
-        if signal > 0.0 and signal + STANDARD_ERRORS * signal_error < LEAST_SIGNAL:
-            found += f", and advantages spread only {signal:.2g} times as far as the critics disagree"
-            noisy += f", or noise_threshold {2.0 * (threshold or 1.0):g} among the `objective_options`"
+        if most_signal < LEAST_SIGNAL:
+            found += f", and {noise}"
+            noisy += f", or {larger_threshold}"
             reason += ", and these are the critics' errors as much as good actions"
         yield HealthWarning("few-effective-samples", found, f"{noisy}, because {reason}")
+    if not weighs_all:
+        return
     if clipped - STANDARD_ERRORS * clipped_error > MOST_AT_MAX_WEIGHT:
         yield HealthWarning(
             "clipped-weights",
             f"{clipped:.0%} of the weights were clipped at the largest one in the last quarter",
             f"{softer}, because clipped weights no longer tell the best actions from good ones",
         )
-    if effective - STANDARD_ERRORS * effective_error > MOST_EFFECTIVE_SAMPLES:
+    # Weights that are all clipped are equal, too.
+    elif effective - STANDARD_ERRORS * effective_error > MOST_EFFECTIVE_SAMPLES:
         if threshold:
             sharper = f"try a noise_threshold below {threshold:g} among the `objective_options`"
         yield HealthWarning(
@@ -238,6 +261,19 @@ def _of_weights(looks: Sequence[Look], softer: str, sharper: str, threshold: flo
             f"all actions weighed about the same: the effective sample size was {effective:.3f} of a batch in the last "
             "quarter",
             f"{sharper}, because advantages this small make behaviour cloning of it",
+        )
+    elif (
+        not (is_few or threshold or isinstance(of.temperature, str))
+        and most_signal < LEAST_SIGNAL_ALONE
+        # Where more teach the policy than an automatic temperature asks for, it would chase the errors further.
+        and effective + STANDARD_ERRORS * effective_error < AUTOMATIC_SHARE
+    ):
+        automatic = "`temperature` auto, or " if reads_temperature(of.value_objective, of.policy_extraction) else ""
+        yield HealthWarning(
+            "noisy-advantages",
+            f"{noise}, in the last quarter",
+            f"try {automatic}{larger_threshold}, because what the policy learns are the critics' errors more than good "
+            "actions",
         )
 
 

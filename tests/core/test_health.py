@@ -13,11 +13,17 @@ from conftest import keywords, make_batch, make_loss
 from torch import nn
 
 from iql_plugins.config import IQLConfig, hyperparameters
-from iql_plugins.losses.functional import Health
+from iql_plugins.losses.functional import Health, health
 from iql_plugins.training.health import HealthWarning, Looks, health_warnings
 from iql_plugins.training.learner import Learner
 
-HEALTHY = {"mean_value": -10.0, "mean_qvalue": -10.0, "effective_sample_size": 0.3, "share_at_max_weight": 0.0}
+HEALTHY = {
+    "mean_value": -10.0,
+    "mean_qvalue": -10.0,
+    "effective_sample_size": 0.3,
+    "share_at_max_weight": 0.0,
+    "signal_to_noise": 3.0,
+}
 Series = float | Callable[[float], float]
 
 
@@ -53,7 +59,10 @@ TRIPPED: dict[str, dict[str, Any]] = {
     "few-effective-samples": {"effective_sample_size": 0.08},
     "clipped-weights": {"share_at_max_weight": 0.3},
     "equal-weights": {"effective_sample_size": 0.999},
+    "noisy-advantages": {"signal_to_noise": 0.8},
 }
+#: Those of the weights.
+OF_WEIGHTS = [code for code in TRIPPED if "values" not in code]
 
 
 #: What rewards up to 1 come to.
@@ -193,6 +202,56 @@ def test_an_automatic_temperature_is_not_told_to_be_lower(code: str) -> None:
     assert "`n_steps`" in warning.suggestion
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "try `temperature` auto, or noise_threshold 2 among the `objective_options`, because"),
+        ({"value_objective": "exponential"}, "try noise_threshold 2 among the `objective_options`, because"),
+        # What would be told is there.
+        ({"temperature": "auto"}, None),
+        ({"objective_options": {"noise_threshold": 1.0}}, None),
+    ],
+)
+def test_noisy_advantages_recommend_what_does_not_chase_noise(changes: dict[str, Any], told: str | None) -> None:
+    found = warnings(looks(**TRIPPED["noisy-advantages"]), **changes)
+    assert [warning.suggestion.startswith(told or "") for warning in found] == [True] * (told is not None)
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        (["few-effective-samples"], ["few-effective-samples"]),
+        (["equal-weights"], ["equal-weights"]),
+        (["clipped-weights", "equal-weights"], ["clipped-weights"]),
+        (["diverged-values", "few-effective-samples"], ["diverged-values"]),
+        (["diverged-values", "clipped-weights", "equal-weights"], ["diverged-values"]),
+    ],
+)
+def test_advice_does_not_contradict_itself(others: list[str], expected: list[str]) -> None:
+    rows = looks(**TRIPPED["noisy-advantages"], **{name: of for code in others for name, of in TRIPPED[code].items()})
+    assert codes(rows) == expected
+
+
+@pytest.mark.parametrize("temperature", [3.0, "auto"])
+def test_weights_that_are_all_clipped_are_not_told_to_differ_more(temperature: float | str) -> None:
+    of_batch = health(torch.full((2, 64), 100.0) + torch.arange(64.0), torch.zeros(64))
+    row = {name: float(value) for name, value in of_batch._asdict().items()}
+    assert (row["effective_sample_size"], row["share_at_max_weight"]) == (1.0, 1.0)
+    found = health_warnings([row | {"step": float(step)} for step in range(100)], IQLConfig(temperature=temperature))
+    assert [warning.code for warning in found] == ["clipped-weights"]
+
+
+@pytest.mark.parametrize(("effective", "told"), [(0.0, True), (0.02, True), (0.05, False)])
+def test_where_bad_actions_weigh_nothing_next_to_none_that_teach_are_a_sign(effective: float, told: bool) -> None:
+    rows = looks(effective_sample_size=effective, signal_to_noise=0.8)
+    found = warnings(rows, value_objective="sparse")
+    assert [warning.code for warning in found] == ["few-effective-samples"] * told
+    for warning in found:
+        assert warning.suggestion.startswith("try a larger alpha among the `objective_options`, or smaller rewards")
+        # That leaves fewer still.
+        assert "noise_threshold" not in warning.suggestion
+
+
 def test_a_movement_within_the_noise_is_no_sign() -> None:
     moving = last_quarter(-10.0, -11.5)
     assert codes(looks(mean_value=moving)) == ["unsettled-values"]
@@ -210,6 +269,10 @@ def test_a_movement_within_the_noise_is_no_sign() -> None:
         {"share_at_max_weight": 0.199},
         {"share_at_max_weight": last_quarter(0.5, 0.05)},
         {"share_at_max_weight": 0.21, "noise": 0.8},
+        {"signal_to_noise": 1.8},
+        {"signal_to_noise": 0.3, "effective_sample_size": 0.71},
+        {"signal_to_noise": 1.01},
+        {"signal_to_noise": 0.95, "noise": 0.8},
     ],
 )
 def test_weights_within_the_limits_or_the_noise_are_no_sign(series: dict[str, Any]) -> None:
@@ -225,7 +288,7 @@ def test_few_looks_say_nothing() -> None:
     assert [codes(looks(count, **TRIPPED["unsettled-values"])) for count in (12, 40)] == [[], ["unsettled-values"]]
 
 
-@pytest.mark.parametrize("code", ["few-effective-samples", "clipped-weights", "equal-weights"])
+@pytest.mark.parametrize("code", OF_WEIGHTS)
 def test_weights_that_no_temperature_makes_are_no_sign(code: str) -> None:
     assert codes(looks(**TRIPPED[code]), temperature=0.0) == []
     assert codes(looks(**TRIPPED[code]), value_objective="sparse") == []
