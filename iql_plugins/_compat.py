@@ -18,6 +18,7 @@ from torch.optim import optimizer as optimizer_module
 __all__ = [
     "add_to_all",
     "assert_on_device",
+    "check_of",
     "compile_graph",
     "copy_all",
     "fused_kernel",
@@ -25,6 +26,7 @@ __all__ = [
     "host_compilers",
     "in_transform",
     "lerp_all",
+    "lower_to_cpp",
     "mode_options",
     "onednn_is_faster",
     "onednn_product",
@@ -134,22 +136,52 @@ def writes(tensor: Tensor) -> int | None:
     return getattr(tensor, "_version", None)
 
 
+def check_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether tensors have the types, shapes, strides, dtypes and devices of these, and require gradients as these do.
+
+    Dynamo's guard tells in one call, in a quarter of the time. Without it no tensors are known to.
+    """
+    guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    if not hasattr(guards, "TensorGuards"):
+        return lambda *_: False
+    # It knows each tensor once.
+    firsts = {id(tensor): index for index, tensor in reversed(list(enumerate(tensors)))}
+    once = sorted(firsts.values())
+    twice = [(index, firsts[id(tensor)]) for index, tensor in enumerate(tensors) if firsts[id(tensor)] != index]
+    distinct = [tensors[index] for index in once]
+    shapes, strides = [list(tensor.shape) for tensor in distinct], [list(tensor.stride()) for tensor in distinct]
+    guard = guards.TensorGuards(*distinct, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides)
+    check: Callable[..., bool] = guard.check
+    if not twice:
+        return check
+    return lambda *given: all(given[a] is given[b] for a, b in twice) and check(*[given[index] for index in once])
+
+
 def mode_options() -> Mapping[str, Mapping[str, Any]]:
     """Inductor's options for each ``mode`` of :func:`torch.compile`, whose documentation names this function."""
     return getattr(torch._inductor, "list_mode_options", dict)()
 
 
 def compile_graph(
-    graph: Callable[..., Any], examples: Sequence[Tensor], options: Mapping[str, Any]
+    graph: Callable[..., Any], examples: Sequence[Tensor], options: Mapping[str, Any], *, native: bool = False
 ) -> Callable[..., Any]:
     """A graph of tensors compiled for these very shapes, strides, dtypes and devices.
 
     On a CPU it comes from Inductor's cache on disk, if it was compiled before, in a third of the time. By
     :func:`torch.compile` nothing is left for Dynamo to do but to check its guards, 0.1 ms a step.
+
+    Args:
+        graph: to be compiled.
+        examples: its inputs.
+        options: of Inductor.
+        native: whether to call kernels from C++, on a CPU; by Inductor's Python where not.
+
+    Raises:
+        RuntimeError: if Inductor cannot compile it.
     """
     standalone = getattr(torch._inductor, "standalone_compile", None)
     if standalone is not None and all(example.device.type == "cpu" for example in examples):
-        patches = {"config_patches": {**_without_probes(), **options}}
+        patches = {"config_patches": {**_without_probes(), "cpp_wrapper": native, **options}}
         artifact: Callable[..., Any] = standalone(
             graph, list(examples), dynamic_shapes="from_example_inputs", options=patches
         )
@@ -174,6 +206,46 @@ def _without_probes() -> dict[str, bool]:
     except AttributeError:
         asked = False
     return {"cpp.vec_isa_ok": True} if known and asked else {}
+
+
+def lower_to_cpp(operator: Any, function: str, source: str) -> bool:
+    """Makes Inductor's C++ call a function for an operator of two matrices; whether it can.
+
+    Args:
+        operator: ``[M, N]`` from ``[M, K]`` and ``[K, N]``.
+        function: its name in C++; it takes handles of the result and of both matrices, whose rows are contiguous.
+        source: its definition.
+    """
+    try:
+        _lower(operator, function, source)
+    except (ImportError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def _lower(operator: Any, function: str, source: str) -> None:
+    from torch._inductor import ir
+    from torch._inductor.lowering import fallback_handler, register_lowering
+    from torch._inductor.virtualized import V
+
+    class Call(ir.ExternKernelOut):
+        def codegen(self, wrapper: Any) -> None:
+            if source not in wrapper._included_extra_headers:
+                wrapper._included_extra_headers.add(source)
+                wrapper.header.splice(source)
+            super().codegen(wrapper)
+
+    from_python = fallback_handler(operator, add_to_fallback_set=False)
+
+    @register_lowering(operator, type_promotion_kind=None)
+    def lowered(left: Any, right: Any) -> Any:
+        if not V.graph.cpp_wrapper:
+            return from_python(left, right)
+        matrices = [Call.require_stride_order(Call.realize_input(matrix), [1, 0]) for matrix in (left, right)]
+        size = [left.get_size()[0], right.get_size()[1]]
+        # Flexible: what it is a part of may have it compute into its own memory.
+        layout = ir.FlexibleLayout(device=left.get_device(), dtype=left.get_dtype(), size=size)
+        return ir.TensorBox.create(Call(layout=layout, inputs=matrices, cpp_kernel_name=function))
 
 
 def onednn_is_faster() -> bool:

@@ -463,8 +463,9 @@ class IQL(OfflineLearning):
         self._update_learning_rate()
         if not self.policy.training:
             self.policy.set_training_mode(True)
-        for _ in range(gradient_steps):
-            self.learner.step(self._batch(batch_size, offline_ratio))
+        with self.learner.undisturbed():
+            for _ in range(gradient_steps):
+                self.learner.step(self._batch(batch_size, offline_ratio))
         if gradient_steps:
             self._normalized_by_env = self._vec_normalize_env is not None
         self._n_updates = self.learner.step_count

@@ -48,6 +48,7 @@ from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training import distributed
 from iql_plugins.training.distributed import Processes, ProcessLostError, UnequalWeightsError
 from iql_plugins.training.learner import resolve_compile
+from iql_plugins.training.multi_seed import widest_together
 
 __all__ = ["InterruptedRun", "run"]
 
@@ -333,8 +334,7 @@ def worker_count(wanted: int | str, groups: int, device: str) -> int:
 def stack_size(arguments: Train, methods: int, spaces: Spaces, device: str) -> int:
     """How many seeds take their steps together.
 
-    Measured on two cores: with networks up to 128 wide a step of four stacked trainings takes half to three quarters of
-    the time that four steps take, and no less with wider ones. Kernels of a GPU are small for all of these.
+    On a GPU all; on a CPU those of narrow networks, see :func:`~iql_plugins.training.multi_seed.widest_together`.
 
     Raises:
         UserError: if it is more than one for a training that cannot be stacked.
@@ -348,7 +348,9 @@ def stack_size(arguments: Train, methods: int, spaces: Spaces, device: str) -> i
         return 1
     if torch.device(device).type != "cpu":
         return arguments.seeds
-    if max(_hidden_sizes(arguments.hyperparameters), default=0) > NARROW:
+    config = arguments.hyperparameters
+    compiled = resolve_compile(config.compile, config.n_steps, torch.device(device)) == "yes"
+    if max(_hidden_sizes(config), default=0) > widest_together(compiled=compiled):
         return 1
     units = methods * arguments.seeds
     return min(arguments.seeds, math.ceil(units / worker_count(arguments.workers, units, device)))

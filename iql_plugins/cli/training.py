@@ -34,7 +34,7 @@ from iql_plugins.ope import Criterion, Policy, action_agreement, initial_qvalue,
 from iql_plugins.plugins import AdapterNotFoundError, PluginError, host
 from iql_plugins.spaces import Spaces
 from iql_plugins.training import distributed
-from iql_plugins.training.agent import Agent
+from iql_plugins.training.agent import Agent, Observer
 from iql_plugins.training.distributed import Processes
 from iql_plugins.training.learner import DivergenceError
 
@@ -343,7 +343,7 @@ def _fit(
             processes.told((agent.state(), steps))
             distributed.synchronize(agent.learner)
         if len(trainers) == 1:
-            training.fit(first.algorithm, dataset, steps, after_step)
+            training.fit(first.algorithm, dataset, steps, Observer(after_step))
         else:
             assert training.fit_together is not None
             training.fit_together([trainer.algorithm for trainer in trainers], dataset, steps, after_step)

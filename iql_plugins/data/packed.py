@@ -1,6 +1,6 @@
 """Where batches come from: a dataset as rows of few matrices, so that a batch is one gather."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -74,22 +74,22 @@ class PackedDataset:
             raise ValueError("the dataset is empty: it has no transition to draw")
         first = _sorted_leaves(dataset[:1], transform, device)
         self._matrices: dict[torch.dtype, Tensor] = {}
-        # name, matrix, first and last column, shape of one entry, dtype
-        self._columns: list[tuple[str, torch.dtype, int, int, torch.Size, torch.dtype]] = []
-        widths: dict[torch.dtype, int] = {}
+        # name, matrix, shape of one entry, dtype
+        self._columns: list[tuple[str, torch.dtype, torch.Size, torch.dtype]] = []
+        self._widths: dict[torch.dtype, list[int]] = {}
         for key, tensor in first.items():
             storage = _storage(tensor)
-            start = widths.get(storage, 0)
-            widths[storage] = start + tensor[0].numel()
-            self._columns.append((flat_name(key), storage, start, widths[storage], tensor.shape[1:], tensor.dtype))
+            self._widths.setdefault(storage, []).append(tensor[0].numel())
+            self._columns.append((flat_name(key), storage, tensor.shape[1:], tensor.dtype))
         device = next(iter(first.values())).device
-        for storage, width in widths.items():
-            self._matrices[storage] = torch.empty(self._length, width, dtype=storage, device=device)
+        for storage, widths in self._widths.items():
+            self._matrices[storage] = torch.empty(self._length, sum(widths), dtype=storage, device=device)
         for start in range(0, self._length, CHUNK):
             stop = min(start + CHUNK, self._length)
             piece = _sorted_leaves(dataset[start:stop], transform, device)
-            for (_, storage, left, right, _, _), tensor in zip(self._columns, piece.values(), strict=True):
-                self._matrices[storage][start:stop, left:right] = tensor.reshape(stop - start, -1)
+            whole = {storage: matrix[start:stop] for storage, matrix in self._matrices.items()}
+            for own, tensor in zip(self._split(whole), piece.values(), strict=True):
+                own.copy_(tensor.reshape(stop - start, -1))
 
     def __len__(self) -> int:
         return self._length
@@ -103,11 +103,15 @@ class PackedDataset:
         """The transitions ``index`` (``[B]`` int64) by keyword name, each ``[B, ...]``."""
         rows = {storage: matrix.index_select(0, index) for storage, matrix in self._matrices.items()}
         result = {}
-        for name, storage, left, right, shape, dtype in self._columns:
-            columns = rows[storage].narrow(1, left, right - left)
+        for (name, storage, shape, dtype), columns in zip(self._columns, self._split(rows), strict=True):
             columns = columns if len(shape) == 1 else columns.reshape(len(index), *shape)
             result[name] = columns if dtype == storage else columns.to(dtype)
         return result
+
+    def _split(self, rows: dict[torch.dtype, Tensor]) -> Iterator[Tensor]:
+        """The columns of each entry, in rows of the matrices."""
+        parts = {storage: iter(matrix.split(self._widths[storage], 1)) for storage, matrix in rows.items()}
+        return (next(parts[storage]) for _, storage, _, _ in self._columns)
 
 
 class MappedDataset:

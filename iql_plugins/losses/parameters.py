@@ -252,7 +252,7 @@ class LossParameters(TensorDictModuleBase):  # type: ignore[misc]
                             "change (prune, normalise) critics before"
                         )
                     full = parameters.full(name, tensor, self._critic_count, self._tied)
-                    found.append((target, replicas.whole(full.detach())))
+                    found.append((target, replicas.whole(full)))
         return pairs
 
     @torch.no_grad()

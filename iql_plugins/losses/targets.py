@@ -1,6 +1,8 @@
 """Updates of the target critics."""
 
 import abc
+from itertools import chain
+from operator import is_
 from typing import Any, final
 
 import torch
@@ -51,6 +53,38 @@ class TargetUpdater(abc.ABC):
         vars(self).update(state_dict)
 
 
+class _Pairs:
+    """Targets and their sources, looked up once: walking the modules takes longer than to move the targets.
+
+    Args:
+        loss: whose they are.
+    """
+
+    def __init__(self, loss: IQLLoss) -> None:
+        parameters, self.buffers = loss.target_pairs()
+        self.targets, self.sources = [target for target, _ in parameters], [source for _, source in parameters]
+        networks = loss.get_stateful_net("qvalue_network", False), loss.get_stateful_net("target_qvalue_network", False)
+        modules = [module for network in networks for module in network.modules()]
+        self._registries = [loss._modules]
+        self._registries += [own for m in modules for own in (m._modules, m._parameters, m._buffers)]
+        self._found = self._content()
+        known = set(map(id, self._found))
+        sources = *self.sources, *(source for _, source in self.buffers)
+        self.are_registered = all(id(source) in known for source in sources)
+
+    def are_those_of(self, loss: IQLLoss) -> bool:
+        """Whether nothing has been replaced, added or taken away."""
+        content = self._content()
+        return (
+            self._registries[0] is loss._modules
+            and len(content) == len(self._found)
+            and all(map(is_, content, self._found))
+        )
+
+    def _content(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._registries)))
+
+
 @final
 class SoftUpdate(TargetUpdater):
     r"""Polyak averaging at every step: :math:`\hat\theta \leftarrow \epsilon\,\hat\theta + (1 - \epsilon)\,\theta`.
@@ -62,6 +96,9 @@ class SoftUpdate(TargetUpdater):
         loss_module: the loss whose targets are updated.
         eps: share of the old target that stays, in [0.5, 1]; below, ``tau`` was meant.
         tau: 1 - eps, in [0, 1].
+
+    Attributes:
+        undisturbed: whether the tensors are those of the last step, and need not be looked up.
 
     Raises:
         TypeError: if ``loss_module`` is not an :class:`IQLLoss`.
@@ -79,6 +116,8 @@ class SoftUpdate(TargetUpdater):
             raise ValueError(f"tau must be in [0, 1], got {tau}")
         super().__init__(loss_module)
         self.tau = tau
+        self.undisturbed = False
+        self._pairs: _Pairs | None = None
 
     @property
     def eps(self) -> float:
@@ -88,12 +127,18 @@ class SoftUpdate(TargetUpdater):
     @torch.no_grad()
     def step(self) -> None:
         """Moves all targets by the share ``tau``."""
-        parameters, buffers = self.loss_module.target_pairs()
-        targets, sources = [target for target, _ in parameters], [source for _, source in parameters]
-        if targets:
-            _compat.lerp_all(targets, sources, self.tau)
-        for target, source in buffers:
+        pairs = self._pairs
+        if pairs is None or not (self.undisturbed or pairs.are_those_of(self.loss_module)):
+            pairs = _Pairs(self.loss_module)
+        # What is put together of parameters is another tensor each time.
+        self._pairs = pairs if pairs.are_registered else None
+        if pairs.targets:
+            _compat.lerp_all(pairs.targets, pairs.sources, self.tau)
+        for target, source in pairs.buffers:
             target.copy_(source)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"undisturbed": False, "_pairs": None}
 
 
 @final

@@ -3,7 +3,9 @@
 import shutil
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from iql_plugins import _compat
 from iql_plugins.losses.iql import IQLLoss
-from iql_plugins.training.products import critics_apart, decompositions
+from iql_plugins.training.products import called_from_cpp, critics_apart, decompositions
 
 __all__ = ["MOST_GRAPHS", "Draw", "Graph", "LossGradients", "compiled", "compiler_available", "slots", "traced"]
 
@@ -55,6 +57,7 @@ class LossGradients:
 
     Attributes:
         warm_up_seconds: spent on tracing and compiling so far.
+        undisturbed: whether the loss and its settings are those of the last call, and need not be looked at.
     """
 
     def __init__(self, loss: IQLLoss, *, compile: bool = False, mode: str | None = None) -> None:
@@ -71,6 +74,7 @@ class LossGradients:
         if compile and not compiler_available(device):
             raise RuntimeError(f"there is no compiler for {device.type}: install one (g++), or do not compile")
         self.warm_up_seconds = 0.0
+        self.undisturbed = False
         self._graphs: dict[Any, Graph] = {}
         self._look_up()
 
@@ -87,7 +91,7 @@ class LossGradients:
 
     def __getstate__(self) -> dict[str, Any]:
         # Compiled functions cannot be pickled; they are made again.
-        return vars(self) | {"_graphs": {}}
+        return vars(self) | {"undisturbed": False, "_graphs": {}, "_last": None}
 
     def _look_up(self) -> None:
         # Walking the modules takes longer than small kernels: where their tensors are is looked up once, which ones
@@ -96,6 +100,7 @@ class LossGradients:
         self._modules = list(self.loss.modules())
         self._parameters = slots(self.loss, "_parameters")
         self._buffers = slots(self.loss, "_buffers")
+        self._last: _Last | None = None
 
     def _eager(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         outputs: tuple[Tensor, ...] = self.loss(**batch)
@@ -105,22 +110,33 @@ class LossGradients:
         return tuple(output.detach() for output in outputs)
 
     def _compiled(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        state = self.state()
+        last = self._last
+        if last is None or not (self.undisturbed and last.takes(batch)):
+            state = self.state()
+            # Where they have been looked up again, it is another one.
+            last = self._last
+            if last is None or not last.fits(state, batch):
+                graph = self._graph(state, batch)
+                if graph is None:
+                    return self._eager(batch)
+                settings = self.loss, self.loss.value_estimator
+                last = self._last = _Last(graph, state, batch, settings, self._modules)
+        for name in self._parameters:
+            last.state[name].grad = None
+        gradients, outputs = last.graph(last.state, batch, [draw.sample() for draw in last.graph.draws])
+        for name, gradient in gradients.items():
+            last.state[name].grad = gradient
+        return outputs
+
+    def _graph(self, state: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> "Graph | None":
+        """Made if there is none yet; None if there are too many."""
         signature = self.signature(state, batch)
-        parameters = {name: state[name] for name in self._parameters}
         graph = self._graphs.get(signature)
-        if graph is None:
-            if len(self._graphs) == MOST_GRAPHS:
-                return self._eager(batch)
+        if graph is None and len(self._graphs) < MOST_GRAPHS:
             begin = time.perf_counter()
             graph = self._graphs[signature] = compiled(self.loss, state, batch, mode=self.mode)
             self.warm_up_seconds += time.perf_counter() - begin
-        for parameter in parameters.values():
-            parameter.grad = None
-        gradients, outputs = graph(state, batch, [draw.sample() for draw in graph.draws])
-        for name, parameter in parameters.items():
-            parameter.grad = gradients.get(name)
-        return outputs
+        return graph
 
     def state(self) -> dict[str, Tensor]:
         """The parameters and buffers that the losses have now; one with several names under the first."""
@@ -137,8 +153,7 @@ class LossGradients:
             state: of :meth:`state`.
             batch: keyword tensors by the key layout.
         """
-        device = next(iter(state.values())).device.type
-        autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+        autocast = _autocast(next(iter(state.values())))
         return _signature(batch), _signature(state), tuple(_trained(state)), self._settings(), autocast
 
     def _settings(self) -> tuple[Any, ...]:
@@ -209,7 +224,76 @@ class Graph:
         return dict(zip(self.trained, results[:count], strict=True)), tuple(results[count:])
 
 
-def traced(loss: IQLLoss, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, stacked: bool) -> Graph:
+class _Last:
+    """The graph of the last step, and whether it is that of the next one, too.
+
+    Looking at a signature takes a tenth of a millisecond when the step before has taken the caches.
+
+    Args:
+        graph: of what follows.
+        state: parameters and buffers by name.
+        batch: keyword tensors by the key layout.
+        settings: modules that have them.
+        modules: that are in a mode.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        state: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        settings: Sequence[nn.Module],
+        modules: Sequence[nn.Module],
+    ) -> None:
+        self.graph, self.state = graph, state
+        self._tensors, self._names = list(state.values()), list(batch)
+        self._alike = _compat.check_of([*self._tensors, *batch.values()])
+        self._autocast = _autocast(self._tensors[0])
+        self._settings = [_Settings(module) for module in settings]
+        self._modules, self._modes = modules, [module.training for module in modules]
+
+    def takes(self, batch: Mapping[str, Tensor]) -> bool:
+        """Whether the tensors have the signature of then; False may be wrong, True is not."""
+        return list(batch) == self._names and self._alike(*self._tensors, *batch.values())
+
+    def fits(self, state: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> bool:
+        """Whether all of the signature is that of then; False may be wrong, True is not."""
+        return (
+            all(map(is_, state.values(), self._tensors))
+            and self.takes(batch)
+            and self._autocast == _autocast(self._tensors[0])
+            and [module.training for module in self._modules] == self._modes
+            and all(settings.are_as_they_were() for settings in self._settings)
+        )
+
+
+class _Settings:
+    """What was set on a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._kind, self._own = module, type(module), vars(module)
+        self._names, self._values = list(self._own), list(self._own.values())
+        found = [value for name, value in self._own.items() if name not in _NO_SETTING and type(value) not in _PLAIN]
+        self._inner = [(value, _constant(value)) for value in found if _constant(value) is not value]
+
+    def are_as_they_were(self) -> bool:
+        """Whether it is all still there, and has not changed inside."""
+        return (
+            type(self._module) is self._kind
+            and list(self._own) == self._names
+            and all(map(is_, self._own.values(), self._values))
+            and all(_constant(value) == constant for value, constant in self._inner)
+        )
+
+
+def _autocast(tensor: Tensor) -> tuple[bool, torch.dtype]:
+    device = tensor.device.type
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def traced(
+    loss: IQLLoss, state: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, stacked: bool, native: bool = False
+) -> Graph:
     """Losses and gradients as one graph of plain tensors.
 
     Args:
@@ -218,6 +302,7 @@ def traced(loss: IQLLoss, state: Mapping[str, Tensor], batch: Mapping[str, Tenso
         batch: keyword tensors by the key layout.
         stacked: whether all tensors have one more dimension in front, of as many trainings; so do the outputs then, and
             the masks.
+        native: whether it is called from C++, by which products are that are worth a call of oneDNN's.
 
     Raises:
         ValueError: if a network draws other random numbers than masks where trainings are stacked: each has its own.
@@ -241,9 +326,9 @@ def traced(loss: IQLLoss, state: Mapping[str, Tensor], batch: Mapping[str, Tenso
 
     # Tracing computes: on copies, and with the random state put back, it changes no running statistics and no draw.
     copies = [tensor.detach().clone() for tensor in state.values()]
-    devices = [copies[0].device] if copies[0].is_cuda else []
-    with torch.random.fork_rng(devices), critics_apart(loss):
-        tracer = make_fx(losses_and_gradients, decomposition_table=decompositions(copies[0].device))
+    device = copies[0].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), critics_apart(loss):
+        tracer = make_fx(losses_and_gradients, decomposition_table=decompositions(device, native=native))
         graph: GraphModule = tracer(*copies, *(tensor.detach() for tensor in batch.values()))
     draws = _draws_outside(graph)
     drawing = {str(node.target) for node in graph.graph.nodes if _is_random(node.target)}
@@ -299,10 +384,26 @@ def compiled(
         stacked: see :func:`traced`.
         mode: of :func:`torch.compile`.
     """
-    graph = traced(loss, state, batch, stacked=stacked)
+    if mode is None and next(iter(state.values())).device.type == "cpu" and called_from_cpp():
+        # There may be no C++ for what a network calls.
+        with suppress(RuntimeError):
+            return _compiled(loss, state, batch, stacked, native=True)
+    return _compiled(loss, state, batch, stacked, **_options(mode))
+
+
+def _compiled(
+    loss: IQLLoss,
+    state: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    stacked: bool,
+    *,
+    native: bool = False,
+    **options: Any,
+) -> Graph:
+    graph = traced(loss, state, batch, stacked=stacked, native=native)
     examples = [tensor.detach() for tensor in (*state.values(), *batch.values())]
     examples += [draw.empty() for draw in graph.draws]
-    return replace(graph, function=_compat.compile_graph(graph.function, examples, _options(mode)))
+    return replace(graph, function=_compat.compile_graph(graph.function, examples, options, native=native))
 
 
 def _laid_out(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:

@@ -1,5 +1,6 @@
 r"""One gradient step, the same for every adapter."""
 
+import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from iql_plugins.training.cuda_graph import CapturedStep
 from iql_plugins.training.distributed import Processes
 from iql_plugins.training.gradients import OUTPUTS, LossGradients, compiler_available
 from iql_plugins.training.health import HealthWarning, Looks, health_warnings
-from iql_plugins.training.optimizers import take_step
+from iql_plugins.training.optimizers import Update, take_step
 from iql_plugins.training.rates import Rate, Rates
 
 __all__ = [
@@ -209,6 +210,8 @@ class Learner:
         self._last_batch: Mapping[str, Tensor] = {}
         self._looks = Looks()
         self.stacked = False
+        self._undisturbed = False
+        self._updates: list[Sequence[Update]] = []
 
     @classmethod
     def from_config(
@@ -307,6 +310,26 @@ class Learner:
     def _factor(self, network: str, group: Mapping[str, Any]) -> float:
         return schedule_factor(network, group, self.step_count, self.actor_schedule_steps)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Somebody may change a copy.
+        return vars(self) | {"_undisturbed": False, "_updates": []}
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """For steps between which nobody changes the loss, its settings or the optimisers: they look once, at first.
+
+        What may change is a rate, or a batch's shape. A compiled step of a usual size is a twentieth faster.
+        """
+        before = self._undisturbed
+        self._undisturbed = True
+        try:
+            yield
+        finally:
+            self._undisturbed = before
+            if not before:
+                self._gradients.undisturbed = self.target_updater.undisturbed = False
+                self._updates = []
+
     def step(self, batch: Mapping[str, Tensor] | TensorDictBase) -> None:
         """One gradient step on a batch.
 
@@ -334,6 +357,7 @@ class Learner:
             else:
                 losses = captured(batch, *self._constants_and_addresses(batch))
         self.count(losses, dict(batch))
+        self._gradients.undisturbed = self.target_updater.undisturbed = self._undisturbed
         # A framework's schedule has moved on, and shows the rate of the next step.
         for network in self._rates.trained:
             if "schedule" in self._rates.group(network):
@@ -372,8 +396,11 @@ class Learner:
         if self.max_grad_norm is not None:
             for network in self._rates.trained:
                 nn.utils.clip_grad_norm_(self._rates.group(network)["params"], self.max_grad_norm)
-        for optimizer in self.optimizers:
-            take_step(optimizer)
+        updates, self._updates = self._updates, []
+        for index, optimizer in enumerate(self.optimizers):
+            taken = take_step(optimizer, updates[index] if updates else ())
+            if self._undisturbed and self.compiled:
+                self._updates.append(taken)
             if self._drops_gradients:
                 optimizer.zero_grad()
         self.target_updater.step()
@@ -551,8 +578,9 @@ class Learner:
         }
         self.target_updater.load_state_dict(state["target_updater"])
         for optimizer, saved in zip(self.optimizers, fitted, strict=True):
-            optimizer.load_state_dict(saved)
-        self.step_count, self.seed = step_count, seed
+            # Torch would train on the very tensors that were given.
+            optimizer.load_state_dict(copy.deepcopy(saved))
+        self.step_count, self.seed, self._updates = step_count, seed, []
         self._rates.load_state_dict(rates)
         self._sums, self._count, self._last_batch = None, 0, {}
         self._looks = Looks()

@@ -21,7 +21,19 @@ from iql_plugins.training.gradients import Graph, compiled, slots, traced
 from iql_plugins.training.learner import STEPS_BETWEEN_CHECKS, drawing_from, schedule_factor
 from iql_plugins.training.optimizers import take_step
 
-__all__ = ["fit_together"]
+__all__ = ["fit_together", "widest_together"]
+
+
+def widest_together(*, compiled: bool) -> int:
+    """The width of hidden layers on a CPU up to which seeds are faster together than one by one.
+
+    Measured on two cores: a step of four takes half to three quarters of the time that four steps take, and no less
+    where layers are wider. Compiled steps that oneDNN multiplies in are fast by themselves, from 128 on faster.
+
+    Args:
+        compiled: whether losses and gradients are.
+    """
+    return 64 if compiled and _compat.onednn_is_faster() else 128
 
 
 def fit_together(

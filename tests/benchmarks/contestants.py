@@ -28,7 +28,7 @@ from iql_plugins.hookspecs import Training
 from iql_plugins.keys import flat_name
 from iql_plugins.networks import critic, gaussian_actor, value_function
 from iql_plugins.spaces import Box, Spaces
-from iql_plugins.training.agent import Agent
+from iql_plugins.training.agent import Agent, Observer
 from iql_plugins.training.learner import Learner
 
 Maker: TypeAlias = "Callable[[Size, TensorDict], Steps]"
@@ -141,7 +141,7 @@ def ours(adapter: str, compile: Compile, *, mode: str | None = None, capture: bo
 def fit(training: Training, agent: Agent, data: TensorDict) -> Steps:
     """Steps of an agent through an adapter."""
     algorithm = training.from_agent(agent)
-    return lambda count: training.fit(algorithm, data, count, _ignore)
+    return lambda count: training.fit(algorithm, data, count, Observer(_ignore))
 
 
 def _ignore(step: int) -> None:

@@ -21,7 +21,7 @@ import torch
 from processes import alive, assert_all_end
 from requirements import data_of_others, needs_compiler, needs_proc
 
-from iql_plugins import checkpoint, load_dataset, ope
+from iql_plugins import _compat, checkpoint, load_dataset, ope
 from iql_plugins.cli import main, train, training, workers
 from iql_plugins.cli.errors import UserError
 from iql_plugins.cli.output import Result
@@ -790,6 +790,9 @@ def test_a_training_that_cannot_be_stacked_is_a_mistake_before_it_starts(
         (["--seeds", "5", "--hidden-sizes", "64", "--workers", "4"], "cpu", 3),
         (["--seeds", "5", "--hidden-sizes", "64", "--baseline", "none"], "cpu", 3),
         (["--seeds", "5", "--hidden-sizes", "64", "--workers", "20"], "cpu", 1),
+        (["--seeds", "5", "--hidden-sizes", "64", "--compile", "yes"], "cpu", 5),
+        (["--seeds", "5", "--hidden-sizes", "128", "--compile", "yes"], "cpu", 1),
+        (["--seeds", "5", "--hidden-sizes", "128", "--compile", "no"], "cpu", 5),
         (["--seeds", "5", "--hidden-sizes", "64", "256"], "cpu", 1),
         (["--seeds", "5", "--hidden-sizes", "64", "--critic-hidden-sizes", "256"], "cpu", 1),
         (["--seeds", "5", "--hidden-sizes", "64", "--value-dropout", "0.1"], "cuda", 5),
@@ -806,6 +809,7 @@ def test_seeds_are_stacked_where_that_is_faster(
     from iql_plugins.cli.arguments import Train, parse
 
     monkeypatch.setattr(train, "available_cores", lambda: 2)
+    monkeypatch.setattr(_compat, "onednn_is_faster", lambda: True)
     arguments = parse(["train", *options])
     assert isinstance(arguments, Train)
     methods = 1 if arguments.baseline == "none" else 2

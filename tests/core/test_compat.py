@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 
 import iql_plugins
 from iql_plugins import _compat
+from iql_plugins.training import products
 from iql_plugins.training.gradients import LossGradients
 from iql_plugins.training.learner import Learner
 from iql_plugins.training.multi_seed import fit_together
@@ -105,6 +107,11 @@ def test_a_graph_is_compiled_without_the_compilers_that_check_nothing(
         monkeypatch.delattr(torch._inductor, name)
     given = torch.ones(3, 2, device=device)
     torch.testing.assert_close(_compat.compile_graph(graph, [given], {})(given), graph(given))
+
+
+def test_steps_are_called_from_python_without_inductors_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(importlib.import_module("torch._inductor.ir"), "ExternKernelOut")
+    assert not _compat.lower_to_cpp(products.PRODUCT, "a_function", "")
 
 
 @needs_compiler

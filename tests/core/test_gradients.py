@@ -21,10 +21,11 @@ from iql_plugins.data.packed import batch_source
 from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training import gradients
-from iql_plugins.training.agent import Agent
+from iql_plugins.training.agent import Agent, Observer
 from iql_plugins.training.gradients import MOST_GRAPHS, LossGradients, compiler_available
+from iql_plugins.training.learner import Learner
 from iql_plugins.training.multi_seed import fit_together
-from iql_plugins.training.products import critics_apart
+from iql_plugins.training.products import PRODUCT, critics_apart
 
 
 @pytest.fixture
@@ -32,9 +33,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The graphs that are traced meanwhile, run as they are: what compilers do to them is not our business."""
     traced: list[Any] = []
     # The bare function: the module's own call hides what a check of the graph has to say.
-    monkeypatch.setattr(
-        _compat, "compile_graph", lambda graph, examples, options: traced.append(graph) or graph.forward
-    )
+    monkeypatch.setattr(_compat, "compile_graph", lambda graph, *_, **__: traced.append(graph) or graph.forward)
     monkeypatch.setattr(gradients, "compiler_available", lambda device: True)
     return traced
 
@@ -134,17 +133,155 @@ def test_critics_are_evaluated_together_where_apart_brings_nothing_or_other_draw
 
 
 @needs_onednn
-def test_large_products_are_onednns_where_those_are_faster(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("mode", "widths"), [(None, (32, 64)), ("default", (64, 128))])
+def test_large_products_are_onednns_where_those_are_faster(
+    mode: str | None, widths: tuple[int, int], graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sooner where they are called from C++."""
     monkeypatch.setattr(_compat, "onednn_is_faster", lambda: True)
     dataset, counts = make_dataset(SPACES["continuous"], rows=128), []
-    for width in (64, 128):  # of 64 critics are apart, and products too small
+    for width in widths:
         agent = make_agent("continuous", dataset, hidden_sizes=(width, width), batch_size=128, compile="no")
         batch = batch_source(dataset, agent.normalizers).batch(torch.arange(128))
-        both(agent.loss, batch, LossGradients(agent.loss, compile=True))
-        counts.append(sum(node.target is torch.ops.iql_plugins.product.default for node in graphs[-1].graph.nodes))
+        both(agent.loss, batch, LossGradients(agent.loss, compile=True, mode=mode))
+        found = [sizes for sizes in _products(graphs[-1]) if min(sizes) == width]
+        counts.append(len(found))
         assert not any(map(_has_short_rows, graphs[-1].graph.nodes))
     # Of the hidden layer: once in V(s), V(s'), the policy, four critics, and twice for each gradient of four.
     assert counts == [0, 15]
+
+
+def test_a_tensor_that_is_given_twice_is_known_again(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, looks = make_loss("continuous"), []
+    monkeypatch.setattr(LossGradients, "signature", lambda self, *given: looks.append(given) or 1)
+    compiled, batch = LossGradients(loss, compile=True), keywords(make_batch("continuous"))
+    for _ in range(2):
+        flags = batch["next_done"].clone()
+        compiled(batch | {"next_done": flags, "next_terminated": flags})
+    assert len(looks) == 1
+    compiled(batch | {"next_done": flags, "next_terminated": flags.clone()})
+    assert len(looks) == 2
+
+
+def test_a_copy_made_between_undisturbed_steps_looks_again(graphs: list[Any]) -> None:
+    learner, batch = Learner(make_loss("continuous"), compile=True, seed=0), keywords(make_batch("continuous"))
+    with learner.undisturbed():
+        for _ in range(2):
+            learner.step(batch)
+        copies = [copy.deepcopy(learner), pickle.loads(pickle.dumps(learner))]
+    for copied in copies:
+        reference = copy.deepcopy(learner)
+        for trained in (copied, reference):
+            trained.step(batch)
+            trained.loss.expectile = 0.95
+            trained.load_state_dict(learner.state_dict())
+            for _ in range(2):
+                trained.step(batch)
+        for name, tensor in reference.loss.state_dict().items():
+            assert torch.equal(copied.loss.state_dict()[name], tensor)
+
+
+def test_another_class_is_another_graph(graphs: list[Any]) -> None:
+    class Doubled(IQLLoss):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return tuple(2 * output for output in super().forward(*args, **kwargs))
+
+    loss, batch = make_loss("continuous"), keywords(make_batch("continuous"))
+    compiled = LossGradients(loss, compile=True)
+    before = compiled(batch)
+    loss.__class__ = Doubled
+    torch.testing.assert_close(compiled(batch), tuple(2 * output for output in before))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_undisturbed_steps_are_the_others(kind: str, compile: bool, graphs: list[Any]) -> None:
+    first, second = (Learner(make_loss(kind), compile=compile, actor_schedule_steps=10, seed=0) for _ in range(2))
+    second.loss.load_state_dict(copy.deepcopy(first.loss.state_dict()))
+
+    def step(number: int) -> None:
+        # Rates, and the shape of a batch, may be other ones.
+        batch = keywords(make_batch(kind, (6 if number != 3 else 7,)))
+        for learner in (first, second):
+            learner.set_learning_rate("critic", 1e-3 * (number + 1))
+            learner.step(batch)
+        for name, tensor in first.loss.state_dict().items():
+            assert torch.equal(second.loss.state_dict()[name], tensor)
+
+    with second.undisturbed():
+        for number in range(6):
+            step(number)
+    for learner in (first, second):
+        learner.loss.expectile, learner.target_updater.tau = 0.9, 0.5
+        for group in learner.optimizers[0].param_groups:
+            group["weight_decay"] = 0.1
+    step(6)
+    with pytest.raises(KeyError), second.undisturbed():
+        second.step({})
+    for learner in (first, second):
+        learner.loss.expectile = 0.8
+    step(7)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_steps_look_whether_something_has_changed_unless_nothing_can_have(
+    alone: bool, graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, looks, seen = make_dataset(SPACES["continuous"]), [], list[int]()
+    agent = make_agent("continuous", dataset, compile="yes")
+    state = LossGradients.state
+    monkeypatch.setattr(LossGradients, "state", lambda self: looks.append(self) or state(self))
+    agent.fit(dataset, 5, Observer(seen.append) if alone else seen.append)
+    assert (seen, len(looks)) == ([1, 2, 3, 4, 5], 1 if alone else 5)
+    agent.fit(dataset, 5)
+    assert len(looks) == (2 if alone else 6)
+
+
+def test_what_a_callback_changes_counts_from_the_next_step(graphs: list[Any]) -> None:
+    dataset = make_dataset(SPACES["continuous"])
+    changed, twice = (make_agent("continuous", dataset, compile="yes") for _ in range(2))
+
+    def change(step: int) -> None:
+        if step == 2:
+            changed.loss.expectile = 0.9
+
+    changed.fit(dataset, 4, change)
+    twice.fit(dataset, 2)
+    twice.loss.expectile = 0.9
+    twice.fit(dataset, 2)
+    for name, tensor in twice.loss.state_dict().items():
+        assert torch.equal(changed.loss.state_dict()[name], tensor)
+
+
+def test_a_setting_that_changes_inside_counts_from_the_next_call(graphs: list[Any]) -> None:
+    loss = make_loss("continuous", **OBJECTIVES["sparse-awr"])
+    compiled, batch = LossGradients(loss, compile=True), keywords(make_batch("continuous"))
+    before = compiled(batch)
+    loss.objective_options["alpha"] = 3.0
+    assert not torch.equal(compiled(batch)[2], before[2])
+    both(loss, batch, compiled)
+
+
+def test_a_graph_is_called_from_python_where_there_is_no_cpp_for_it(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def compile_graph(graph: Any, *_: Any, native: bool) -> Any:
+        tried.append(native)
+        if native:
+            raise RuntimeError("a function that C++ does not have")
+        return graph.forward
+
+    monkeypatch.setattr(_compat, "compile_graph", compile_graph)
+    loss = make_loss("continuous")
+    both(loss, keywords(make_batch("continuous")), LossGradients(loss, compile=True))
+    assert tried == [True, False] if next(loss.parameters()).device.type == "cpu" else [False]
+
+
+def _products(graph: Any) -> list[tuple[int, int, int]]:
+    """Rows, columns, and what is summed over, of oneDNN's."""
+    found = [node for node in graph.graph.nodes if node.target is PRODUCT]
+    return [(*node.meta["val"].shape, node.args[0].meta["val"].shape[1]) for node in found]
 
 
 @needs_onednn
@@ -159,23 +296,22 @@ def test_gradients_of_few_columns_are_computed_transposed_for_several_seeds_too(
 
 
 @needs_onednn
-@pytest.mark.parametrize(("columns", "count"), [(5, 0), (6, 3)])
-def test_narrow_products_of_large_batches_are_onednns_too(
-    columns: int, count: int, graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("rows", "count"), [(128, 0), (256, 3)])
+def test_narrow_products_of_usual_batches_are_onednns_too(
+    rows: int, count: int, graphs: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_compat, "onednn_is_faster", lambda: True)
+    columns = 6
     spaces = Spaces(Box((2,)), Box((columns,), "float32", (-1.0,) * columns, (1.0,) * columns))
-    config = IQLConfig(hidden_sizes=(256, 256), batch_size=1024, compile="no")
+    config = IQLConfig(hidden_sizes=(256, 256), batch_size=rows, compile="no")
     loss = Agent(spaces, config, seed=0).loss
     batch = {
-        name: torch.rand(1024, size)
+        name: torch.rand(rows, size)
         for name, size in (("observation", 2), ("action", columns), ("next_observation", 2), ("next_reward", 1))
-    } | dict.fromkeys(("next_done", "next_terminated"), torch.zeros(1024, 1, dtype=torch.bool))
+    } | dict.fromkeys(("next_done", "next_terminated"), torch.zeros(rows, 1, dtype=torch.bool))
     both(loss, batch, LossGradients(loss, compile=True))
     # Of the policy's last layer: forward, and both gradients. Critics have two columns more.
-    products = [node for node in graphs[-1].graph.nodes if node.target is torch.ops.iql_plugins.product.default]
-    sizes = [(*node.meta["val"].shape, node.args[0].meta["val"].shape[1]) for node in products]
-    assert sum(columns in size for size in sizes) == count
+    assert sum(columns in sizes for sizes in _products(graphs[-1])) == count
 
 
 class LowRank(nn.Module):
@@ -521,6 +657,16 @@ def test_parameters_of_another_dtype_or_layout_are_another_graph(kind: str, grap
 def test_an_unknown_mode_is_refused(kind: str) -> None:
     with pytest.raises(ValueError, match=r"mode must be one of default, .* got 'fast'"):
         LossGradients(make_loss(kind), mode="fast")
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["continuous", "discrete"])
+def test_compiled_products_are_autograds_whatever_their_sizes(kind: str) -> None:
+    dataset = make_dataset(SPACES[kind], rows=130)
+    agent = make_agent(kind, dataset, hidden_sizes=(70, 300))
+    batch = batch_source(dataset, agent.normalizers).batch(torch.arange(130))
+    both(agent.loss, batch, LossGradients(agent.loss, compile=True))
 
 
 @needs_compiler

@@ -155,3 +155,39 @@ def test_without_the_kernel_the_step_is_that_of_torch(
         _draw_gradients(optimizer, number)
         take_step(optimizer)
     assert steps_of_torch == [optimizer, optimizer]
+
+
+def test_counts_of_steps_are_one_tensor_and_still_those_of_torch() -> None:
+    [ours] = adam(_groups(_network()))  # type: ignore[arg-type]
+    [theirs] = adam(_groups(_network()))  # type: ignore[arg-type]
+    for number in range(6):
+        if number == 3:
+            # A copy's are its own, whatever memory they had in common.
+            state = copy.deepcopy(ours.state_dict())
+            copied = copy.deepcopy(ours)
+            _draw_gradients(copied, 0)
+            take_step(copied)
+            ours.load_state_dict(state)
+        _draw_gradients(ours, number)
+        _draw_gradients(theirs, number)
+        # Torch adds to each of them.
+        ours.step() if number == 2 else take_step(ours)
+        theirs.step()
+        assert all(torch.equal(a, b) for a, b in zip(_tensors(ours), _tensors(theirs), strict=True))
+    for group in ours.param_groups:
+        counts = [ours.state[parameter]["step"] for parameter in group["params"]]
+        assert len({count.untyped_storage().data_ptr() for count in counts}) == (1 if counts[0].is_cpu else len(counts))
+
+
+def test_a_known_update_is_the_one_that_would_be_looked_up(steps_of_torch: list[Optimizer]) -> None:
+    first, second = (adam(_groups(_network()))[0] for _ in range(2))  # type: ignore[arg-type]
+    known = take_step(first)
+    for number in range(4):
+        for optimizer in (first, second):
+            _draw_gradients(optimizer, number)
+            # Of the group it is read at every step.
+            optimizer.param_groups[0]["lr"] = 0.1 / (number + 1)
+        known = take_step(first, known)
+        take_step(second)
+    assert len(known) == 2
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(first), _tensors(second), strict=True))

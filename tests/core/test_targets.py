@@ -1,6 +1,7 @@
 """SoftUpdate and HardUpdate."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -73,6 +74,31 @@ def test_critics_that_were_given_other_parameters_are_refused(kind: str) -> None
     prune.l1_unstructured(layer, "weight", 0.5)
     with pytest.raises(RuntimeError, match=r"the targets have no 'module.*weight_orig'"):
         SoftUpdate(loss, tau=0.5).step()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("change", ["loaded tensors", "other data", "another dtype", "copy", "pickle"])
+def test_tensors_that_are_replaced_between_updates_are_the_ones_that_move(kind: str, count: int, change: str) -> None:
+    loss = make_loss(kind, num_qvalue_nets=count)
+    updater = SoftUpdate(loss, tau=0.25)
+    updater.step()
+    if change == "loaded tensors":
+        loss.load_state_dict({name: tensor.clone() for name, tensor in loss.state_dict().items()}, assign=True)
+    elif change == "other data":
+        for parameter in loss.parameters():
+            parameter.data = parameter.data.clone()
+    elif change == "another dtype":
+        loss.double()
+    else:
+        updater = copy.deepcopy(updater) if change == "copy" else pickle.loads(pickle.dumps(updater))
+        loss = updater.loss_module
+    with torch.no_grad():
+        for parameter in loss.qvalue_network.parameters():
+            parameter.add_(1.0)
+    before = [(target.clone(), source.detach().clone()) for target, source in loss.target_pairs()[0]]
+    updater.step()
+    for (target, _), (old, source) in zip(loss.target_pairs()[0], before, strict=True):
+        torch.testing.assert_close(target, old.lerp(source, 0.25))
 
 
 @pytest.mark.parametrize("interval", [1, 3])

@@ -196,7 +196,7 @@ def test_what_does_not_go_together_is_refused(given: dict[str, Any], message: st
 
 def test_it_can_be_set_later_and_has_a_state_as_long_as_it_is_automatic(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph that is traced anew moves what an ordinary step moves, and tracing it moves nothing."""
-    monkeypatch.setattr(_compat, "compile_graph", lambda graph, examples, options: graph.forward)
+    monkeypatch.setattr(_compat, "compile_graph", lambda graph, *_, **__: graph.forward)
     monkeypatch.setattr(compiled_gradients, "compiler_available", lambda device: True)
     batch = keywords(make_batch("continuous"))
     plain = make_loss("continuous")
