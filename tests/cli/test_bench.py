@@ -134,7 +134,7 @@ def test_on_a_gpu_the_step_is_measured_as_a_cuda_graph_too(run: Run, monkeypatch
 
     monkeypatch.setattr(bench, "device_name", lambda name: {"auto": "cuda"}[name])
     monkeypatch.setattr(bench, "dataset_of", lambda size: types.SimpleNamespace(to=lambda device: None))
-    monkeypatch.setattr(bench, "products", lambda size, device: None)
+    monkeypatch.setattr(bench, "products", lambda device: None)
     monkeypatch.setattr(bench, "ours", ours)
     monkeypatch.setattr(bench, "timings", timings)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
