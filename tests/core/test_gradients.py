@@ -437,21 +437,23 @@ def test_another_discount_or_estimator_counts_from_the_next_call(kind: str, grap
     assert compiled(batch)[1] != before[1]
 
 
-def test_weights_that_are_loaded_count_from_the_next_call(kind: str, graphs: list[Any]) -> None:
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_that_are_loaded_count_from_the_next_call(kind: str, assign: bool, graphs: list[Any]) -> None:
     loss, batch = make_loss(kind), keywords(make_batch(kind))
     compiled = LossGradients(loss, compile=True)
     compiled(batch)
-    loss.load_state_dict(make_loss(kind).state_dict())
+    loss.load_state_dict(make_loss(kind).state_dict(), assign=assign)
     both(loss, batch, compiled)
     assert len(graphs) == 1
 
 
-def test_evaluation_mode_is_another_graph(graphs: list[Any]) -> None:
+@pytest.mark.parametrize("part", [lambda loss: loss, lambda loss: loss.actor_network], ids=["all", "the policy"])
+def test_evaluation_mode_is_another_graph(part: Callable[[IQLLoss], nn.Module], graphs: list[Any]) -> None:
     loss = make_agent("continuous", actor_dropout=0.5).loss
     batch = batch_source(make_dataset(SPACES["continuous"])).batch(torch.arange(8))
     compiled = LossGradients(loss, compile=True)
     trained, evaluated = compiled(batch), None
-    loss.eval()
+    part(loss).eval()
     evaluated = compiled(batch)
     assert len(graphs) == 2
     assert torch.equal(evaluated[3], compiled(batch)[3])
