@@ -43,7 +43,13 @@ def test_polyak_moves_the_targets_by_their_share(kind: str, count: int, options:
 def test_polyak_moves_the_targets_of_a_shared_critic(kind: str) -> None:
     q = make_loss(kind, num_qvalue_nets=1).qvalue_network
     loss = moved(make_loss(kind, qvalue_network=[q, q]))
-    SoftUpdate(loss, tau=0.5).step()
+    updater = SoftUpdate(loss, tau=0.5)
+    updater.step()
+    assert distances(loss) == {0.5}
+    # What a target of both is put together of may be another tensor the next time.
+    for parameter in loss.qvalue_network.parameters():
+        parameter.data = parameter.data + 0.5
+    updater.step()
     assert distances(loss) == {0.5}
 
 
