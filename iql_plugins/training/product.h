@@ -1,6 +1,7 @@
 // The product of two float32 matrices whose rows are contiguous, by the kernels that oneDNN has for blocks: a tenth of
 // what calling its product takes, and the result goes where it is needed.
 #include <algorithm>
+#include <atomic>
 
 #include <omp.h>
 
@@ -32,13 +33,19 @@ static AOTITorchError aoti_torch_cpu_iql_plugins_product(
   const int64_t threads = omp_get_max_threads();
   while (blocks() < threads && height > 16) height /= 2;
   while (blocks() < threads && width > 64) width /= 2;
+  // What leaves a parallel region by itself ends the process.
+  std::atomic<bool> failed{false};
 #pragma omp parallel for collapse(2) schedule(static) if (threads > 1 && blocks() > 1)
   for (int64_t i = 0; i < rows; i += height) {
     for (int64_t j = 0; j < columns; j += width) {
-      at::native::cpublas::brgemm(
-          std::min(height, rows - i), std::min(width, columns - j), inner, a.strides[0], b.strides[0], c.strides[0],
-          false, a.data + i * a.strides[0], b.data + j, c.data + i * c.strides[0] + j, false);
+      try {
+        at::native::cpublas::brgemm(
+            std::min(height, rows - i), std::min(width, columns - j), inner, a.strides[0], b.strides[0], c.strides[0],
+            false, a.data + i * a.strides[0], b.data + j, c.data + i * c.strides[0] + j, false);
+      } catch (...) {
+        failed = true;
+      }
     }
   }
-  return AOTI_TORCH_SUCCESS;
+  return failed ? AOTI_TORCH_FAILURE : AOTI_TORCH_SUCCESS;
 }

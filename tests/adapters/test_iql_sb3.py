@@ -40,6 +40,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 import iql_tensor
 from iql_plugins.config import IQLConfig
 from iql_plugins.data import load_dataset
+from iql_plugins.losses import targets
 from iql_plugins.networks import MLP
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training.agent import Agent
@@ -115,6 +116,19 @@ def test_it_learns_offline_and_then_online(dataset: TensorDict) -> None:
     assert model.learn(110) is model
     assert model.replay_buffer.size() == 110
     assert model.learner.step_count == 15
+
+
+def test_gradient_steps_of_one_call_look_once_whether_something_has_changed(
+    dataset: TensorDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, looks = model_of(dataset=dataset), []
+    look = targets._Pairs.are_those_of
+    monkeypatch.setattr(targets._Pairs, "are_those_of", lambda self, loss: looks.append(loss) or look(self, loss))
+    model.learn_offline(1)
+    for _ in range(2):
+        looks.clear()
+        model.train(4)
+        assert len(looks) == 1
 
 
 def test_a_trained_policy_acts_from_the_first_online_step(dataset: TensorDict, monkeypatch: pytest.MonkeyPatch) -> None:

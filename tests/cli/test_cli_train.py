@@ -29,6 +29,7 @@ from iql_plugins.cli.settings import CHANGEABLE, Settings, Unit, available_cores
 from iql_plugins.cli.training import SELECTION_SEED, adapter_training, metrics_rows
 from iql_plugins.config import IQLConfig
 from iql_plugins.data.episodes import episode_ends, held_out
+from iql_plugins.losses import targets
 from iql_plugins.spaces import Box, Discrete, Spaces
 from iql_plugins.training.agent import Agent
 
@@ -766,6 +767,14 @@ def whole_stack(run: Run, tmp_path: Path) -> Path:
     """A stacked run that nobody stopped."""
     assert run("train", *SEEDS, "--stack", "3", "--run-dir", "whole")[0] == 0
     return tmp_path / "whole"
+
+
+def test_what_the_command_looks_at_between_steps_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So steps do not look whether it has."""
+    looks, look = [], targets._Pairs.are_those_of
+    monkeypatch.setattr(targets._Pairs, "are_those_of", lambda self, loss: looks.append(loss) or look(self, loss))
+    assert run("train", *SMALL, "--seeds", "1", "--run-dir", "run")[0] == 0
+    assert looks == []
 
 
 @pytest.mark.parametrize(
