@@ -396,13 +396,15 @@ class Learner:
         if self.max_grad_norm is not None:
             for network in self._rates.trained:
                 nn.utils.clip_grad_norm_(self._rates.group(network)["params"], self.max_grad_norm)
-        updates, self._updates = self._updates, []
-        for index, optimizer in enumerate(self.optimizers):
-            taken = take_step(optimizer, updates[index] if updates else ())
-            if self._undisturbed and self.compiled:
-                self._updates.append(taken)
+        # None are known after a step that fails.
+        known, self._updates = self._updates or [()] * len(self.optimizers), []
+        taken = []
+        for optimizer, updates in zip(self.optimizers, known, strict=True):
+            taken.append(take_step(optimizer, updates))
             if self._drops_gradients:
                 optimizer.zero_grad()
+        if self._undisturbed and self.compiled:
+            self._updates = taken
         self.target_updater.step()
         return torch.stack(outputs)
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +22,10 @@ from iql_plugins.data.packed import batch_source
 from iql_plugins.losses.bootstrap import ValueEstimators
 from iql_plugins.spaces import Box, Spaces
 from iql_plugins.training import gradients
+from iql_plugins.training import learner as learner_module
 from iql_plugins.training.agent import Agent, Observer
 from iql_plugins.training.gradients import MOST_GRAPHS, LossGradients, compiler_available
-from iql_plugins.training.learner import Learner
+from iql_plugins.training.learner import Learner, adam
 from iql_plugins.training.multi_seed import fit_together
 from iql_plugins.training.products import PRODUCT, critics_apart
 
@@ -220,6 +222,29 @@ def test_undisturbed_steps_are_the_others(kind: str, compile: bool, graphs: list
     for learner in (first, second):
         learner.loss.expectile = 0.8
     step(7)
+
+
+def test_undisturbed_steps_go_on_after_one_that_failed(graphs: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def each(groups: Any) -> list[Any]:
+        return [made for group in groups for made in adam([group])]
+
+    first, second = (Learner(make_loss("continuous"), compile=True, seed=0, make_optimizers=each) for _ in range(2))
+    second.loss.load_state_dict(copy.deepcopy(first.loss.state_dict()))
+    batch, take = keywords(make_batch("continuous")), learner_module.take_step
+
+    def fails(optimizer: Any, *known: Any) -> Any:
+        if optimizer in (first.optimizers[1], second.optimizers[1]):
+            raise RuntimeError("no memory")
+        return take(optimizer, *known)
+
+    with second.undisturbed():
+        for number in range(4):
+            monkeypatch.setattr(learner_module, "take_step", fails if number == 2 else take)
+            for trained in (first, second):
+                with pytest.raises(RuntimeError, match="no memory") if number == 2 else nullcontext():
+                    trained.step(batch)
+    for name, tensor in first.loss.state_dict().items():
+        assert torch.equal(second.loss.state_dict()[name], tensor)
 
 
 @pytest.mark.parametrize("alone", [False, True])
