@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from iql_plugins.architecture import ACTIVATIONS, ActivationName, Initialization, Role
-from iql_plugins.losses.functional import LossFunction
+from iql_plugins.losses.functional import LOSS_FUNCTION, LossFunction
 from iql_plugins.losses.objectives import SHIPPED, PolicyExtraction, ValueObjective, check_options
 from iql_plugins.ranges import (
     AUTOMATIC,
@@ -37,7 +37,7 @@ Compile = Literal["auto", "yes", "no"]
 #: learner; who draws batches; who prepares the data.
 Home = Literal["loss", "target", "networks", "learner", "batches", "data"]
 
-_LOSS_FUNCTION, _ACTOR_SCHEDULE, _COMPILE = choice(LossFunction), choice(ActorSchedule), choice(Compile)
+_ACTOR_SCHEDULE, _COMPILE = choice(ActorSchedule), choice(Compile)
 _ACTIVATION, _INITIALIZATION = choice(ActivationName), choice(Initialization)
 _NAME = Range("a name", lambda value: isinstance(value, str))
 _OPTIONS = Range("a mapping", lambda value: isinstance(value, Mapping))
@@ -83,8 +83,11 @@ class IQLConfig:
         "effective sample size is 0.7 of a batch, auto_0.5 0.5. Sparse, exponential and ddpg_bc do without.",
     )
     max_weight: float = _declared(100.0, POSITIVE, "loss", "the largest weight of an action in the policy's loss.")
-    loss_function: LossFunction = _declared(
-        "l2", _LOSS_FUNCTION, "loss", 'distance of Q to its target: "l1", "l2" or "smooth_l1".'
+    loss_function: LossFunction | str = _declared(
+        "l2",
+        LOSS_FUNCTION,
+        "loss",
+        "distance of Q to its target; Huber's has a threshold.",
     )
     value_objective: str = _declared("expectile", _NAME, "loss", f"how V is learned: {_entries(ValueObjective)}")
     policy_extraction: str = _declared(
@@ -313,7 +316,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 _IVR_ANTMAZE = dict.fromkeys(("actor_learning_rate", "critic_learning_rate", "value_learning_rate"), 2e-4)
 #: What the authors of an objective change of a preset: the configurations and scripts of github.com/ryanxhr/IVR
 #: for "sparse" and "exponential", which have none for antmaze-finetune: there they are antmaze's; those of
-#: github.com/Div99/XQL for "gumbel" (``offline/reproduce``, the consistent ones; its README for antmaze-finetune).
+#: github.com/Div99/XQL for "gumbel" (``offline/reproduce``, the consistent ones; its README for antmaze-finetune;
+#: the critics' loss: ``offline/critic.py``, line 126).
 #: For "ddpg_bc" the scale of behaviour cloning of GCIQL in github.com/seohongpark/ogbench
 #: (``impls/hyperparameters.sh``, lines 6 to 97 for point mazes, and 110 to 201 for those of ants, but for data that
 #: explore); what else is there is of goals and of wider networks.
@@ -321,7 +325,7 @@ _IVR_ANTMAZE = dict.fromkeys(("actor_learning_rate", "critic_learning_rate", "va
 OF_OBJECTIVES: Mapping[tuple[str, str], Mapping[str, Mapping[str, Any]]] = MappingProxyType(
     {
         ("value_objective", "gumbel"): {
-            "": {"value_layer_norm": True},
+            "": {"value_layer_norm": True, "loss_function": "huber_20"},
             "locomotion": {"objective_options": {"loss_temperature": 2.0}},
             "antmaze": {"objective_options": {"loss_temperature": 0.6}, "actor_schedule": "constant"},
             "antmaze-finetune": {"objective_options": {"loss_temperature": 0.8, "max_clip": 5.0}},

@@ -15,6 +15,7 @@ __all__ = [
     "EXPECTILE",
     "FINITE",
     "FLAG",
+    "HUBER",
     "NON_NEGATIVE",
     "POSITIVE",
     "PROBABILITY",
@@ -23,6 +24,7 @@ __all__ = [
     "TEMPERATURE",
     "Range",
     "choice",
+    "huber_threshold",
     "target_share",
 ]
 
@@ -83,6 +85,21 @@ def target_share(temperature: object) -> float | None:
     return share if temperature.startswith("auto") and QUANTILE.holds(share) else None
 
 
+def huber_threshold(loss_function: object) -> float | None:
+    """The threshold δ of ``"huber_20"``; None for what is none.
+
+    >>> huber_threshold("huber_20"), huber_threshold("huber_0.5"), huber_threshold("huber"), huber_threshold("l2")
+    (20.0, 0.5, None, None)
+    """
+    if not isinstance(loss_function, str) or not loss_function.startswith("huber_"):
+        return None
+    try:
+        threshold = float(loss_function.removeprefix("huber_"))
+    except ValueError:
+        return None
+    return threshold if POSITIVE.holds(threshold) else None
+
+
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
@@ -106,6 +123,7 @@ TEMPERATURE = Range(
     "a finite number >= 0 (it is the inverse temperature beta: 0 is behaviour cloning, 3 and 10 are the paper's)",
     NON_NEGATIVE.holds,
 )
+HUBER = Range("'huber_20' with a threshold > 0", lambda v: huber_threshold(v) is not None)
 AUTOMATIC = Range(
     "'auto', or 'auto_0.5' with another effective sample size in (0, 1)", lambda v: target_share(v) is not None
 )

@@ -84,7 +84,8 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         weight_temp: inverse temperature :math:`\beta`; ``"auto"`` and ``"auto_0.5"`` move it, see ``IQLLoss``.
         max_weight: the largest weight of an action in the policy's loss.
         value_learning_rate: of V; None takes the critics' rate, as d3rlpy's IQL does.
-        loss_function: distance of Q to its target: ``"l2"``, ``"l1"`` or ``"smooth_l1"``.
+        loss_function: distance of Q to its target: ``"l2"``, ``"l1"``, ``"smooth_l1"``, or ``"huber_20"`` with a
+            threshold > 0.
         value_objective: how V is learned, by its name in :mod:`iql_plugins.losses.objectives`.
         policy_extraction: how the policy is learned from Q and V, likewise.
         objective_options: hyper-parameters that these two alone have, by name.

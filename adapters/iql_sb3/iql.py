@@ -89,7 +89,8 @@ class IQL(OfflineLearning):
         temperature: inverse temperature :math:`\beta` >= 0; 0 is behaviour cloning. ``"auto"``, or ``"auto_0.5"`` with
             another effective sample size than 0.7, moves it, see :class:`iql_plugins.IQLLoss`.
         max_weight: the largest weight of an action in the policy's loss.
-        loss_function: distance of Q to its target.
+        loss_function: distance of Q to its target: ``"l2"``, ``"l1"``, ``"smooth_l1"``, or ``"huber_20"`` with a
+            threshold > 0.
         value_objective: how V is learned, by its name in :mod:`iql_plugins.losses.objectives`.
         policy_extraction: how the policy is learned from Q and V, likewise.
         objective_options: hyper-parameters that these two alone have, by name.
@@ -167,7 +168,7 @@ class IQL(OfflineLearning):
         expectile: float = 0.7,
         temperature: float | str = 3.0,
         max_weight: float = 100.0,
-        loss_function: LossFunction = "l2",
+        loss_function: LossFunction | str = "l2",
         value_objective: str = "expectile",
         policy_extraction: str = "awr",
         objective_options: Mapping[str, float] | None = None,

@@ -12,11 +12,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import l1_loss, mse_loss, smooth_l1_loss
+from torch.nn.functional import huber_loss, l1_loss, mse_loss, smooth_l1_loss
 
-from iql_plugins.ranges import EXPECTILE, NON_NEGATIVE, POSITIVE, QUANTILE, TEMPERATURE, choice
+from iql_plugins.ranges import EXPECTILE, HUBER, NON_NEGATIVE, POSITIVE, QUANTILE, TEMPERATURE, choice, huber_threshold
 
 __all__ = [
+    "LOSS_FUNCTION",
     "Health",
     "IQLLosses",
     "LossFunction",
@@ -48,9 +49,11 @@ __all__ = [
     "weighted_log_likelihood",
 ]
 
+#: Or ``"huber_20"``, with any threshold, see :func:`distance`.
 LossFunction = Literal["l1", "l2", "smooth_l1"]
 Reduction = Literal["mean", "sum", "none"]
 
+LOSS_FUNCTION = choice(LossFunction) | HUBER
 _DISTANCES = {"l1": l1_loss, "l2": mse_loss, "smooth_l1": smooth_l1_loss}
 
 
@@ -560,12 +563,15 @@ def _reverse_scan(x: Tensor, decay: Tensor) -> Tensor:
     return x
 
 
-def distance(prediction: Tensor, target: Tensor, loss_function: LossFunction) -> Tensor:
+def distance(prediction: Tensor, target: Tensor, loss_function: LossFunction | str) -> Tensor:
     """Elementwise distance: ``"l1"`` |d|, ``"l2"`` d², ``"smooth_l1"`` d²/2 below 1 and |d| - 1/2 above.
 
+    ``"huber_20"`` is d²/2 below 20 and 20 |d| - 200 above, the critics' of Extreme Q-Learning: ``offline/critic.py``,
+    lines 126 and 186 to 203, of github.com/Div99/XQL, its authors' code. Any threshold > 0 may stand for 20.
+
     >>> d = torch.tensor([0.5, 3.0])
-    >>> [distance(d, torch.zeros(2), name).tolist() for name in ("l1", "l2", "smooth_l1")]
-    [[0.5, 3.0], [0.25, 9.0], [0.125, 2.5]]
+    >>> [distance(d, torch.zeros(2), name).tolist() for name in ("l1", "l2", "smooth_l1", "huber_2")]
+    [[0.5, 3.0], [0.25, 9.0], [0.125, 2.5], [0.125, 4.0]]
 
     Args:
         prediction: ``[*B]``.
@@ -578,12 +584,15 @@ def distance(prediction: Tensor, target: Tensor, loss_function: LossFunction) ->
     Raises:
         ValueError: for another name, or if the shapes differ.
     """
-    choice(LossFunction).check("loss_function", loss_function)
+    LOSS_FUNCTION.check("loss_function", loss_function)
     _check_shapes(prediction.shape, "prediction", target=target)
+    threshold = huber_threshold(loss_function)
+    if threshold is not None:
+        return huber_loss(prediction, target, reduction="none", delta=threshold)
     return _DISTANCES[loss_function](prediction, target, reduction="none")
 
 
-def qvalue_loss(q: Tensor, target: Tensor, loss_function: LossFunction) -> Tensor:
+def qvalue_loss(q: Tensor, target: Tensor, loss_function: LossFunction | str) -> Tensor:
     r"""The critics' loss per sample, summed over critics: :math:`\sum_i d(Q_i(s, a), y)`.
 
     Summed, not averaged, as in the authors' code: two critics have twice the loss of one.
@@ -702,7 +711,7 @@ def iql_losses(
     expectile: float = 0.7,
     temperature: float = 3.0,
     max_weight: float = 100.0,
-    loss_function: LossFunction = "l2",
+    loss_function: LossFunction | str = "l2",
     reduction: Reduction = "mean",
     weight: Tensor | None = None,
     mask: Tensor | None = None,

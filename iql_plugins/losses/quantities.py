@@ -35,7 +35,7 @@ class NetworkQuantities(TorchRLContract):
 
     expectile: float
     max_weight: float
-    loss_function: LossFunction
+    loss_function: LossFunction | str
     value_objective: str
     policy_extraction: str
     objective_options: dict[str, float]

@@ -41,7 +41,10 @@ from iql_plugins.config import PRESETS, IQLConfig, preset
         ("expectile", True, r"in \(0, 1\]"),
         ("temperature", "0.5", "a finite number >= 0 .*or 'auto', or 'auto_0.5'"),
         ("max_weight", math.inf, "a finite number > 0"),
-        ("loss_function", "huber", "one of 'l1', 'l2', 'smooth_l1'"),
+        ("loss_function", "huber", "one of 'l1', 'l2', 'smooth_l1' or 'huber_20' with a threshold > 0"),
+        ("loss_function", "huber_0", "one of 'l1', 'l2', 'smooth_l1' or 'huber_20' with a threshold > 0"),
+        ("loss_function", "huber_nan", "one of 'l1', 'l2', 'smooth_l1' or 'huber_20' with a threshold > 0"),
+        ("loss_function", "l2_20", "one of 'l1', 'l2', 'smooth_l1' or 'huber_20' with a threshold > 0"),
         ("actor_dropout", 1.0, r"in \[0, 1\)"),
         ("squashed", "no", "True or False"),
         ("actor_learning_rate", -1e-3, "a finite number >= 0"),
@@ -147,6 +150,7 @@ def test_a_preset_with_a_value_objective_is_that_of_its_authors(name: str, value
     assert {config.actor_learning_rate, config.critic_learning_rate, config.value_learning_rate} == {rate}
     assert config.actor_schedule == schedule
     assert [config.layer_norm_of(role) for role in ("actor", "critic", "value")] == [False, False, True]
+    assert config.loss_function == ("huber_20" if value_objective == "gumbel" else "l2")
     others = preset(name).of()
     shared = {"expectile", "temperature", "actor_dropout", "reward_shift", "reward_scale", "batch_size", "polyak"}
     assert all(getattr(config, key) == others[key] for key in shared)

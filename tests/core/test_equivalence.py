@@ -290,7 +290,7 @@ ALL = {
     "actor_dropout": 0.1,
     "max_grad_norm": 0.5,
     "discount": 0.95,
-    "loss_function": "smooth_l1",
+    "loss_function": "huber_0.5",
 }
 
 

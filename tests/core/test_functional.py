@@ -322,7 +322,10 @@ def test_the_lambda_return_equals_the_recursion(length: int) -> None:
         torch.testing.assert_close(target[:, t], following, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("l1", [0.5, 3.0]), ("l2", [0.25, 9.0]), ("smooth_l1", [0.125, 2.5])])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("l1", [0.5, 3.0]), ("l2", [0.25, 9.0]), ("smooth_l1", [0.125, 2.5]), ("huber_2", [0.125, 4.0])],
+)
 def test_the_distances(name: F.LossFunction, expected: list[float]) -> None:
     assert F.distance(tensor([0.5, 0.0]), tensor([0.0, 3.0]), name).tolist() == expected
 
