@@ -117,6 +117,28 @@ def test_a_training_that_diverges_has_the_curve_up_to_there(
     assert (len(row["returns"]), row["dataset_sha256"]) == (20, OLD)
 
 
+def test_what_more_seeds_say_of_a_variation_is_what_the_table_shows(
+    benchmark: ModuleType, rows: Callable[..., Rows]
+) -> None:
+    # The first three seeds of either are their best and their worst.
+    few = {"IQL (tensor)": rows("IQL (tensor)", [-150.0] * 3), "orthogonal": rows("orthogonal", [-650.0] * 3)}
+    more = {
+        "IQL (tensor)": rows("IQL (tensor)", [-150.0] * 3 + [-400.0] * 9),
+        "orthogonal": rows("orthogonal", [-650.0] * 3 + [-400.0] * 9 + [-1000.0]),
+    }
+    # A seed whose predecessor is not there is not counted.
+    del more["orthogonal"]["11"]
+    cells = []
+    for results in (few, more):
+        write(benchmark, results)
+        lines = [line for line in benchmark.variation_table(3) if line.startswith("| orthogonal |")]
+        cells += [line.split(" | ")[1].removesuffix(" |") for line in lines]
+    assert cells[0].startswith("**-50.1 (-50.1 to -50.1)**")
+    # Of the middle seven of eleven, one is another: 500 / 7 of a scale of 998.3.
+    assert cells[1].startswith("-7.2 (")
+    assert cells[1].endswith(", 11 seeds")
+
+
 def test_rows_of_different_datasets_make_no_table(
     benchmark: ModuleType, rows: Callable[..., Rows], capsys: pytest.CaptureFixture[str]
 ) -> None:

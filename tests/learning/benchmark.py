@@ -644,20 +644,32 @@ def gain(scores: Array, others: Array) -> Array:
     return difference
 
 
+def seeds_of_both(task: str, methods: Sequence[str], least: int) -> int:
+    """How many seeds from 0 on all of these methods have on a task; 0 if fewer than the least."""
+    have = set.intersection(*(set(rows_of(task, name)) for name in methods))
+    count = next(seed for seed in range(len(have) + 1) if seed not in have)
+    return count if count >= least else 0
+
+
 def variation_table(seeds: int) -> Iterator[str]:
-    """A row a variation, a column a task: what it brings over IQL (tensor); bold where that is beyond the noise."""
+    """A row a variation, a column a task: what it brings over IQL (tensor); bold where that is beyond the noise.
+
+    Over all seeds that both have: a difference that a few seeds show may be looked at again with more.
+    """
     tasks = shown(seeds)
     yield f"| | {' | '.join(tasks)} |"
     yield f"| --- |{' --- |' * len(tasks)}"
     for name in VARIATIONS:
         cells = []
         for task in tasks:
-            ours, theirs = scores_of(task, "IQL (tensor)", seeds), scores_of(task, name, seeds)
-            if ours is None or theirs is None:
+            count = seeds_of_both(task, (name, "IQL (tensor)"), seeds)
+            if not count:
                 cells.append("")
                 continue
-            point, low, high = interval([np.array(theirs), np.array(ours)], gain)
-            text = f"{point:+.1f} ({low:+.1f} to {high:+.1f})"
+            point, low, high = interval(
+                [np.array(scores_of(task, each, count)) for each in (name, "IQL (tensor)")], gain
+            )
+            text = f"{point:+.1f} ({low:+.1f} to {high:+.1f})" + (f", {count} seeds" if count > seeds else "")
             cells.append(f"**{text}**" if low > 0.0 or high < 0.0 else text)
         if any(cells):
             yield f"| {name} | {' | '.join(cells)} |"
