@@ -254,14 +254,18 @@ def _of_weights(looks: Sequence[Look], of: Weighted, softer: str, sharper: str) 
         )
     # Weights that are all clipped are equal, too.
     elif effective - STANDARD_ERRORS * effective_error > MOST_EFFECTIVE_SAMPLES:
+        found = (
+            f"all actions weighed about the same: the effective sample size was {effective:.3f} of a batch in the last "
+            "quarter"
+        )
+        reason = "advantages this small make behaviour cloning of it"
         if threshold:
             sharper = f"try a noise_threshold below {threshold:g} among the `objective_options`"
-        yield HealthWarning(
-            "equal-weights",
-            f"all actions weighed about the same: the effective sample size was {effective:.3f} of a batch in the last "
-            "quarter",
-            f"{sharper}, because advantages this small make behaviour cloning of it",
-        )
+        elif most_signal < LEAST_SIGNAL_ALONE:
+            found += f", and {noise}"
+            sharper = "try more `n_steps`"
+            reason += ", and sharper weights would follow the critics' errors"
+        yield HealthWarning("equal-weights", found, f"{sharper}, because {reason}")
     elif (
         not (is_few or threshold or isinstance(of.temperature, str))
         and most_signal < LEAST_SIGNAL_ALONE

@@ -182,6 +182,16 @@ def test_weights_that_a_threshold_makes_equal_are_told_a_lower_one() -> None:
         assert "try a noise_threshold below 2 among the `objective_options`" in warning.suggestion
 
 
+@pytest.mark.parametrize(("signal", "sharper"), [(0.8, False), (1.2, True), (0.0, True)])
+def test_equal_weights_of_advantages_that_are_errors_are_not_told_to_differ_more(signal: float, sharper: bool) -> None:
+    rows = [row | {"signal_to_noise": signal} for row in looks(**TRIPPED["equal-weights"])]
+    for temperature, advice in ((3.0, "try a `temperature` above 3"), ("auto", "try a lower target than")):
+        (warning,) = warnings(rows, temperature=temperature)
+        assert warning.code == "equal-weights"
+        assert warning.suggestion.startswith(advice if sharper else "try more `n_steps`, because")
+        assert ("0.8 times as far as the critics disagree" in warning.message) != sharper
+
+
 @pytest.mark.parametrize(("signal", "told"), [(1.2, True), (1.98, True), (2.5, False), (0.0, False)])
 def test_few_samples_of_noisy_advantages_recommend_what_does_not_chase_noise(signal: float, told: bool) -> None:
     rows = [row | {"signal_to_noise": signal} for row in looks(**TRIPPED["few-effective-samples"])]
