@@ -59,12 +59,16 @@ def perceptron(inputs: Tensor, tensors: Sequence[Tensor | None]) -> Tensor | Non
         tensors: weight ``[out, in]`` and bias ``[out]``, or None, of each layer in turn; or all of them stacked over N
             perceptrons.
     """
-    if not _compat.calls_kernels() or not _compat.onednn_is_faster():
+    # Of a graph sizes may be symbols.
+    if torch.compiler.is_compiling() or type(inputs) is not Tensor:
         return None
     weights = [weight for weight in tensors[::2] if weight is not None]
-    first = weights[0]
+    first, most = weights[0], max([weight.shape[-2] * weight.shape[-1] for weight in weights])
+    if inputs.numel() * most < LEAST * inputs.shape[-1] or not inputs.numel():
+        return None
     if (
-        not all(map(_is_ordinary, (inputs, *tensors)))
+        not (_compat.calls_kernels() and _compat.onednn_is_faster())
+        or not all(map(_is_ordinary, (inputs, *tensors)))
         or any(weight.ndim != first.ndim for weight in weights)
         or any(bias is not None and bias.ndim != first.ndim - 1 for bias in tensors[1::2])
         or inputs.shape[-1] != first.shape[-1]
@@ -72,8 +76,6 @@ def perceptron(inputs: Tensor, tensors: Sequence[Tensor | None]) -> Tensor | Non
     ):
         return None
     rows = inputs.reshape(-1, inputs.shape[-1])
-    if max(weight.shape[-2] * weight.shape[-1] for weight in weights) * len(rows) < LEAST:
-        return None
     outputs: Tensor = _Perceptrons.apply(rows, *tensors)  # type: ignore[no-untyped-call]  # torch has no type for it
     return outputs if inputs.ndim == 2 else outputs.reshape(*outputs.shape[:-2], *inputs.shape[:-1], outputs.shape[-1])
 

@@ -218,6 +218,11 @@ def flops(network: MLP, x: Tensor) -> int:
     return counter.get_total_flops()
 
 
+def of_any_size(network: MLP, x: Tensor) -> Any:
+    graph = make_fx(network, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+    return graph(x[:5])
+
+
 def forward_mode(network: MLP, x: Tensor) -> Any:
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(network(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
@@ -241,6 +246,7 @@ def by_function_mode(network: MLP, x: Tensor) -> Any:
 LOOKERS: dict[str, Callable[[MLP, Tensor], Any]] = {
     "a compiler": lambda network, x: torch.compile(network, backend="eager", fullgraph=True)(x),
     "a graph": lambda network, x: make_fx(network)(x)(x),
+    "a graph of any sizes": of_any_size,
     "torch.export": lambda network, x: torch.export.export(network, (x,)).module()(x),
     "torch.jit.trace": lambda network, x: torch.jit.trace(network, x, check_trace=False)(x),
     "vmap": lambda network, x: vmap(lambda row: network(row.expand(ROWS, -1)))(x[:2]),
