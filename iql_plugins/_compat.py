@@ -18,7 +18,6 @@ from torch.optim import optimizer as optimizer_module
 __all__ = [
     "add_to_all",
     "assert_on_device",
-    "calls_kernels",
     "check_of",
     "compile_graph",
     "copy_all",
@@ -30,7 +29,6 @@ __all__ = [
     "lower_to_cpp",
     "mode_options",
     "onednn_is_faster",
-    "onednn_linear",
     "onednn_product",
     "passes_tensors_on",
     "writes",
@@ -62,23 +60,6 @@ def in_transform() -> bool:
     """
     peek = _functorch("peek_interpreter_stack")
     return peek is not None and peek() is not None
-
-
-def calls_kernels() -> bool:
-    """Whether a call of torch is a call of a kernel, and nothing else: nobody records, transforms or sees it.
-
-    Neither a compiler, nor a transform, a mode, autocast or forward-mode differentiation. Their stacks have no public
-    names: without them somebody may see it.
-    """
-    counts = [getattr(torch._C, f"_len_torch_{kind}_stack", lambda: 1) for kind in ("dispatch", "function")]
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # documented, and not exported
-        or torch.is_autocast_enabled("cpu")
-        or in_transform()
-        or any(count() for count in counts)
-        or getattr(torch.autograd.forward_ad, "_current_level", 0) >= 0
-    )
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:
@@ -273,22 +254,16 @@ def onednn_is_faster() -> bool:
     return (
         hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.mkldnn.is_available()
-        and getattr(torch.backends.mkldnn, "enabled", True)
         and torch.backends.mkl.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and "AMD" in str(capabilities.get("cpu_name"))
     )
 
 
-def onednn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer by oneDNN, which has no other name in torch."""
-    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(inputs, weight, bias, "none", (), "")
-    return result
-
-
 def onednn_product(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two matrices by oneDNN."""
-    return onednn_linear(left, right.t(), None)
+    """The product of two matrices by oneDNN, which has no other name in torch."""
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.default(left, right.t(), None, "none", (), "")
+    return result
 
 
 def host_compilers() -> tuple[str, ...]:

@@ -87,7 +87,7 @@ class IQLConfig:
         "l2",
         LOSS_FUNCTION,
         "loss",
-        "distance of Q to its target; Huber's has a threshold.",
+        "distance of Q to its target; huber_20 is Huber's, quadratic below 20.",
     )
     value_objective: str = _declared("expectile", _NAME, "loss", f"how V is learned: {_entries(ValueObjective)}")
     policy_extraction: str = _declared(

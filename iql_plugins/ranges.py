@@ -1,6 +1,7 @@
 """What values a hyper-parameter may have, each range once: in words, and as a check."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -93,11 +94,11 @@ def huber_threshold(loss_function: object) -> float | None:
     """
     if not isinstance(loss_function, str) or not loss_function.startswith("huber_"):
         return None
-    try:
-        threshold = float(loss_function.removeprefix("huber_"))
-    except ValueError:
-        return None
-    return threshold if POSITIVE.holds(threshold) else None
+    number = loss_function.removeprefix("huber_")
+    # float() takes more than that: spaces, underscores, other alphabets.
+    threshold = float(number) if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", number) else 0.0
+    # The square of a smaller one is 0 in float32.
+    return threshold if 1e-18 <= threshold < math.inf else None
 
 
 def _is_count(value: object) -> bool:

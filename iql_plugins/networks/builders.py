@@ -26,7 +26,6 @@ from torch.distributions import Distribution
 from iql_plugins.architecture import ACTIVATIONS, ActivationName, Initialization, Role
 from iql_plugins.networks.distributions import Categorical, TanhMeanNormal, TanhNormal
 from iql_plugins.networks.encoders import Encoded, ObservationEncoder
-from iql_plugins.networks.perceptrons import linear_layers, perceptron
 from iql_plugins.ranges import choice
 from iql_plugins.spaces import Discrete, Space
 
@@ -211,11 +210,8 @@ class MLP(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """``[*B, out_features]`` from inputs of shape ``[*B, f_i]``."""
-        joined = inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1)
-        layers = linear_layers(self.layers)
-        output = None if layers is None else perceptron(joined, [each for m in layers for each in (m.weight, m.bias)])
-        result: Tensor = self.layers(joined) if output is None else output
-        return result
+        joined: Tensor = self.layers(inputs[0] if len(inputs) == 1 else torch.cat(inputs, -1))
+        return joined
 
 
 class GaussianHead(nn.Module):

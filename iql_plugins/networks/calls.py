@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from iql_plugins import _compat
 
-__all__ = ["distribution", "evaluation_mode", "has_hooks", "is_hooked", "is_repeatable", "outputs"]
+__all__ = ["distribution", "evaluation_mode", "has_hooks", "is_repeatable", "outputs"]
 
 Tensors = Mapping[NestedKey, Tensor]
 
@@ -52,7 +52,7 @@ def plain_module(network: nn.Module) -> nn.Module | None:
         isinstance(network, TensorDictModule)
         and isinstance(network.module, nn.Module)
         and _compat.passes_tensors_on(network)
-        and not is_hooked(network)
+        and not _hooked(network)
     ):
         module: nn.Module = network.module
         return module
@@ -61,7 +61,7 @@ def plain_module(network: nn.Module) -> nn.Module | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module, or one inside it, runs hooks of its own."""
-    return any(is_hooked(submodule) for submodule in module.modules())
+    return any(_hooked(submodule) for submodule in module.modules())
 
 
 def is_repeatable(module: nn.Module) -> bool:
@@ -74,8 +74,7 @@ def is_repeatable(module: nn.Module) -> bool:
     return not drawing and next(module.buffers(), None) is None
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module itself runs hooks of its own."""
+def _hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )

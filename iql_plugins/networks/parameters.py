@@ -22,14 +22,9 @@ _IN_PLACE = "the parameters of a loss can be changed in place, not replaced; see
 
 def leaves(module: nn.Module) -> Tensors:
     """All parameters and buffers by name; a shared one under each of its names."""
-    # As named_parameters() and named_buffers() have them; each of these walks the modules by itself.
-    modules = list(module.named_modules(remove_duplicate=False))
     return {
-        f"{path}.{name}" if path else name: tensor
-        for kind in ("_parameters", "_buffers")
-        for path, submodule in modules
-        for name, tensor in getattr(submodule, kind).items()
-        if tensor is not None
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
     }
 
 

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from iql_plugins import _compat
 from iql_plugins.losses.iql import IQLLoss
-from iql_plugins.networks.perceptrons import LEAST, WIDE, has_short_rows, is_large
 
 __all__ = ["PRODUCT", "called_from_cpp", "critics_apart", "decompositions", "product"]
 
-#: As ``LEAST``, called from C++.
-_LEAST_NATIVE = 2**18
+#: Multiplications of a product from which on oneDNN is faster than MKL on AMD's processors with AVX-512, by torch's
+#: operator and from C++: below, calling it costs more than it saves.
+_LEAST, _LEAST_NATIVE = 3 * 2**19, 2**18
+
+#: Of a layer's weight, both ways, from which on oneDNN computes all of its products at usual batch sizes.
+_WIDE = 64
 
 #: Of a batched product that is taken apart: a graph grows by each.
 _MOST_MATRICES = 32
@@ -68,7 +71,7 @@ def decompositions(device: torch.device, *, native: bool) -> dict[Any, Callable[
         return {}
     table: dict[Any, Callable[..., Any]] = {_aten.addmm.default: _addmm, _aten.baddbmm.default: _baddbmm}
     if _compat.onednn_is_faster():
-        least = _LEAST_NATIVE if native else LEAST
+        least = _LEAST_NATIVE if native else _LEAST
         table |= {_aten.mm.default: partial(_mm, least), _aten.bmm.default: partial(_bmm, least)}
     return table
 
@@ -81,7 +84,7 @@ def critics_apart(loss: IQLLoss) -> Iterator[None]:
     """
     network = loss.qvalue_network
     weights = [weight for weight in network.parameters() if weight.ndim > 1 and weight.device.type == "cpu"]
-    wide = any(min(weight.shape[-2:]) >= WIDE for weight in weights)
+    wide = any(min(weight.shape[-2:]) >= _WIDE for weight in weights)
     drops = loss.vmap_randomness != "different" or any(isinstance(m, nn.Dropout) for m in network.modules())
     apart = wide and not drops and _compat.onednn_is_faster()
     before, loss.deactivate_vmap = loss.deactivate_vmap, loss.deactivate_vmap or apart
@@ -104,9 +107,9 @@ def _baddbmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alph
 def _mm(least: int, left: Tensor, right: Tensor) -> Any:
     if _is_of_vectors(left, right):
         return _of_vectors(left, right)
-    if has_short_rows(left, right):
+    if _has_short_rows(left, right):
         return torch.mm(right.t(), left.t()).t().contiguous()
-    if not is_large(left, right, least):
+    if not _is_large(left, right, least):
         return NotImplemented
     # The kernel that makes a matrix can as well write it by rows.
     return product(*(matrix if matrix.stride(-1) == 1 else matrix.contiguous() for matrix in (left, right)))
@@ -115,12 +118,18 @@ def _mm(least: int, left: Tensor, right: Tensor) -> Any:
 def _bmm(least: int, left: Tensor, right: Tensor) -> Any:
     if _is_of_vectors(left, right):
         return _of_vectors(left, right)
-    if has_short_rows(left, right):
+    if _has_short_rows(left, right):
         return torch.bmm(right.mT, left.mT).mT.contiguous()
     # Narrow ones are faster together.
-    if not is_large(left, right, least) or min(*left.shape[1:], right.shape[-1]) < WIDE or len(left) > _MOST_MATRICES:
+    if not _is_large(left, right, least) or min(*left.shape[1:], right.shape[-1]) < _WIDE or len(left) > _MOST_MATRICES:
         return NotImplemented
     return torch.stack([_mm(least, *matrices) for matrices in zip(left.unbind(), right.unbind(), strict=True)])
+
+
+def _is_large(left: Tensor, right: Tensor, least: int) -> bool:
+    """Whether a product, ``[*N, M, K]`` by ``[*N, K, P]``, is one that oneDNN is faster at."""
+    rows, inner = left.shape[-2:]
+    return left.dtype is torch.float32 and rows * inner * right.shape[-1] >= least
 
 
 def _is_of_vectors(left: Tensor, right: Tensor) -> bool:
@@ -135,3 +144,11 @@ def _of_vectors(left: Tensor, right: Tensor) -> Tensor:
     if right.shape[-1] == 1:
         return (left * right.mT).sum(-1, keepdim=True)
     return (left.mT * right).sum(-2, keepdim=True)
+
+
+def _has_short_rows(left: Tensor, right: Tensor) -> bool:
+    """Whether a product is the gradient of the weight of few inputs, whose transpose MKL computes faster.
+
+    Its vectors go along rows.
+    """
+    return left.stride(-2) == 1 < left.stride(-1) and right.shape[-1] < min(_WIDE, left.shape[-2])
