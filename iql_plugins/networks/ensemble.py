@@ -50,10 +50,11 @@ class CriticEnsemble:
             return None
         root = "module.layers" if joins else "module"
         names = list(_flattened(critic.get_submodule(root), root))
-        known = all(
-            _is_linear(m) or _is_layer_norm(m) or type(m) in _ELEMENTWISE for m in map(critic.get_submodule, names)
-        )
-        return cls(tuple(names)) if known else None
+        modules = list(map(critic.get_submodule, names))
+        known = all(_is_linear(m) or _is_layer_norm(m) or type(m) in _ELEMENTWISE for m in modules)
+        # One that comes twice has one weight, and two names for it.
+        weighted = [id(m) for m in modules if next(m.parameters(), None) is not None]
+        return cls(tuple(names)) if known and len(set(weighted)) == len(weighted) else None
 
     def __call__(self, critic: nn.Module, tensors: dict[str, Tensor], inputs: Sequence[Tensor], count: int) -> Tensor:
         """``[N, *B, out]`` outputs of N critics.
@@ -92,16 +93,20 @@ def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 
 def _flattened(module: nn.Module, name: str) -> Iterator[str]:
     if type(module) is nn.Sequential:
-        for child_name, child in module.named_children():
+        # named_children() leaves out what comes again.
+        for child_name, child in module._modules.items():
+            assert child is not None
             yield from _flattened(child, f"{name}.{child_name}")
     else:
         yield name
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # A parametrised layer computes its weight: it is no leaf.
+    # A parametrised layer computes its weight or its bias: these are no leaves.
     return (
-        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "weight" in module._parameters
+        isinstance(module, nn.Linear)
+        and type(module).forward is nn.Linear.forward
+        and {"weight", "bias"} <= module._parameters.keys()
     )
 
 

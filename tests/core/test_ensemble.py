@@ -63,6 +63,10 @@ def assert_equal_to_the_loop(loss: IQLLoss, shape: tuple[int, ...] = (6,)) -> No
     torch.testing.assert_close(stacked_gradients, gradients(loss, looped))
 
 
+def repeated(layer: nn.Module, between: nn.Module) -> nn.Module:
+    return sequential(layer, between, layer)
+
+
 PERCEPTRONS: dict[str, Callable[[], nn.Module]] = {
     "mlp": mlp,
     "nested": lambda: sequential(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), nn.Tanh()),
@@ -71,11 +75,17 @@ PERCEPTRONS: dict[str, Callable[[], nn.Module]] = {
     "layer norm": lambda: sequential(nn.LayerNorm(8)),
     "layer norm without weights": lambda: sequential(nn.LayerNorm(8, elementwise_affine=False, eps=0.1)),
     "layer norm without bias": lambda: sequential(nn.LayerNorm(8, bias=False)),
+    "an activation twice": lambda: repeated(nn.Tanh(), nn.Linear(8, 8)),
+    "a layer without bias": lambda: sequential(nn.Linear(8, 8, bias=False)),
 }
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "a forward of its own": Own,
     "layer norm of more": lambda: nn.Sequential(nn.LayerNorm((6, OBSERVATION)), nn.Linear(OBSERVATION, ACTIONS)),
     "softmax": lambda: sequential(nn.Softmax(dim=0)),
+    "a layer twice": lambda: repeated(nn.Linear(8, 8), nn.Tanh()),
+    "computed bias": lambda: sequential(
+        nn.utils.parametrize.register_parametrization(nn.Linear(8, 8), "bias", nn.Softplus())
+    ),
     "computed weight": lambda: sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))),
 }
 
