@@ -97,8 +97,8 @@ def huber_threshold(loss_function: object) -> float | None:
     number = loss_function.removeprefix("huber_")
     # float() takes more than that: spaces, underscores, other alphabets.
     threshold = float(number) if re.fullmatch(r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", number) else 0.0
-    # The square of a smaller one is 0 in float32.
-    return threshold if 1e-18 <= threshold < math.inf else None
+    # Of a smaller one gradients are lost in Adam's ε.
+    return threshold if 1e-6 <= threshold < math.inf else None
 
 
 def _is_count(value: object) -> bool:
@@ -124,7 +124,7 @@ TEMPERATURE = Range(
     "a finite number >= 0 (it is the inverse temperature beta: 0 is behaviour cloning, 3 and 10 are the paper's)",
     NON_NEGATIVE.holds,
 )
-HUBER = Range("'huber_20' with a threshold > 0", lambda v: huber_threshold(v) is not None)
+HUBER = Range("'huber_20' with a threshold >= 1e-6", lambda v: huber_threshold(v) is not None)
 AUTOMATIC = Range(
     "'auto', or 'auto_0.5' with another effective sample size in (0, 1)", lambda v: target_share(v) is not None
 )

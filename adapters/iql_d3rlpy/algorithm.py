@@ -85,7 +85,7 @@ class BaseIQLConfig(LearnableConfig):  # type: ignore[misc]
         max_weight: the largest weight of an action in the policy's loss.
         value_learning_rate: of V; None takes the critics' rate, as d3rlpy's IQL does.
         loss_function: distance of Q to its target: ``"l2"``, ``"l1"``, ``"smooth_l1"``, or ``"huber_20"`` with a
-            threshold > 0.
+            threshold >= 1e-6.
         value_objective: how V is learned, by its name in :mod:`iql_plugins.losses.objectives`.
         policy_extraction: how the policy is learned from Q and V, likewise.
         objective_options: hyper-parameters that these two alone have, by name.

@@ -567,7 +567,7 @@ def distance(prediction: Tensor, target: Tensor, loss_function: LossFunction | s
     """Elementwise distance: ``"l1"`` |d|, ``"l2"`` d², ``"smooth_l1"`` d²/2 below 1 and |d| - 1/2 above.
 
     ``"huber_20"`` is d²/2 below 20 and 20 |d| - 200 above, the critics' of Extreme Q-Learning: ``offline/critic.py``,
-    lines 126 and 186 to 203, of github.com/Div99/XQL, its authors' code. Any threshold > 0 may stand for 20.
+    lines 126 and 186 to 203, of github.com/Div99/XQL, its authors' code. Any threshold >= 1e-6 may stand for 20.
 
     >>> d = torch.tensor([0.5, 3.0])
     >>> [distance(d, torch.zeros(2), name).tolist() for name in ("l1", "l2", "smooth_l1", "huber_2")]

@@ -94,7 +94,7 @@ class IQLLoss(NetworkQuantities):
         value_network: V(s), writes ``[*B, 1]``. None builds the paper's, on the actor's observations.
         num_qvalue_nets: number N of critics.
         loss_function: distance of Q to its target: ``"l1"``, ``"l2"``, ``"smooth_l1"``, or ``"huber_20"`` with any
-            threshold > 0, see :func:`~iql_plugins.losses.functional.distance`.
+            threshold >= 1e-6, see :func:`~iql_plugins.losses.functional.distance`.
         temperature: inverse temperature :math:`\beta` >= 0; 0 is behaviour cloning, above 1 is normal. ``"auto"`` moves
             it, from 1, until the weights have an effective sample size of 0.7 of a batch, ``"auto_0.5"`` of 0.5:
             :class:`~iql_plugins.losses.temperature.AutomaticTemperature`. It moves as running statistics do: by each
