@@ -109,7 +109,13 @@ def outputs(network: nn.Module, inputs: Tensors, shape: Size, leaves: Mapping[st
 
 
 def _call(module: nn.Module, leaves: Mapping[str, Tensor] | None, *inputs: Any) -> Any:
-    return module(*inputs) if leaves is None else functional_call(module, dict(leaves), inputs, tie_weights=False)
+    if leaves is None:
+        return module(*inputs)
+    # What functional_call finds in a module that it meets under two names, it does not put back.
+    paths = {path for path, _ in module.named_modules()}
+    again = {path for path, _ in module.named_modules(remove_duplicate=False) if path not in paths}
+    once = {name: tensor for name, tensor in leaves.items() if name.rpartition(".")[0] not in again}
+    return functional_call(module, once, inputs, tie_weights=False)
 
 
 def distribution(actor: nn.Module, inputs: Tensors, shape: Size) -> Any:

@@ -102,6 +102,23 @@ def test_a_perceptron_has_the_numbers_of_the_loop(name: str, shape: tuple[int, .
     assert_equal_to_the_loop(loss, shape)
 
 
+@pytest.mark.parametrize("vmap", [False, True])
+def test_a_layer_that_comes_twice_is_one_layer(vmap: bool) -> None:
+    loss = loss_of(repeated(nn.Linear(8, 8), nn.Tanh()))
+    # As on a GPU, where critics are evaluated together.
+    loss.set_vmap_randomness("same" if vmap else "different")
+    before = {name: tensor.clone() for name, tensor in loss.state_dict().items()}
+    batch = make_batch("discrete", (6,))
+    values = loss.qvalues(batch.clone())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loss.state_dict().items())
+    critic = repeated(nn.Linear(8, 8), nn.Tanh())
+    for index, found in enumerate(values):
+        stacked = loss.qvalue_network.state_dict()
+        critic.load_state_dict({name.removeprefix("module."): tensor[index] for name, tensor in stacked.items()})
+        expected = critic(batch["observation"]).gather(-1, batch["action"].unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_perceptron_takes_the_general_way(name: str) -> None:
     loss = loss_of(OTHERS[name]())
